@@ -1,0 +1,513 @@
+"""The three benchmarks: which images, captions and queries they hold, and how a training pair is drawn.
+
+A dataset opens no image and knows no model. Image ids are positions in `images`; a training sample depends on
+(seed, epoch, position) alone, so any number of loader workers draws the same ones.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from errors import InputError
+
+RECALL_KS = (1, 5, 10, 50, 100)
+TRAIN_QUERIES = 9600                    # the train split is judged on this many random samples (TIRG's protocol)
+
+
+class Sample(NamedTuple):
+    """One training example: two image ids and the text that leads from one to the other."""
+    source: int
+    target: int
+    text: str
+
+
+@dataclass
+class Judge:
+    """One way to count a query's hits: a gallery image is correct when its label equals the query's."""
+    name: str                           # recall_top{K}_{name}
+    query_labels: np.ndarray            # (Q,) ints
+    gallery_labels: np.ndarray          # (N,) ints
+    among: np.ndarray | None = None     # gallery positions that are ranked; None = all of them
+    ks: tuple[int, ...] = RECALL_KS
+
+
+@dataclass
+class QuerySet:
+    """Queries that are judged alike."""
+    sources: np.ndarray                 # (Q,) image ids
+    texts: list[str]                    # Q
+    own: np.ndarray                     # (Q,) gallery position taken out of the query's ranking; -1 = nothing is
+    judges: list[Judge]
+
+
+@dataclass
+class RetrievalTask:
+    """What the retrieval test of a split asks."""
+    gallery: np.ndarray                 # (N,) image ids; the train split's may repeat
+    query_sets: list[QuerySet]
+
+
+class Epoch(Sequence):
+    """The training samples of one pass in random order; sample i depends on (seed, number, i) alone."""
+
+    def __init__(self, dataset: "CompositionDataset", seed: int, number: int):
+        self.dataset, self.key = dataset, (seed, number)
+        self.order = np.random.default_rng(self.key).permutation(len(dataset))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> Sample:
+        return self.dataset.sample(self.order, position, self.key)
+
+
+class CompositionDataset:
+    """One split of a benchmark.
+
+    path: the benchmark's folder. split: 'train' or 'test'. category: of FashionIQ, 'all' or one of its three.
+    complete_text: queries say the whole target caption in place of the modification.
+    without: images to leave out, with all that refers to them; `dropped` then counts what went. None is the strict
+    reading: anything amiss raises InputError, with file and line.
+    """
+
+    images: list[str]                   # paths below `root`, by image id
+
+    def __init__(self, path: str | Path, split: str, complete_text: bool = False, category: str = "all",
+                 without: frozenset[str] | None = None):
+        self.root, self.split, self.complete_text, self.category = Path(path), split, complete_text, category
+        self.lenient, self.without = without is not None, without or frozenset()
+        self.dropped = {"images": len(self.without)}
+        require(self.root, f"{type(self).__name__} folder")
+        self.read()
+
+    @property
+    def paths(self) -> list[str]:
+        return [os.path.join(self.root, image) for image in self.images]
+
+    def read(self) -> None:
+        """Fill `images` and whatever the split's samples or queries need."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """Training samples in an epoch."""
+        return len(self.images)
+
+    def sample(self, order: np.ndarray, position: int, key: tuple[int, ...]) -> Sample:
+        """The training sample at `position` of an epoch that visits indices in `order`; `key` seeds its choices."""
+        raise NotImplementedError
+
+    def training_texts(self) -> list[str]:
+        """The captions the vocabulary is built from, in order."""
+        raise NotImplementedError
+
+    def task(self, seed: int = 0) -> RetrievalTask:
+        """What the retrieval test asks: the benchmark's queries, or for the train split random training samples."""
+        return self.training_task(seed) if self.split == "train" else self.test_task()
+
+    def test_task(self) -> RetrievalTask:
+        raise NotImplementedError
+
+    def training_task(self, seed: int) -> RetrievalTask:
+        raise NotImplementedError
+
+    def training_samples(self, seed: int) -> list[Sample]:
+        """The same random samples at every test of a run, and none of the training order's (whose keys are longer)."""
+        epoch = Epoch(self, seed, 2**32 - 1)
+        return [epoch[i] for i in range(min(TRAIN_QUERIES, len(epoch)))]
+
+    def drop(self, what: str, count: int = 1) -> None:
+        self.dropped[what] = self.dropped.get(what, 0) + count
+
+    def refuse_or_drop(self, what: str, complaint: str, count: int = 1) -> None:
+        """Bad data: an error, or with `without` given a number in `dropped`."""
+        if not self.lenient:
+            raise InputError(complaint)
+        self.drop(what, count)
+
+
+class CaptionedDataset(CompositionDataset):
+    """A benchmark with one caption an image; a hit is any gallery image with the target caption."""
+
+    captions: list[str]                 # by image id
+
+    def training_texts(self) -> list[str]:
+        return self.captions
+
+    def judges(self, query_captions: list[str], gallery_captions: list[str]) -> list[Judge]:
+        return [Judge("correct_composition", *integer_labels(query_captions, gallery_captions))]
+
+    def queries(self) -> list[Sample]:
+        """The test split's queries."""
+        raise NotImplementedError
+
+    def test_task(self) -> RetrievalTask:
+        queries = self.queries()
+        if not queries:
+            raise InputError(f"{self.root} gives no test query; see data/README.md for what the test split needs")
+        sources = np.array([query.source for query in queries])
+        judges = self.judges([self.captions[query.target] for query in queries], self.captions)
+        # The gallery is every image, so a query's own image stands at its id, and is taken out.
+        return RetrievalTask(np.arange(len(self.images)), [QuerySet(sources, texts_of(queries), sources, judges)])
+
+    def training_task(self, seed: int) -> RetrievalTask:
+        samples = self.training_samples(seed)
+        goals = [self.captions[sample.target] for sample in samples]
+        query_set = QuerySet(np.array([sample.source for sample in samples]), texts_of(samples),
+                             np.full(len(samples), -1), self.judges(goals, goals))
+        return RetrievalTask(np.array([sample.target for sample in samples]), [query_set])
+
+
+MITSTATES_TEST_NOUNS = frozenset("""
+armor bracelet bush camera candy castle ceramic cheese clock clothes coffee fan fig fish foam forest fruit furniture
+garden gate glass horse island laptop lead lightning mirror orange paint persimmon plastic plate potato road rubber
+sand shell sky smoke steel stream table tea tomato vacuum wax wheel window wool
+""".split())
+
+
+class MITStates(CaptionedDataset):
+    """images/<adjective> <noun>/*.jpg; the text is the target's adjective, the split goes by noun."""
+
+    def read(self) -> None:
+        self.images, self.captions = [], []
+        for folder in sorted(entry.name for entry in os.scandir(require(self.root / "images", "image folder"))
+                             if entry.is_dir()):
+            adjective, _, noun = folder.partition(" ")
+            if not noun or adjective == "adj" or (noun in MITSTATES_TEST_NOUNS) != (self.split == "test"):
+                continue
+            names = sorted(name for name in os.listdir(self.root / "images" / folder) if name.endswith(".jpg"))
+            if not names:
+                self.refuse_or_drop("empty folders", f"{self.root / 'images' / folder} holds no .jpg; put its images "
+                                    "back, remove the folder, or pass --skip_bad_images True")
+            kept = [image for name in names if (image := f"images/{folder}/{name}") not in self.without]
+            self.images += kept
+            self.captions += [folder] * len(kept)
+        self.index()
+        if self.split == "train" and (single := [noun for noun, states in self.states.items() if len(states) < 2]):
+            self.drop_single_state_nouns(single)
+        if not self.images:
+            raise InputError(f"no '<adjective> <noun>' folder of the {self.split} split with a usable image under "
+                             f"{self.root / 'images'}; data/README.md shows the expected tree")
+
+    def index(self) -> None:
+        """noun -> adjective -> image ids."""
+        self.states: dict[str, dict[str, list[int]]] = {}
+        for image, caption in enumerate(self.captions):
+            adjective, _, noun = caption.partition(" ")
+            self.states.setdefault(noun, {}).setdefault(adjective, []).append(image)
+
+    def drop_single_state_nouns(self, nouns: list[str]) -> None:
+        self.refuse_or_drop("nouns with one adjective", f"the noun {nouns[0]!r} has images of one adjective only under "
+                            f"{self.root / 'images'}, so no pair can be drawn for it; add a second state, remove the "
+                            "folder, or pass --skip_bad_images True", len(nouns))
+        gone = set(nouns)
+        kept = [i for i, caption in enumerate(self.captions) if caption.partition(" ")[2] not in gone]
+        self.drop("images of those nouns", len(self.images) - len(kept))
+        self.images, self.captions = [self.images[i] for i in kept], [self.captions[i] for i in kept]
+        self.index()
+
+    def text(self, target_caption: str) -> str:
+        return target_caption if self.complete_text else target_caption.partition(" ")[0]
+
+    def sample(self, order: np.ndarray, position: int, key: tuple[int, ...]) -> Sample:
+        """Consecutive positions form a pair: one source, two targets of its noun with different adjectives."""
+        source = int(order[position - position % 2])
+        rng = np.random.default_rng((*key, position // 2))
+        states = list(self.states[self.captions[source].partition(" ")[2]].values())
+        first, second = rng.integers(len(states)), rng.integers(len(states) - 1)
+        chosen = (states[first], states[second + (second >= first)])            # a target may have the source's state
+        target = [pick(rng, images) for images in chosen][position % 2]         # both drawn: each knows of the other
+        return Sample(source, target, self.text(self.captions[target]))
+
+    def queries(self) -> list[Sample]:
+        """Every image with every other adjective of its noun."""
+        queries = []
+        for source, caption in enumerate(self.captions):
+            adjective, _, noun = caption.partition(" ")
+            queries += [Sample(source, images[0], self.text(f"{other} {noun}"))
+                        for other, images in self.states[noun].items() if other != adjective]
+        return queries
+
+    def judges(self, query_captions: list[str], gallery_captions: list[str]) -> list[Judge]:
+        """Also the adjective and the noun alone."""
+        words = [[[caption.partition(" ")[part] for caption in captions] for part in (0, 2)]
+                 for captions in (query_captions, gallery_captions)]
+        return [*super().judges(query_captions, gallery_captions),
+                *(Judge(f"correct_{name}", *integer_labels(words[0][part], words[1][part]))
+                  for part, name in enumerate(("adj", "noun")))]
+
+
+class Fashion200k(CaptionedDataset):
+    """Captions that become equal once a word is dropped are siblings; the text is 'replace A with B'."""
+
+    def read(self) -> None:
+        self.images, self.captions = [], []
+        labels = sorted(require(self.root / "labels", "label folder").glob(f"*{self.split}*.txt"))
+        if not labels:
+            raise InputError(f"no label file *{self.split}*.txt in {self.root / 'labels'}; data/README.md shows the "
+                             "expected tree")
+        for file in labels:
+            for number, line in read_lines(file):
+                image, caption = self.parse_label(line, f"{file}, line {number}")
+                if image not in self.without:
+                    self.images.append(image)
+                    self.captions.append(caption)
+        if not self.images:
+            raise InputError(f"the label files *{self.split}*.txt in {self.root / 'labels'} name no usable image")
+        if self.split == "train":
+            self.find_siblings()
+
+    @staticmethod
+    def parse_label(line: str, where: str) -> tuple[str, str]:
+        fields = line.split("\t")
+        if len(fields) != 3 or not fields[2].strip():
+            raise InputError(f"{where}: expected 'path<TAB>detection score<TAB>caption', got {line[:80]!r}; mend the "
+                             "line or remove it")
+        return inside(fields[0].strip(), where), clean_caption(fields[2])
+
+    def find_siblings(self) -> None:
+        """Captions -> their parents with at least two children; parents -> children; captions -> image ids."""
+        self.images_of: dict[str, list[int]] = {}
+        for image, caption in enumerate(self.captions):
+            self.images_of.setdefault(caption, []).append(image)
+        self.children: dict[str, list[str]] = {}
+        for caption in self.images_of:
+            for parent in parent_captions(caption):
+                self.children.setdefault(parent, []).append(caption)
+        self.parents: dict[str, list[str]] = {}
+        for parent, children in self.children.items():
+            for child in children if len(children) >= 2 else ():
+                self.parents.setdefault(child, []).append(parent)
+        self.modifiable = [image for image, caption in enumerate(self.captions) if caption in self.parents]
+        if not self.modifiable:
+            raise InputError(f"no two captions of the train split in {self.root / 'labels'} differ by one word, so no "
+                             "training pair can be drawn")
+
+    def text(self, source: int, target: int) -> str:
+        """The whole target caption, or the first word of either caption that the other one has not."""
+        if self.complete_text:
+            return self.captions[target]
+        old, new = self.captions[source].split(), self.captions[target].split()
+        removed = next((word for word in old if word not in new), old[-1])
+        added = next((word for word in new if word not in old), new[-1])
+        return f"replace {removed} with {added}"
+
+    def sample(self, order: np.ndarray, position: int, key: tuple[int, ...]) -> Sample:
+        """The source at this position, or a random modifiable one in its place, to a random sibling's random image."""
+        rng, source = np.random.default_rng((*key, position)), int(order[position])
+        if self.captions[source] not in self.parents:
+            source = pick(rng, self.modifiable)
+        caption = self.captions[source]
+        sibling = caption
+        while sibling == caption:                                               # both drawn anew, as the original does
+            sibling = pick(rng, self.children[pick(rng, self.parents[caption])])
+        target = pick(rng, self.images_of[sibling])
+        return Sample(source, target, self.text(source, target))
+
+    def queries(self) -> list[Sample]:
+        """The lines of test_queries.txt."""
+        file, ids = self.root / "test_queries.txt", {image: i for i, image in enumerate(self.images)}
+        queries = []
+        for number, line in read_lines(require(file, "query file")):
+            pair = line.split()
+            if len(pair) != 2:
+                raise InputError(f"{file}, line {number}: expected 'source_path target_path', got {line[:80]!r}")
+            for image in pair:
+                if image not in ids and image not in self.without:
+                    raise InputError(f"{file}, line {number}: {image} is in no label file of the test split; mend the "
+                                     "line or the labels")
+            if all(image in ids for image in pair):
+                source, target = ids[pair[0]], ids[pair[1]]
+                queries.append(Sample(source, target, self.text(source, target)))
+            else:
+                self.drop("queries")
+        return queries
+
+
+class Triplet(NamedTuple):
+    """A FashionIQ annotation."""
+    category: str
+    source: int
+    target: int
+    text: str
+
+
+class FashionIQ(CompositionDataset):
+    """Annotated triplets; the test split is the published validation split, a hit is the target image itself.
+
+    The text is the two captions joined, which is also what the original calls the target caption.
+    """
+
+    CATEGORIES = ("dress", "shirt", "toptee")
+    FOLDERS, ENDINGS = ("all_imgs", "images", "img"), (".jpg", ".png", ".jpeg")
+
+    def read(self) -> None:
+        self.published = "train" if self.split == "train" else "val"
+        self.categories = self.CATEGORIES if self.category == "all" else (self.category,)
+        self.split_ids = {category: self.read_split(category) for category in self.categories}
+        annotations = [entry for category in self.categories for entry in self.read_captions(category)]
+        used = [name for _, source, target, _ in annotations for name in (source, target)]
+        # Training needs the annotated images only (25,136 of the published 45,429); the test ranks all of its split.
+        names = used if self.split == "train" else [name for ids in self.split_ids.values() for name in ids]
+        files = self.image_files()
+        kept = [(name, image) for name in dict.fromkeys(names)
+                if (image := files.get(name, f"{self.FOLDERS[0]}/{name}.jpg")) not in self.without]
+        self.images = [image for _, image in kept]
+        self.ids = {name: i for i, (name, _) in enumerate(kept)}
+        whole = [entry for entry in annotations if entry[1] in self.ids and entry[2] in self.ids]
+        if self.lenient:
+            self.drop("triplets", len(annotations) - len(whole))
+        self.triplets = [Triplet(category, self.ids[source], self.ids[target], text)
+                         for category, source, target, text in whole]
+        if not self.triplets:
+            raise InputError(f"no usable triplet in the cap.*.{self.published}.json files of {self.root / 'captions'}")
+
+    def image_files(self) -> dict[str, str]:
+        """id -> path below root, from whichever of the three customary folders is there."""
+        folder = next((name for name in self.FOLDERS if (self.root / name).is_dir()), None)
+        if folder is None:
+            raise InputError(f"no image folder under {self.root}: expected one of {', '.join(self.FOLDERS)}; "
+                             "data/README.md shows the expected tree")
+        files: dict[str, str] = {}
+        for name in sorted(os.listdir(self.root / folder)):
+            stem, ending = os.path.splitext(name)
+            if ending.lower() in self.ENDINGS:
+                files.setdefault(stem, f"{folder}/{name}")
+        return files
+
+    def read_split(self, category: str) -> list[str]:
+        file = self.root / "image_splits" / f"split.{category}.{self.published}.json"
+        ids = read_json(require(file, "split file"))
+        if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
+            raise InputError(f"{file}: expected a JSON list of image ids")
+        return [inside(name, str(file)) for name in dict.fromkeys(ids)]
+
+    def read_captions(self, category: str) -> Iterator[tuple[str, str, str, str]]:
+        """(category, source id, target id, text) of each annotation."""
+        file = self.root / "captions" / f"cap.{category}.{self.published}.json"
+        entries, known = read_json(require(file, "caption file")), set(self.split_ids[category])
+        for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
+            where = f"{file}, entry {number}"
+            if not is_annotation(entry):
+                raise InputError(f"{where}: expected {{'candidate': id, 'target': id, 'captions': [text, text]}}, got "
+                                 f"{str(entry)[:80]!r}")
+            for name in (entry["candidate"], entry["target"]):
+                if name not in known:
+                    raise InputError(f"{where}: image {name!r} is not in split.{category}.{self.published}.json")
+            if self.category == "all":
+                text = f"{category} " + " and it ".join(entry["captions"])
+            else:
+                text = " ".join(entry["captions"])
+            yield category, entry["candidate"], entry["target"], text.lower()
+
+    def __len__(self) -> int:
+        return len(self.triplets)
+
+    def sample(self, order: np.ndarray, position: int, key: tuple[int, ...]) -> Sample:
+        return Sample(*self.triplets[order[position]][1:])
+
+    def training_texts(self) -> list[str]:
+        return [triplet.text for triplet in self.triplets]
+
+    def test_task(self) -> RetrievalTask:
+        positions = {category: np.array([self.ids[name] for name in self.split_ids[category] if name in self.ids])
+                     for category in self.categories}
+        return self.triplet_task(self.triplets, np.arange(len(self.images)), positions)
+
+    def training_task(self, seed: int) -> RetrievalTask:
+        epoch = Epoch(self, seed, 2**32 - 1)
+        triplets = [self.triplets[index] for index in epoch.order[:TRAIN_QUERIES]]
+        positions = {category: np.array([i for i, triplet in enumerate(triplets) if triplet.category == category])
+                     for category in self.categories}
+        return self.triplet_task(triplets, np.array([triplet.target for triplet in triplets]), positions)
+
+    def triplet_task(self, triplets: list[Triplet], gallery: np.ndarray, positions: dict) -> RetrievalTask:
+        """Each category judged in the merged gallery (the paper) and in its own (later papers); the source stays in."""
+        query_sets = []
+        for category in self.categories:
+            asked = [triplet for triplet in triplets if triplet.category == category]
+            if not asked:
+                continue
+            targets = np.array([triplet.target for triplet in asked])
+            judges = [Judge(f"correct_{category}", targets, gallery),
+                      Judge(f"own_gallery_{category}", targets, gallery, among=positions[category], ks=(10, 50))]
+            query_sets.append(QuerySet(np.array([triplet.source for triplet in asked]), texts_of(asked),
+                                       np.full(len(asked), -1), judges))
+        return RetrievalTask(gallery, query_sets)
+
+
+DATASETS = {"mitstates": MITStates, "fashion200k": Fashion200k, "fashionIQ": FashionIQ}
+
+
+def texts_of(queries) -> list[str]:
+    return [query.text for query in queries]
+
+
+def pick(rng: np.random.Generator, choices: list):
+    return choices[rng.integers(len(choices))]
+
+
+def integer_labels(query_values: list[str], gallery_values: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The same small integer for the same value in both lists."""
+    number: dict[str, int] = {}
+    return tuple(np.array([number.setdefault(value, len(number)) for value in values])
+                 for values in (query_values, gallery_values))
+
+
+def clean_caption(caption: str) -> str:
+    """Marks for the four characters that Fashion200k's captions use as words."""
+    for character, word in ((".", "dotmark"), ("?", "questionmark"), ("&", "andmark"), ("*", "starmark")):
+        caption = caption.replace(character, word)
+    return caption.strip()
+
+
+def parent_captions(caption: str) -> list[str]:
+    """The caption less each of its words in turn.
+
+    A word goes wherever its letters stand, also inside longer words: that defines the published training pairs.
+    """
+    return list(dict.fromkeys(caption.replace(word, "").replace("  ", " ").strip() for word in caption.split()))
+
+
+def is_annotation(entry) -> bool:
+    """Whether a FashionIQ caption file's entry has what it should."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("captions"), list):
+        return False
+    return all(isinstance(text, str) for text in (entry.get("candidate"), entry.get("target"), *entry["captions"]))
+
+
+def require(path: Path, what: str) -> Path:
+    if not path.exists():
+        raise InputError(f"{what} not found at {path}; check --dataset_path, data/README.md shows the expected tree")
+    return path
+
+
+def inside(image: str, where: str) -> str:
+    """An image path of a label file, refused where it would leave the dataset folder."""
+    parts = PurePosixPath(image)
+    if not image or parts.is_absolute() or ".." in parts.parts or "\0" in image:
+        raise InputError(f"{where}: {image[:80]!r} is no path inside the dataset folder")
+    return image
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(line number, line) of each line that is not blank."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode("utf-8").strip("\r\n")
+            except UnicodeDecodeError:
+                raise InputError(f"{file}, line {number}: not UTF-8 text; save the file as UTF-8") from None
+            if text.strip():
+                yield number, text
+
+
+def read_json(file: Path):
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not valid JSON ({error}); download it again") from None

@@ -1,0 +1,215 @@
+"""The image encoder and the three composers: (source image, text) -> one vector near the target image's.
+
+Sizes are letters: B rows, D image feature size (image_dim), T text feature size (text_dim).
+Module names are those of the original release, so that its checkpoints load.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from errors import InputError
+from text_model import SimpleVocab, TextLSTMModel
+from torch_function import NormalizationLayer
+
+SentenceVectors = Callable[[list[str]], Tensor]
+
+
+def mlp(size_in: int, hidden: int, size_out: int) -> nn.Sequential:
+    """Batch norm, ReLU, linear, ReLU, linear: the shape of every mapping and decoder here."""
+    return nn.Sequential(nn.BatchNorm1d(size_in), nn.ReLU(), nn.Linear(size_in, hidden),
+                         nn.ReLU(), nn.Linear(hidden, size_out))
+
+
+class Concat(nn.Module):
+    """[(B, D), (B, T)] -> (B, D + T)."""
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, dim=1)
+
+
+def resnet18_encoder(image_dim: int) -> nn.Module:
+    """torchvision's ResNet-18 with its classifier replaced by Linear(512, image_dim)."""
+    encoder = torchvision.models.resnet18(weights=None)
+    encoder.fc = nn.Sequential(nn.Linear(512, image_dim))
+    return encoder
+
+
+def load_image_weights(encoder: nn.Module, weights: str) -> None:
+    """Put `weights` ('imagenet', 'none' or a file of torchvision's resnet18) into the encoder; `fc` stays as it is.
+
+    Raises InputError when the download fails or the file does not hold a ResNet-18.
+    """
+    if weights == "none":
+        return
+    elsewhere = "pass --image_weights PATH (a file saved from torchvision's resnet18) or --image_weights none"
+    try:
+        if weights == "imagenet":
+            state = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        backbone = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        missing, unexpected = encoder.load_state_dict(backbone, strict=False)
+        if unexpected or any(not name.startswith("fc.") for name in missing):
+            raise InputError(f"the tensors in {weights} are not those of a ResNet-18")
+    except Exception as error:                                                  # torch.load raises a dozen types
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"cannot load the image weights {weights!r} ({reason}); {elsewhere}") from None
+
+
+class ImgTextCompositionBase(nn.Module):
+    """Encoders, feature normalization and the training forward that all composers share.
+
+    vocabulary: of the LSTM. sentence_vectors: texts -> (B, T) without gradient; where given, they are used in place
+    of the LSTM, which is still built (at size T) because the original's checkpoints hold it.
+    """
+
+    def __init__(self, vocabulary: SimpleVocab, image_dim: int = 512, text_dim: int = 512,
+                 sentence_vectors: SentenceVectors | None = None):
+        super().__init__()
+        self.image_dim, self.text_dim, self.sentence_vectors = image_dim, text_dim, sentence_vectors
+        self.normalization_layer = NormalizationLayer()
+        self.img_model = resnet18_encoder(image_dim)
+        self.text_model = TextLSTMModel(vocabulary, text_dim)
+        self.a = nn.Parameter(torch.tensor([1.0, 10.0, 1.0, 1.0]))              # weights of a composer's two branches
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) float, normalized -> (B, D)."""
+        return self.img_model(images)
+
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """B texts -> (B, T)."""
+        if self.sentence_vectors is None:
+            return self.text_model(texts)
+        return self.sentence_vectors(texts).to(self.a.device, non_blocking=True)
+
+    def compose(self, image: Tensor, text: Tensor) -> Tensor:
+        """(B, D), (B, T) -> (B, D): where in image-feature space the query points."""
+        raise NotImplementedError
+
+    def forward(self, source: Tensor, texts: list[str], target: Tensor) -> dict[str, Tensor]:
+        """Features by name, as `composition_losses` reads them: query and target, (B, D), normalized and scaled."""
+        image, text = self.encode_image(source), self.encode_text(texts)        # (B, D), (B, T)
+        composed = self.compose(image, text)                                    # (B, D)
+        goal = self.encode_image(target)                                        # (B, D): a pass, and statistics, of its own
+        return {"query": self.normalization_layer(composed), "target": self.normalization_layer(goal),
+                **self.further_features(image, text, composed, goal)}
+
+    def further_features(self, image: Tensor, text: Tensor, composed: Tensor, goal: Tensor) -> dict[str, Tensor]:
+        """What the composer's own loss terms compare; none here."""
+        return {}
+
+
+class TIRG(ImgTextCompositionBase):
+    """Text Image Residual Gating (arXiv 1812.07119, section 3.2): a gated image plus a residual."""
+
+    def __init__(self, *args, **sizes):
+        super().__init__(*args, **sizes)
+        both = self.image_dim + self.text_dim
+        self.gated_feature_composer = nn.Sequential(Concat(), nn.BatchNorm1d(both), nn.ReLU(),
+                                                    nn.Linear(both, self.image_dim))
+        self.res_info_composer = nn.Sequential(Concat(), *mlp(both, both, self.image_dim))
+
+    def compose(self, image: Tensor, text: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.gated_feature_composer([image, text]))        # (B, D)
+        residual = self.res_info_composer([image, text])                        # (B, D)
+        return gate * image * self.a[0] + residual * self.a[1]
+
+
+class ComplexProjection(nn.Module):
+    """Image and text into complex space, the text as a rotation (ComposeAE eq. 2 to 4): v * exp(+-i delta)."""
+
+    def __init__(self, image_dim: int, text_dim: int):
+        super().__init__()
+        self.bert_features = nn.Sequential(nn.BatchNorm1d(text_dim), nn.Linear(text_dim, image_dim),
+                                           nn.ReLU(), nn.Linear(image_dim, image_dim))
+        self.image_features = nn.Sequential(nn.BatchNorm1d(image_dim), nn.Linear(image_dim, image_dim),
+                                            nn.Dropout(0.5), nn.ReLU(), nn.Linear(image_dim, image_dim))
+
+    def forward(self, image: Tensor, text: Tensor, sign: float) -> Tensor:
+        """(B, D), (B, T) -> (B, 5, D): v, delta, the raw image feature, real and imaginary part."""
+        magnitude, angle = self.image_features(image), self.bert_features(text)  # (B, D), (B, D)
+        real, imaginary = magnitude * angle.cos(), sign * magnitude * angle.sin()
+        return torch.stack([magnitude, angle, image, real, imaginary], dim=1)
+
+
+class LinearMapping(nn.Module):
+    """The paper's rho: (B, size_in) -> (B, D)."""
+
+    def __init__(self, size_in: int, image_dim: int):
+        super().__init__()
+        self.mapping = mlp(size_in, image_dim, image_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.mapping(features)
+
+
+class ConvMapping(nn.Module):
+    """The paper's rho_conv: a convolution along the feature axis, pooled to about `size_in` values, then a mapping."""
+
+    def __init__(self, channels: int, size_in: int, image_dim: int, conv_name: str, filters: int = 64):
+        super().__init__()
+        pooled = max(1, size_in // filters)                                     # 16 for 2 * 512, 20 for 512 + 768
+        self.conv_name = conv_name                                              # the original's two releases of a name
+        self.add_module(conv_name, nn.Conv1d(channels, filters, kernel_size=3, padding=1))
+        self.pool = nn.AdaptiveMaxPool1d(pooled)
+        self.mapping = mlp(filters * pooled, image_dim, image_dim)
+
+    def forward(self, features: Tensor) -> Tensor:                              # (B, channels, length)
+        pooled = self.pool(getattr(self, self.conv_name)(features))             # (B, 64, pooled)
+        return self.mapping(pooled.flatten(1))                                  # (B, D)
+
+
+class AutoencoderComposition(ImgTextCompositionBase):
+    """Two encoders, weighted by `a`, and two decoders that give image and text back from the composition."""
+
+    def __init__(self, *args, **sizes):
+        super().__init__(*args, **sizes)
+        self.decoder = mlp(self.image_dim, self.image_dim, self.image_dim)
+        self.txtdecoder = mlp(self.image_dim, self.text_dim, self.text_dim)
+
+    def further_features(self, image: Tensor, text: Tensor, composed: Tensor, goal: Tensor) -> dict[str, Tensor]:
+        return {"decoded_image": self.decoder(composed), "image": image,
+                "decoded_text": self.txtdecoder(composed), "text": text}
+
+
+class ComposeAE(AutoencoderComposition):
+    """ComposeAE (arXiv 2006.11149, section 3): composition in complex space with rotational symmetry."""
+
+    def __init__(self, *args, **sizes):
+        super().__init__(*args, **sizes)
+        dim, text_dim = self.image_dim, self.text_dim
+        self.encoderLinear = nn.Sequential(ComplexProjection(dim, text_dim), LinearMapping(2 * dim, dim))
+        self.encoderWithConv = nn.Sequential(ComplexProjection(dim, text_dim), ConvMapping(5, 2 * dim, dim, "conv"))
+
+    def compose(self, image: Tensor, text: Tensor, sign: float = 1.0) -> Tensor:
+        project, rho = self.encoderLinear
+        project_conv, rho_conv = self.encoderWithConv                           # its own projection, not shared
+        complex_parts = project(image, text, sign)[:, 3:].flatten(1)            # (B, 2 D): real, imaginary
+        return rho(complex_parts) * self.a[1] + rho_conv(project_conv(image, text, sign)) * self.a[0]
+
+    def further_features(self, image: Tensor, text: Tensor, composed: Tensor, goal: Tensor) -> dict[str, Tensor]:
+        """Also the target turned back by the same text, which should land on the source (rotational symmetry)."""
+        rotated_back = self.compose(goal, text, sign=-1.0)                      # (B, D)
+        return {**super().further_features(image, text, composed, goal),
+                "rotated_back": self.normalization_layer(rotated_back), "source": self.normalization_layer(image)}
+
+
+class RealSpaceConcatAE(AutoencoderComposition):
+    """The paper's ablation 'concatenation in real space': the same encoders and decoders without the rotation."""
+
+    def __init__(self, *args, **sizes):
+        super().__init__(*args, **sizes)
+        both = self.image_dim + self.text_dim
+        self.encoderLinear = nn.Sequential(Concat(), LinearMapping(both, self.image_dim))
+        self.encoderWithConv = nn.Sequential(Concat(), ConvMapping(1, both, self.image_dim, "conv1"))
+
+    def compose(self, image: Tensor, text: Tensor) -> Tensor:
+        concat, rho_conv = self.encoderWithConv
+        convolved = rho_conv(concat([image, text])[:, None])                    # (B, 1, D + T) -> (B, D)
+        return self.encoderLinear([image, text]) * self.a[1] + convolved * self.a[0]
+
+
+MODELS = {"tirg": TIRG, "composeAE": ComposeAE, "RealSpaceConcatAE": RealSpaceConcatAE}

@@ -1,0 +1,86 @@
+"""What a run leaves to look at: its folder, TensorBoard's events, the recall table and metrics.json."""
+
+import json
+import os
+import re
+import socket
+from datetime import datetime
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+from errors import InputError
+
+
+def run_folder(log_dir: str | Path, comment: str) -> Path:
+    """A new folder <log_dir>/<Mon dd_HH-MM-SS>_<hostname><comment>, as tensorboardX names them."""
+    name = f"{datetime.now().strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}{comment}"
+    try:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 1000):                                          # several runs may start in one second
+            folder = Path(log_dir) / (name if attempt == 1 else f"{name}-{attempt}")
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise InputError(f"cannot write to the log folder {log_dir} ({error.strerror}); choose another --log_dir") from None
+    raise InputError(f"{log_dir} already holds a thousand runs named {name}; choose another --comment")
+
+
+class Report:
+    """Logs one run. Results are {"train": {metric: value}, "test": {metric: value}}."""
+
+    def __init__(self, folder: Path, flags: dict):
+        self.folder, self.flags, self.results = folder, flags, {}
+        self.writer = SummaryWriter(str(folder))
+        rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(flags.items()))
+        self.writer.add_text("flags", f"| flag | value |\n| --- | --- |\n{rows}", 0)
+
+    def scalars(self, values: dict[str, float], it: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, it)
+
+    def metrics(self, results: dict[str, dict[str, float]], baselines: dict[str, dict[str, float]], it: int) -> str:
+        """Log the recalls, write metrics.json, and return the table to print.
+
+        baselines: {name: {metric: value}} of other ways to answer the test split; logged and shown, not in the file.
+        """
+        self.results = results
+        shown = {**results, **{f"test, {name}:": values for name, values in baselines.items()}}
+        for split, values in shown.items():
+            self.scalars({f"{split} {name}": value for name, value in values.items()}, it)
+        self.writer.flush()
+        unfinished = self.folder / "metrics.json.unfinished"
+        unfinished.write_text(json.dumps({"it": it, **results}, indent=1) + "\n")
+        os.replace(unfinished, self.folder / "metrics.json")
+        return f"iteration {it}\n{recall_table(shown)}"
+
+    def close(self) -> None:
+        """Flags beside final recalls, for TensorBoard's HPARAMS tab, and the end of the event file."""
+        if self.results:
+            plain = {name: value if isinstance(value, bool | int | float | str) else str(value)
+                     for name, value in self.flags.items()}
+            final = {f"final {split} {name}": value for split, values in self.results.items()
+                     for name, value in values.items()}
+            self.writer.add_hparams(plain, final, name="hparams")
+        self.writer.close()
+
+
+def recall_table(results: dict[str, dict[str, float]]) -> str:
+    """Rows split and judge, columns R@K in percent."""
+    rows: dict[str, dict[int, float]] = {}
+    others = []
+    for split, values in results.items():
+        for name, value in values.items():
+            if match := re.fullmatch(r"recall_top(\d+)_(.+)", name):
+                rows.setdefault(f"{split} {match[2]}", {})[int(match[1])] = value
+            else:
+                others.append(f"{split} {name}: {100 * value:.2f}")
+    ks = sorted({k for row in rows.values() for k in row})
+    width = max(map(len, rows), default=0)
+    lines = [" " * width + "".join(f"{f'R@{k}':>8}" for k in ks)]
+    lines += [f"{name:<{width}}" + "".join(f"{100 * row[k]:8.2f}" if k in row else " " * 8 for k in ks)
+              for name, row in rows.items()]
+    return "\n".join(lines + others)

@@ -1,0 +1,175 @@
+"""The retrieval test: recall@K of composed queries against a gallery. Returns numbers; prints and writes nothing.
+
+Every image is encoded once. A query's rank is one plus the number of gallery images that score above its best
+correct one, so nothing is sorted and the queries x gallery table is only ever held a few rows at a time.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasets import CompositionDataset, Judge, QuerySet
+from image_store import ImageStore, normalize_images, prefetch
+
+SCORES_AT_ONCE = 2**21                  # of the queries x gallery table; 8 MB stay in a CPU's cache
+
+Progress = Callable
+
+
+def no_progress(items, **_):
+    return items
+
+
+def encode_images(model, store: ImageStore, ids: Sequence[int], batch_size: int, workers: int,
+                  progress: Progress = no_progress) -> Tensor:
+    """Features of the images with these ids, each read and encoded once: (len(ids), D)."""
+    device = model.a.device
+    batches = [ids[start:start + batch_size] for start in range(0, len(ids), batch_size)]
+    pixels = prefetch(store.batch, batches, workers)
+    return torch.cat([model.encode_image(normalize_images(batch.to(device, non_blocking=True)))
+                      for batch in progress(pixels, desc="encoding images", total=len(batches))])
+
+
+def compose_queries(model, images: Tensor, texts: list[str], batch_size: int = 1024) -> Tensor:
+    """(Q, D) source features, Q texts -> (Q, D) unit query vectors; each distinct text is encoded once."""
+    distinct = list(dict.fromkeys(texts))
+    vectors = torch.cat([model.encode_text(distinct[start:start + batch_size])
+                         for start in range(0, len(distinct), batch_size)])     # (distinct texts, T)
+    row = {text: i for i, text in enumerate(distinct)}
+    rows = torch.tensor([row[text] for text in texts], device=vectors.device)
+    composed = [model.compose(images[start:start + batch_size], vectors[rows[start:start + batch_size]])
+                for start in range(0, len(texts), batch_size)]
+    return F.normalize(torch.cat(composed), dim=1)
+
+
+class CorrectImages:
+    """For a judge: which gallery positions are correct for a query, as flat (row, column) pairs of a chunk."""
+
+    def __init__(self, judge: Judge, device):
+        self.among = None if judge.among is None else torch.as_tensor(judge.among, device=device)
+        labels = judge.gallery_labels if judge.among is None else judge.gallery_labels[judge.among]
+        self.columns = torch.as_tensor(np.argsort(labels, kind="stable"), device=device)
+        ordered = np.sort(labels, kind="stable")
+        self.first = np.searchsorted(ordered, judge.query_labels, "left")       # (Q,) where a query's correct ones
+        self.counts = np.searchsorted(ordered, judge.query_labels, "right") - self.first  # begin, and how many they are
+
+    def pairs(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        first, counts = self.first[chunk], self.counts[chunk]
+        rows = np.repeat(np.arange(len(counts)), counts)
+        offsets = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        places = torch.as_tensor(np.repeat(first, counts) + offsets, device=self.columns.device)
+        return torch.as_tensor(rows, device=self.columns.device), self.columns[places]
+
+
+def rank_of_best(scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """0-based rank of each row's best correct image, ties going to the earlier column: (q, N) -> (q,) ints.
+
+    rows, columns: the correct images as pairs. A row with none, or with none but masked ones, ranks behind all.
+    """
+    correct = scores[rows, columns]
+    best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, correct, "amax")
+    width = scores.shape[1]
+    leading = torch.where(correct == best[rows], columns, width)                # of equally good ones the first
+    column = torch.full_like(best, width, dtype=torch.long).scatter_reduce(0, rows, leading, "amin")
+    above = (scores > best[:, None]).sum(1)
+    tied = scores == best[:, None]
+    if tied.sum() > len(scores):                                                # ties are rare: look at them only then
+        above += (tied & (torch.arange(width, device=scores.device) < column[:, None])).sum(1)
+    return torch.where(best == -torch.inf, width, above)
+
+
+def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Judge]) -> list[np.ndarray]:
+    """For each judge, the (Q,) 0-based rank of every query's best correct image.
+
+    queries: (Q, D), gallery: (N, D), unit rows. own: (Q,) gallery position left out of a query's ranking, -1 for none.
+    Raises FloatingPointError where features are not finite: every comparison with NaN is false, which would count
+    as a perfect rank.
+    """
+    if not (queries.isfinite().all() and gallery.isfinite().all()):
+        raise FloatingPointError("the model's features are not finite, so nothing can be ranked: the training diverged")
+    correct = [CorrectImages(judge, queries.device) for judge in judges]
+    found: list[list[Tensor]] = [[] for _ in judges]
+    own = torch.as_tensor(own, device=queries.device)
+    step = max(1, SCORES_AT_ONCE // len(gallery))
+    for start in range(0, len(queries), step):
+        chunk = slice(start, start + step)
+        scores = queries[chunk] @ gallery.T                                     # (q, N)
+        masked = (own[chunk] >= 0).nonzero()[:, 0]
+        scores[masked, own[chunk][masked]] = -torch.inf
+        for judge_ranks, images in zip(found, correct, strict=True):
+            ranked = scores if images.among is None else scores[:, images.among]
+            judge_ranks.append(rank_of_best(ranked, *images.pairs(chunk)))
+    return [torch.cat(parts).cpu().numpy() for parts in found]
+
+
+def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Judge]) -> dict[str, float]:
+    """{recall_top{K}_{judge}: share of the queries with a correct image among the first K}."""
+    return {f"recall_top{k}_{judge.name}": float((rank < k).mean())
+            for judge, rank in zip(judges, ranks(queries, gallery, own, judges), strict=True) for k in judge.ks}
+
+
+def add_own_gallery_means(metrics: dict[str, float]) -> dict[str, float]:
+    """FashionIQ's summary of later papers: R@10 and R@50 averaged over the categories, and the mean of the two."""
+    means = {}
+    for k in (10, 50):
+        values = [value for name, value in metrics.items() if name.startswith(f"recall_top{k}_own_gallery_")]
+        if values:
+            means[f"recall_top{k}_own_gallery_mean"] = float(np.mean(values))
+    if means:
+        means["recall_mean_own_gallery"] = float(np.mean(list(means.values())))
+    return {**metrics, **means}
+
+
+@torch.inference_mode()
+def evaluate(model, dataset: CompositionDataset, store: ImageStore, batch_size: int = 64, workers: int = 2,
+             seed: int = 0, progress: Progress = no_progress, baselines: bool = False) -> dict[str, dict[str, float]]:
+    """Test `model` on a split: {"model": {metric: value}}, and with `baselines` three more ways to answer.
+
+    "source image alone" ranks by the source image's feature, "text alone" composes every text with the gallery's
+    mean feature, "chance" is the expected recall of a random order. Deterministic; the model's mode is restored.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        task = dataset.task(seed)
+        used = np.unique(np.concatenate([task.gallery, *(queries.sources for queries in task.query_sets)]))
+        features = encode_images(model, store, used, batch_size, workers, progress)
+        def rows(ids):
+            return features[torch.as_tensor(np.searchsorted(used, ids), device=features.device)]
+        gallery = rows(task.gallery)
+        average = gallery.mean(0, keepdim=True)
+        gallery = F.normalize(gallery, dim=1)
+        ways: dict[str, Callable[[QuerySet, Tensor], dict]] = {"model": lambda asked, source: recalls(
+            compose_queries(model, source, asked.texts), gallery, asked.own, asked.judges)}
+        if baselines:
+            ways["source image alone"] = lambda asked, source: recalls(
+                F.normalize(source, dim=1), gallery, asked.own, asked.judges)
+            ways["text alone"] = lambda asked, source: recalls(
+                compose_queries(model, average.expand_as(source), asked.texts), gallery, asked.own, asked.judges)
+            ways["chance"] = lambda asked, source: chance(asked)
+        return {way: add_own_gallery_means({name: value for asked in task.query_sets
+                                            for name, value in answer(asked, rows(asked.sources)).items()})
+                for way, answer in ways.items()}
+    finally:
+        model.train(was_training)
+
+
+def chance(asked: QuerySet) -> dict[str, float]:
+    """Expected recalls of a random order: 1 - C(N - m, K) / C(N, K) for a query with m correct among N."""
+    values = {}
+    for judge in asked.judges:
+        images = CorrectImages(judge, "cpu")
+        own = asked.own
+        total = len(judge.gallery_labels if judge.among is None else judge.among) - (own >= 0)
+        own_is_correct = (own >= 0) & (judge.gallery_labels[own] == judge.query_labels)
+        correct = images.counts - own_is_correct
+        for k in judge.ks:
+            miss = np.ones(len(own))
+            for drawn in range(k):                                              # each draw misses all m once more
+                left = np.maximum(total - drawn, 1)
+                miss *= np.clip((left - correct) / left, 0, 1)
+            values[f"recall_top{k}_{judge.name}"] = float(1 - miss.mean())
+    return values

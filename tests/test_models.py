@@ -1,0 +1,76 @@
+"""Composers and losses against the numbers of the original modules (tests/golden), and sizes the original could not do."""
+
+import pytest
+import torch
+from torch import nn
+
+from img_text_composition_models import MODELS, load_image_weights, resnet18_encoder
+from main import parameter_groups
+from text_model import SimpleVocab
+from torch_function import composition_losses
+
+from . import golden
+
+CASES = {"tirg-lstm512": ("tirg", 512), "tirg-bert768": ("tirg", 768), "composeAE-bert768": ("composeAE", 768),
+         "RealSpaceConcatAE-bert768": ("RealSpaceConcatAE", 768)}
+TEXTS = golden.VALUES["query_texts"]
+
+
+def golden_model(case):
+    name, text_dim = CASES[case]
+    vocabulary = SimpleVocab.from_texts(golden.VALUES["texts_for_vocab"])
+    vectors = golden.sentence_vectors if "bert" in case else None
+    model = golden.fill(MODELS[name](vocabulary, 512, text_dim, sentence_vectors=vectors))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0                                                      # as where the numbers were made
+    return model
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, torch.as_tensor(theirs), rtol=1e-4, atol=1e-4 * abs(theirs).max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_state_dict_names_and_shapes_are_the_originals(case):
+    shapes = {name: list(value.shape) for name, value in golden_model(case).state_dict().items()}
+    assert shapes == golden.VALUES["cases"][case]["state_dict"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_eval_features_are_the_originals(case):
+    model, expected = golden_model(case).eval(), golden.ARRAYS
+    image, text = model.encode_image(golden.images("source")), model.encode_text(TEXTS)
+    composed = model.compose(image, text)
+    close(image, expected[f"{case}/img_features"])
+    close(text, expected[f"{case}/text_features"])
+    close(composed, expected[f"{case}/eval/repres"])
+    close(model.normalization_layer(composed), expected[f"{case}/normalized"])
+    if case.startswith("tirg"):
+        return
+    features = model(golden.images("source"), TEXTS, golden.images("target"))
+    close(features["decoded_image"], expected[f"{case}/eval/repr_to_compare_with_source"])
+    close(features["decoded_text"], expected[f"{case}/eval/repr_to_compare_with_mods"])
+    close(features["image"], expected[f"{case}/eval/img_features"])
+    close(features["text"], expected[f"{case}/eval/text_features"])
+    if case.startswith("composeAE"):
+        close(model.compose(image, text, sign=-1.0), expected[f"{case}/eval/conjugate_repres"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_over_four_steps_and_first_gradients_are_the_originals(case):
+    expected = golden.VALUES["cases"][case]
+    model = golden_model(case).train()
+    optimizer = torch.optim.SGD(parameter_groups(model, 0.01), momentum=0.9, weight_decay=1e-6)
+    for step, parts in enumerate(expected["losses_by_step"]):
+        features = model(golden.images("source"), TEXTS, golden.images("target"))
+        losses = composition_losses(features, "batch_based_classification")
+        optimizer.zero_grad()
+        losses["total training loss"].backward()
+        ours = {name.replace("total training loss", "total"): loss.item() for name, loss in losses.items()}
+        assert ours == pytest.approx(parts, rel=1e-4), f"step {step}"
+        if step == 0:
+            norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+            assert norms == pytest.approx(expected["grad_norms"], rel=1e-4, abs=1e-6)
+        optimizer.step()

@@ -1,0 +1,70 @@
+"""Losses over features: feature normalization, the two metric losses, and their weighted sum with a composer's own."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class NormalizationLayer(nn.Module):
+    """L2-normalize each row, then multiply by one learned scale (TIRG section 3.3; initial value 4)."""
+
+    def __init__(self, initial_scale: float = 4.0):
+        super().__init__()
+        self.norm_s = nn.Parameter(torch.full((1,), initial_scale))
+
+    def forward(self, features: Tensor) -> Tensor:                              # (B, D) -> (B, D)
+        return self.norm_s * F.normalize(features, dim=1)
+
+
+def draw_negatives(batch_size: int, count: int = 3, device=None) -> Tensor:
+    """Per row of (query, target) stacked, `count` distinct random rows that are neither itself nor its twin: (2B, count).
+
+    Where the batch has fewer than `count` such rows (B = 2), all of them are taken.
+    """
+    allowed = 1 - torch.eye(batch_size, device=device).repeat(2, 2)             # (2B, 2B): 0 at itself and its twin
+    return torch.multinomial(allowed, min(count, 2 * batch_size - 2))           # without replacement
+
+
+def soft_triplet_loss(query: Tensor, target: Tensor, negatives: Tensor | None = None) -> Tensor:
+    """mean log(1 + exp(d_pos - d_neg)) over 2B anchors and their negatives; d is the squared Euclidean distance.
+
+    TIRG eq. 4 and 5 with soft-triplet kernel, M = 3. The published runs were tuned with a hand-written backward pass
+    that returned HALF of this loss's gradient; so does this function, while its value is the whole loss.
+
+    query, target: (B, D), B >= 2. negatives: (2B, n) row numbers into (query, target) stacked; drawn if not given.
+    """
+    rows = torch.cat([query, target])                                           # (2B, D)
+    if negatives is None:
+        negatives = draw_negatives(len(query), device=query.device)             # (2B, 3)
+    positive = (query - target).square().sum(dim=1).repeat(2)                   # (2B,): the twin is the only positive
+    negative = (rows[:, None] - rows[negatives]).square().sum(dim=2)            # (2B, 3)
+    half = 0.5 * F.softplus(positive[:, None] - negative).mean()
+    return half + half.detach()
+
+
+def batch_based_classification_loss(query: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy over the batch: row i of query @ target^T should pick column i (ComposeAE eq. 8). (B, D) twice."""
+    logits = query @ target.T                                                   # (B, B)
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+LOSSES = {"soft_triplet": soft_triplet_loss, "batch_based_classification": batch_based_classification_loss}
+
+
+def composition_losses(features: dict[str, Tensor], loss: str) -> dict[str, Tensor]:
+    """{logged name: scalar} for what a composer's forward gave; a term is there when its two features are.
+
+    `loss` names the metric loss, which judges query against target (weight 1) and, for ComposeAE, the conjugate
+    composition against the source (0.01); the two reconstructions weigh 0.1 each (ComposeAE eq. 9 to 12).
+    """
+    metric_loss = LOSSES[loss]
+    terms = {
+        loss: (1.0, metric_loss, "query", "target"),
+        "L2_loss": (0.1, F.mse_loss, "decoded_image", "image"),
+        "L2_loss_text": (0.1, F.mse_loss, "decoded_text", "text"),
+        "rot_sym_loss": (0.01, metric_loss, "rotated_back", "source"),
+    }
+    present = {name: term for name, term in terms.items() if term[2] in features}
+    losses = {name: compare(features[a], features[b]) for name, (_, compare, a, b) in present.items()}
+    losses["total training loss"] = sum(present[name][0] * value for name, value in losses.items())
+    return losses
