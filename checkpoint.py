@@ -38,7 +38,7 @@ def load(path: str | Path) -> dict:
         raise InputError(f"checkpoint not found at {path}; check --model_checkpoint") from None
     except Exception as error:                                                  # torch.load raises a dozen types
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} is not a readable checkpoint ({reason}); name a latest_checkpoint.pth of a run") from None
+        raise InputError(f"{path} is not a readable checkpoint ({reason}); name a latest_checkpoint.pth") from None
     if not isinstance(state, dict) or not isinstance(state.get("model_state_dict"), dict):
         raise InputError(f"{path} is not a checkpoint of this program: it has no model_state_dict")
     opt = state.get("opt", {})
@@ -53,9 +53,9 @@ def restore(model: ImgTextCompositionBase, state: dict, path: str | Path) -> Non
     if differs:
         name = differs[0]
         held, wanted = (f"{tuple(tensors[name].shape)}" if name in tensors else "none" for tensors in (theirs, ours))
-        raise InputError(f"the checkpoint {path} (--model {state['opt'].get('model', 'unknown')}) does not fit this run: "
-                         f"{len(differs)} weights differ, first {name}: {held} there, {wanted} here; use the flags and "
-                         "the dataset it was trained with")
+        raise InputError(f"the checkpoint {path} (--model {state['opt'].get('model', 'unknown')}) does not fit this "
+                         f"run: {len(differs)} weights differ, first {name}: {held} there, {wanted} here; use the "
+                         "flags and the dataset it was trained with")
     model.load_state_dict(theirs)
 
 

@@ -95,7 +95,7 @@ class PixelFile:
         names, records, pixels = (folder / f"images_{size}.{kind}" for kind in ("paths", "records", "pixels"))
         self.names = [path.encode("utf-8", "surrogateescape") for path in paths]
         with open(names, "a+b") as listing:
-            fcntl.flock(listing, fcntl.LOCK_EX)                                 # released by the kernel if we are killed
+            fcntl.flock(listing, fcntl.LOCK_EX)                                 # the kernel frees it if we are killed
             slot_of = self.register(listing, paths)
             self.record_file = self.grown(records, len(slot_of) * RECORD.itemsize)
             self.pixel_file = self.grown(pixels, len(slot_of) * self.stride)
@@ -145,7 +145,7 @@ class PixelFile:
         return zlib.crc32(row, zlib.crc32(self.names[index]))
 
     def write(self, index: int, version: tuple[int, int], row: np.ndarray) -> None:
-        """Keep an image's pixels. Raises OSError on a full disk: hence no writing through the map, which would crash."""
+        """Keep an image's pixels. Raises OSError on a full disk, where writing through the map would crash."""
         slot = int(self.slots[index])
         os.pwrite(self.record_file, bytes(RECORD.itemsize), slot * RECORD.itemsize)
         os.pwrite(self.pixel_file, row, slot * self.stride)
@@ -211,7 +211,7 @@ class ImageStore:
                 self.load(index, np.empty((3, self.size, self.size), np.uint8))
             except InputError as error:
                 return str(error)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:                        # PIL decodes and resizes without the GIL
+        with ThreadPoolExecutor(os.cpu_count()) as pool:                        # PIL decodes without Python's lock
             complaints = pool.map(attempt, range(len(self)))
             return {index: complaint for index, complaint in
                     enumerate(progress(complaints, desc="checking images", total=len(self))) if complaint}

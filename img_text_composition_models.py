@@ -93,7 +93,7 @@ class ImgTextCompositionBase(nn.Module):
         """Features by name, as `composition_losses` reads them: query and target, (B, D), normalized and scaled."""
         image, text = self.encode_image(source), self.encode_text(texts)        # (B, D), (B, T)
         composed = self.compose(image, text)                                    # (B, D)
-        goal = self.encode_image(target)                                        # (B, D): a pass, and statistics, of its own
+        goal = self.encode_image(target)                                        # (B, D): batch norm sees it apart
         return {"query": self.normalization_layer(composed), "target": self.normalization_layer(goal),
                 **self.further_features(image, text, composed, goal)}
 

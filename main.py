@@ -60,8 +60,9 @@ def at_least(minimum: float, kind: type = int):
 
 
 def get_parser() -> Parser:
-    parser = Parser(prog="main.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=__doc__.split("\n")[0],
-                    epilog="The defaults are the published settings; README.md has the five published commands.")
+    parser = Parser(prog="main.py", description=__doc__.split("\n")[0],
+                    epilog="The defaults are the published settings; README.md has the five published commands.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def add(group, flag: str, default, help: str, **how):
         if isinstance(default, bool):
@@ -77,7 +78,8 @@ def get_parser() -> Parser:
     add(data, "--use_complete_text_query", False, "queries say the whole target caption, not only what changes")
     add(data, "--skip_bad_images", False, "check every image first and leave out broken and missing ones, with what "
         "refers to them, in place of stopping at the first")
-    add(data, "--image_size", 224, "side in pixels of the square images the encoder sees", type=at_least(32), metavar="S")
+    add(data, "--image_size", 224, "side in pixels of the square images the encoder sees", type=at_least(32),
+        metavar="S")
     add(data, "--image_cache", "auto", "folder that keeps the decoded images (3*S*S bytes each), 'none' to decode them "
         "each time, 'auto' for DATASET_PATH/image_cache", metavar="DIR")
     add(data, "--loader_num_workers", 4, "threads that prepare batches ahead; results do not depend on it",
@@ -85,7 +87,8 @@ def get_parser() -> Parser:
 
     model = parser.add_argument_group("model")
     add(model, "--model", "composeAE", "composer of image and text", choices=MODELS)
-    add(model, "--image_embed_dim", 512, "size of image features and of the composed query", type=at_least(1), metavar="D")
+    add(model, "--image_embed_dim", 512, "size of image features and of the composed query", type=at_least(1),
+        metavar="D")
     add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; with --use_bert the service decides",
         type=at_least(1), metavar="T")
     add(model, "--image_weights", "imagenet", "ResNet-18 to start from: 'imagenet' (downloaded once by torchvision), "
@@ -100,7 +103,7 @@ def get_parser() -> Parser:
     add(training, "--loss", "soft_triplet", "metric loss between query and target", choices=LOSSES)
     add(training, "--num_iters", 160000, "training steps", type=at_least(1), metavar="N")
     add(training, "--batch_size", 32, "queries a step, each with its target", type=at_least(2), metavar="B")
-    add(training, "--learning_rate", 1e-2, "SGD's rate; the pretrained layers of the image encoder learn at a tenth of it",
+    add(training, "--learning_rate", 1e-2, "SGD's rate; the image encoder's pretrained layers learn at a tenth of it",
         type=at_least(0, float), metavar="RATE")
     add(training, "--learning_rate_decay_frequency", 9999999, "steps after which all rates are multiplied by 0.1",
         type=at_least(1), metavar="N")
@@ -115,10 +118,12 @@ def get_parser() -> Parser:
     add(testing, "--eval_frequency", 3, "epochs between tests (epochs 1, 4, 7, ... by default) besides the one at the "
         "end; 0 for that one only", type=at_least(0), metavar="EPOCHS")
     add(testing, "--test_batch_size", 64, "images the encoder takes at once in a test", type=at_least(1), metavar="B")
-    add(testing, "--baselines", False, "tests also judge, on the test split, the source image alone, the text alone, and chance")
+    add(testing, "--baselines", False, "tests also judge, on the test split, the source image alone, the text "
+        "alone, and chance")
     add(testing, "--log_frequency", 100, "steps between logged losses, which are means over those steps",
         type=at_least(1), metavar="N")
-    add(testing, "--log_dir", Path("../logs/"), "folder under which the run's own folder is made", type=Path, metavar="DIR")
+    add(testing, "--log_dir", Path("../logs/"), "folder under which the run's own folder is made", type=Path,
+        metavar="DIR")
     add(testing, "--comment", "", "end of the run folder's name", metavar="TEXT")
     parser.add_argument("-f", default="", help=argparse.SUPPRESS)               # what a notebook passes to any script
     return parser
@@ -133,7 +138,8 @@ class Split:
 
 def open_split(args: argparse.Namespace, split: str) -> Split:
     """Read a split; with --skip_bad_images decode all of it first and read it again without what is broken."""
-    read = partial(DATASETS[args.dataset], args.dataset_path, split, args.use_complete_text_query, args.category_to_train)
+    read = partial(DATASETS[args.dataset], args.dataset_path, split, complete_text=args.use_complete_text_query,
+                   category=args.category_to_train)
     cache = {"none": None, "auto": args.dataset_path / "image_cache"}.get(args.image_cache, args.image_cache)
     data = read(without=frozenset() if args.skip_bad_images else None)
     store = ImageStore(data.paths, args.image_size, cache)
@@ -152,8 +158,10 @@ def open_split(args: argparse.Namespace, split: str) -> Split:
 def build_model(args: argparse.Namespace, state: dict | None, texts: list[str], device: torch.device):
     """The composer with a checkpoint's, ImageNet's or random weights, channels last, on the device."""
     words = (state and checkpoint.vocabulary(state)) or SimpleVocab.from_texts(texts)
-    service = SentenceService(args.bert_ip, args.bert_port, args.bert_port_out, args.bert_timeout) if args.use_bert else None
-    text_dim = service.dim if service else args.text_embed_dim
+    service, text_dim = None, args.text_embed_dim
+    if args.use_bert:
+        service = SentenceService(args.bert_ip, args.bert_port, args.bert_port_out, args.bert_timeout)
+        text_dim = service.dim
     model = MODELS[args.model](words, args.image_embed_dim, text_dim, sentence_vectors=service)
     if state:
         checkpoint.restore(model, state, args.model_checkpoint)
@@ -193,18 +201,39 @@ def train_step(model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, 
     return {name: value.detach() for name, value in losses.items()}
 
 
-def read_losses(sums: dict[str, Tensor], steps: int, it: int) -> dict[str, float]:
-    """Means over the steps since the last reading; raises FloatingPointError when one is not a finite number."""
-    means = {name: value.item() / steps for name, value in sums.items()}
-    if not all(map(math.isfinite, means.values())):
-        parts = ", ".join(f"{name} {value:g}" for name, value in means.items())
-        raise FloatingPointError(f"the loss at iteration {it} is not finite ({parts}); a lower --learning_rate may help")
-    return means
+class LossMeter:
+    """Means of the losses since the last reading, summed on the device: reading is what waits for it."""
+
+    def __init__(self):
+        self.sums, self.steps = {}, 0
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        self.sums, self.steps = {name: value + self.sums.get(name, 0) for name, value in losses.items()}, self.steps + 1
+
+    def check(self, it: int) -> dict[str, float]:
+        """The means; raises FloatingPointError when one is not a finite number."""
+        means = {name: value.item() / self.steps for name, value in self.sums.items()}
+        if not all(map(math.isfinite, means.values())):
+            parts = ", ".join(f"{name} {value:g}" for name, value in means.items())
+            raise FloatingPointError(f"the loss is not finite by iteration {it} ({parts}); lower --learning_rate")
+        return means
+
+    def read(self, it: int) -> dict[str, float]:
+        means = self.check(it)
+        self.sums, self.steps = {}, 0
+        return means
+
+
+def show(bar: tqdm, losses: dict[str, Tensor]) -> None:
+    """One step further; the loss is fetched from the device only when the bar is drawn again."""
+    if bar.update():
+        bar.set_postfix(loss=f"{losses['total training loss'].item():.4f}", refresh=False)
 
 
 def train(args: argparse.Namespace, model: ImgTextCompositionBase, split: Split, log: report.Report, test) -> None:
-    """Exactly --num_iters steps; `test(it)` every --eval_frequency epochs, a checkpoint every epoch, both at the end."""
-    optimizer = torch.optim.SGD(parameter_groups(model, args.learning_rate), momentum=0.9, weight_decay=args.weight_decay)
+    """Exactly --num_iters steps; `test(it)` every --eval_frequency epochs and a checkpoint each, both at the end."""
+    optimizer = torch.optim.SGD(parameter_groups(model, args.learning_rate), momentum=0.9,
+                                weight_decay=args.weight_decay)
     save = partial(checkpoint.save, log.folder / "latest_checkpoint.pth", model, optimizer, flags=plain(args))
     meter, it, epoch = LossMeter(), 0, 0
     model.train()
@@ -229,35 +258,6 @@ def train(args: argparse.Namespace, model: ImgTextCompositionBase, split: Split,
             meter.check(it)                                                     # nothing that is not finite is saved
             save(it=it)
     test(it)
-
-
-class LossMeter:
-    """Means of the losses since the last reading, summed on the device: reading is what waits for it."""
-
-    def __init__(self):
-        self.sums, self.steps = {}, 0
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        self.sums, self.steps = {name: value + self.sums.get(name, 0) for name, value in losses.items()}, self.steps + 1
-
-    def check(self, it: int) -> dict[str, float]:
-        """The means; raises FloatingPointError when one is not a finite number."""
-        means = {name: value.item() / self.steps for name, value in self.sums.items()}
-        if not all(map(math.isfinite, means.values())):
-            parts = ", ".join(f"{name} {value:g}" for name, value in means.items())
-            raise FloatingPointError(f"the loss is not finite by iteration {it} ({parts}); try a lower --learning_rate")
-        return means
-
-    def read(self, it: int) -> dict[str, float]:
-        means = self.check(it)
-        self.sums, self.steps = {}, 0
-        return means
-
-
-def show(bar: tqdm, losses: dict[str, Tensor]) -> None:
-    """One step further; the loss is fetched from the device only when the bar is drawn again."""
-    if bar.update():
-        bar.set_postfix(loss=f"{losses['total training loss'].item():.4f}", refresh=False)
 
 
 def plain(args: argparse.Namespace) -> dict:
@@ -287,7 +287,7 @@ def run(args: argparse.Namespace) -> None:
     splits = {name: open_split(args, name) for name in ("train", "test")}
     samples = len(splits["train"].data)
     if samples < args.batch_size and not args.test_only:
-        raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; pass a smaller one")
+        raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; lower it")
     model = build_model(args, state, splits["train"].data.training_texts(), device)
     log = report.Report(report.run_folder(args.log_dir, args.comment), plain(args))
     tqdm.write(f"{args.model} on {args.dataset}, {device}: {samples} training samples, "

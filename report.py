@@ -25,7 +25,8 @@ def run_folder(log_dir: str | Path, comment: str) -> Path:
             except FileExistsError:
                 continue
     except OSError as error:
-        raise InputError(f"cannot write to the log folder {log_dir} ({error.strerror}); choose another --log_dir") from None
+        raise InputError(f"cannot write to the log folder {log_dir} ({error.strerror}); choose another --log_dir"
+                         ) from None
     raise InputError(f"{log_dir} already holds a thousand runs named {name}; choose another --comment")
 
 

@@ -73,7 +73,7 @@ class SentenceService:
 
     def connect(self):
         """The standard client, connected; its constructor asks the service for its configuration."""
-        from bert_serving.client import BertClient                              # only here: importing needs no service
+        from bert_serving.client import BertClient  # only here: importing needs no service
         try:
             return BertClient(self.ip, self.port, self.port_out, timeout=int(1000 * self.timeout))
         except TimeoutError:

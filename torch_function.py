@@ -17,7 +17,7 @@ class NormalizationLayer(nn.Module):
 
 
 def draw_negatives(batch_size: int, count: int = 3, device=None) -> Tensor:
-    """Per row of (query, target) stacked, `count` distinct random rows that are neither itself nor its twin: (2B, count).
+    """(2B, count) row numbers: for each row of (query, target) stacked, distinct random rows but itself and its twin.
 
     Where the batch has fewer than `count` such rows (B = 2), all of them are taken.
     """

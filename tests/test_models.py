@@ -1,10 +1,10 @@
-"""Composers and losses against the numbers of the original modules (tests/golden), and sizes the original could not do."""
+"""Composers and losses against the numbers of the original modules (tests/golden), and sizes it could not do."""
 
 import pytest
 import torch
 from torch import nn
 
-from img_text_composition_models import MODELS, load_image_weights, resnet18_encoder
+from img_text_composition_models import MODELS
 from main import parameter_groups
 from text_model import SimpleVocab
 from torch_function import composition_losses
