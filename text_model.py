@@ -72,15 +72,19 @@ class SentenceService:
         self.vectors: dict[str, Tensor] = {}
 
     def connect(self):
-        """The standard client, connected; its constructor asks the service for its configuration."""
-        from bert_serving.client import BertClient  # only here: importing needs no service
+        """The standard client, once the service has answered it."""
+        from bert_serving.client import BertClient  # only here: importing this module needs no service
+
+        client = BertClient(self.ip, self.port, self.port_out, ignore_all_checks=True, timeout=int(1000 * self.timeout))
         try:
-            return BertClient(self.ip, self.port, self.port_out, timeout=int(1000 * self.timeout))
+            client.server_config                                                # noqa: B018 (the answer is the point)
         except TimeoutError:
+            client.close()                                                      # left to the garbage it can hang
             raise InputError(
                 f"no sentence service at {self.ip}:{self.port} (answers on {self.port_out}) within {self.timeout:g} s; "
                 "start a BERT-as-service there, name another with --bert_ip and --bert_port, or drop --use_bert"
             ) from None
+        return client
 
     @property
     def dim(self) -> int:

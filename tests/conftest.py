@@ -1,0 +1,121 @@
+"""Tiny trees in the three published layouts, written by hand, and a way to run the program on them."""
+
+import json
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import main
+
+MITSTATES = ("old dog", "wet dog", "young dog", "old bus", "wet bus", "adj dog", "unspaced",  # train, and two to skip
+             "ripe tomato", "sliced tomato", "old tomato", "ripe fig", "sliced fig")        # test nouns
+FASHION_TRAIN = ("red dress", "blue dress", "red long dress", "red shirt", "grey tuxedo jacket")
+FASHION_TEST = ("red dress", "blue dress", "blue skirt")
+LABEL = "{image}\t0.9\t{caption}\n"
+
+
+def picture(path, width=40, height=36):
+    """A JPEG of noise that depends on the path's last parts alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(zlib.crc32("/".join(path.parts[-3:]).encode()))
+    coarse = rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((width, height)).save(path, quality=90)
+
+
+def write_mitstates(root, images=2):
+    for folder in MITSTATES:
+        for number in range(images):
+            picture(root / "images" / folder / f"{number}.jpg")
+    return root
+
+
+def write_fashion200k(root, images=2):
+    for split, captions in (("train", FASHION_TRAIN), ("test", FASHION_TEST)):
+        lines = ""
+        for i, caption in enumerate(captions):
+            for number in range(images):
+                image = f"women/{split}/{i}/{i}_{number}.jpeg"
+                picture(root / image)
+                lines += LABEL.format(image=image, caption=caption)
+        (root / "labels").mkdir(parents=True, exist_ok=True)
+        (root / "labels" / f"dress_{split}_detect_all.txt").write_text(lines)
+    (root / "test_queries.txt").write_text("women/test/0/0_0.jpeg women/test/1/1_0.jpeg\n"
+                                           "women/test/1/1_1.jpeg women/test/2/2_0.jpeg\n")
+    return root
+
+
+def write_fashion_iq(root, pairs=3):
+    for split in ("train", "val"):
+        for category in ("dress", "shirt", "toptee"):
+            ids = [f"{category[0].upper()}{split[0].upper()}{i:03d}" for i in range(pairs + 1)]
+            if category != "dress":
+                ids.append(f"BOTH{split[0].upper()}1")                          # in two categories' splits
+            entries = [{"candidate": ids[i], "target": ids[i + 1],
+                        "captions": [f"is Darker by {i}", "" if i == 0 else "has a longer A-line hem"]}
+                       for i in range(pairs)]
+            for folder, name, content in (("captions", "cap", entries), ("image_splits", "split", ids)):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                (root / folder / f"{name}.{category}.{split}.json").write_text(json.dumps(content))
+            for name in ids:
+                picture(root / "all_imgs" / f"{name}.jpg")
+    return root
+
+
+WRITERS = {"mitstates": write_mitstates, "fashion200k": write_fashion200k, "fashionIQ": write_fashion_iq}
+
+
+@pytest.fixture(params=WRITERS)
+def benchmark_tree(request, tmp_path):
+    """(dataset name, its folder)."""
+    return request.param, WRITERS[request.param](tmp_path / request.param)
+
+
+@pytest.fixture
+def mitstates(tmp_path):
+    return write_mitstates(tmp_path / "mitstates")
+
+
+@pytest.fixture
+def fashion200k(tmp_path):
+    return write_fashion200k(tmp_path / "fashion200k")
+
+
+@pytest.fixture
+def fashion_iq(tmp_path):
+    return write_fashion_iq(tmp_path / "fashionIQ")
+
+
+SMALL = {"image_weights": "none", "image_size": 32, "image_embed_dim": 24, "text_embed_dim": 16, "batch_size": 4,
+         "num_iters": 3, "loader_num_workers": 0, "log_frequency": 1, "device": "cpu"}
+
+
+def flags(dataset, path, log_dir, **changes):
+    """The command line of a run of seconds."""
+    settings = {"dataset": dataset, "dataset_path": path, "log_dir": log_dir, **SMALL, **changes}
+    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
+
+
+class Run:
+    """A finished run: its folder, its metrics.json, and what TensorBoard reads from it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.metrics = json.loads((folder / "metrics.json").read_text())
+        self.checkpoint = folder / "latest_checkpoint.pth"
+
+    def events(self):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        return EventAccumulator(str(self.folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+    def scalars(self):
+        events = self.events()
+        return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def run_main(dataset, path, log_dir, **changes):
+    before = set(log_dir.iterdir()) if log_dir.exists() else set()
+    assert main.main(flags(dataset, path, log_dir, **changes)) == 0
+    (folder,) = set(log_dir.iterdir()) - before
+    return Run(folder)
