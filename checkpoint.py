@@ -5,6 +5,7 @@ A file holds the original's keys (`it`, `opt`, `model_state_dict`) and ours; `op
 
 import argparse
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def load(path: str | Path) -> dict:
     Only tensors and plain types are unpickled, and the argparse.Namespace of the original's checkpoints.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"checkpoint not found at {path}; check --model_checkpoint") from None

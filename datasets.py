@@ -135,6 +135,12 @@ class CaptionedDataset(CompositionDataset):
 
     captions: list[str]                 # by image id
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.test_queries = self.queries() if self.split == "test" else []      # now: a bad one must not wait for a test
+        if self.split == "test" and not self.test_queries:
+            raise InputError(f"{self.root} gives no test query; see data/README.md for what the test split needs")
+
     def training_texts(self) -> list[str]:
         return self.captions
 
@@ -146,13 +152,11 @@ class CaptionedDataset(CompositionDataset):
         raise NotImplementedError
 
     def test_task(self) -> RetrievalTask:
-        queries = self.queries()
-        if not queries:
-            raise InputError(f"{self.root} gives no test query; see data/README.md for what the test split needs")
-        sources = np.array([query.source for query in queries])
-        judges = self.judges([self.captions[query.target] for query in queries], self.captions)
+        sources = np.array([query.source for query in self.test_queries])
+        judges = self.judges([self.captions[query.target] for query in self.test_queries], self.captions)
         # The gallery is every image, so a query's own image stands at its id, and is taken out.
-        return RetrievalTask(np.arange(len(self.images)), [QuerySet(sources, texts_of(queries), sources, judges)])
+        asked = QuerySet(sources, texts_of(self.test_queries), sources, judges)
+        return RetrievalTask(np.arange(len(self.images)), [asked])
 
     def training_task(self, seed: int) -> RetrievalTask:
         samples = self.training_samples(seed)

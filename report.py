@@ -49,7 +49,7 @@ class Report:
         baselines: {name: {metric: value}} of other ways to answer the test split; logged and shown, not in the file.
         """
         self.results = results
-        shown = {**results, **{f"test, {name}:": values for name, values in baselines.items()}}
+        shown = {**results, **{f"test {name}": values for name, values in baselines.items()}}
         for split, values in shown.items():
             self.scalars({f"{split} {name}": value for name, value in values.items()}, it)
         self.writer.flush()

@@ -1,0 +1,124 @@
+"""What a training step and the retrieval stage cost, beside the least they could cost, measured side by side.
+
+    python bench.py
+
+The floor of a step is a bare torchvision ResNet-18 doing the same two forward passes and one backward pass; that of
+the retrieval stage, one float32 matrix product of its size. Each repetition times the floor and then ours.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from tqdm import tqdm
+
+import main
+from datasets import Judge, MITStates
+from image_store import ImageStore
+from img_text_composition_models import MODELS
+from test_retrieval import recalls
+from text_model import SimpleVocab
+from torch_function import LOSSES
+
+
+def seconds(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def row(what: str, ours: list[float], floor: list[float], goal: float) -> dict:
+    """Medians of one row's repetitions, in seconds."""
+    values = statistics.median(ours), statistics.median(floor)
+    ratio = values[0] / values[1]
+    return {"what": what, "ours": values[0], "floor": values[1], "ratio": ratio, "goal": goal, "met": ratio <= goal,
+            "unit": "s"}
+
+
+def bare_step(batch: int, size: int):
+    """Two forwards and one backward of ResNet-18 alone, channels last."""
+    net = torchvision.models.resnet18(weights=None).to(memory_format=torch.channels_last).train()
+    images = [torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+
+    def step() -> None:
+        net.zero_grad()
+        (net(images[0]).square().mean() + net(images[1]).square().mean()).backward()
+    return step
+
+
+def our_step(split: main.Split, model_name: str, loss: str, batch: int):
+    """What main.train does for one batch, pixels out of the store included."""
+    model = MODELS[model_name](SimpleVocab.from_texts(split.data.training_texts()))
+    model = model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(main.parameter_groups(model, 1e-3), momentum=0.9, weight_decay=1e-6)
+    batches = main.batches(split, 0, 0, batch, workers=1)
+    return lambda: main.train_step(model, optimizer, loss, *next(batches))
+
+
+def training_rows(folder: Path, batch: int, size: int, repetitions: int) -> list[dict]:
+    data = MITStates(folder / "mitstates", "train")
+    split = main.Split(data, ImageStore(data.paths, size, folder / "cache"))
+    if bad := split.store.unreadable():                                         # also fills the store
+        raise RuntimeError(f"toy images cannot be read: {bad}")
+    floor = bare_step(batch, size)
+    steps = {(model, loss): our_step(split, model, loss, batch) for model in MODELS for loss in LOSSES}
+    times: dict = {name: [] for name in ["floor", *steps]}
+    for repetition in tqdm(range(repetitions + 1), desc="training steps"):
+        for name, step in [("floor", floor), *steps.items()]:
+            taken = seconds(step)
+            if repetition:                                                      # the first one warms up
+                times[name].append(taken)
+    return [row(f"training step, {model}, {loss}", times[model, loss], times["floor"], 1.15) for model, loss in steps]
+
+
+def retrieval_row(queries: int, images: int, repetitions: int) -> dict:
+    """All three MIT-States metrics at the published sizes (49 nouns, 115 adjectives), 512-d."""
+    rng = np.random.default_rng(0)
+    asked, gallery = (F.normalize(torch.randn(n, 512), dim=1) for n in (queries, images))
+    nouns, adjectives = rng.integers(0, 49, images), rng.integers(0, 115, images)
+    goals = rng.integers(0, images, queries)
+    judges = [Judge(name, labels[goals], labels) for name, labels in
+              (("correct_composition", nouns * 1000 + adjectives), ("correct_adj", adjectives), ("correct_noun", nouns))]
+    own = rng.integers(0, images, queries)
+
+    def product() -> None:
+        for start in range(0, queries, 256):                                    # whole, it would take 3.5 GB
+            asked[start:start + 256] @ gallery.T
+    times = [(seconds(product), seconds(lambda: recalls(asked, gallery, own, judges)))
+             for _ in tqdm(range(repetitions), desc="retrieval stage")]
+    return row(f"retrieval stage, {queries} queries x {images} images, 3 metrics", [t for _, t in times],
+               [t for t, _ in times], 1.6)
+
+
+def run(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes: only proves that it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    args = parser.parse_args(argv)
+    batch, size, repetitions = (4, 32, 1) if args.quick else (32, 224, 5)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, Path(__file__).parent / "data" / "make_toy.py", folder], check=True,
+                       stdout=subprocess.DEVNULL)
+        rows = training_rows(Path(folder), batch, size, repetitions)
+    rows.append(retrieval_row(*((800, 300) if args.quick else (82_732, 10_546)), min(repetitions, 3)))
+    print(f"{'what':<66}{'ours':>9}{'floor':>9}{'ratio':>7}{'goal':>6}")
+    for entry in rows:
+        print(f"{entry['what']:<66}{entry['ours']:8.3f}s{entry['floor']:8.3f}s{entry['ratio']:7.2f}{entry['goal']:6.2f}"
+              f"{'' if entry['met'] else '  missed'}")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,195 @@
+"""The three benchmarks read from hand-written trees: images, splits, training pairs, texts, queries, vocabularies."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from datasets import DATASETS, Epoch, FashionIQ, Fashion200k, MITStates, clean_caption, parent_captions
+
+from .conftest import picture, write_mitstates
+
+
+def epoch(dataset, seed=0, number=0):
+    return list(Epoch(dataset, seed, number))
+
+
+def test_samples_depend_on_seed_epoch_and_position_alone(benchmark_tree):
+    name, path = benchmark_tree
+    for suffix in ("", "/"):
+        dataset = DATASETS[name](f"{path}{suffix}", "train")
+        backwards = Epoch(dataset, 0, 0)
+        assert [backwards[i] for i in reversed(range(len(backwards)))][::-1] == epoch(DATASETS[name](path, "train"))
+    assert epoch(dataset, 0, 0) != epoch(dataset, 0, 1)
+    assert epoch(dataset, 0, 0) != epoch(dataset, 1, 0)
+
+
+def test_mitstates_splits_by_noun_and_skips_what_the_original_skips(mitstates):
+    train, test = MITStates(mitstates, "train"), MITStates(mitstates, "test")
+    assert train.images == [f"images/{folder}/{i}.jpg" for folder in
+                            ("old bus", "old dog", "wet bus", "wet dog", "young dog") for i in range(2)]
+    assert dict.fromkeys(test.captions) == dict.fromkeys(("old tomato", "ripe fig", "ripe tomato", "sliced fig",
+                                                          "sliced tomato"))
+    assert train.training_texts() == train.captions and len(train) == 10
+
+
+def test_mitstates_pairs_share_a_source_and_differ_in_the_targets_adjective(mitstates):
+    dataset = MITStates(mitstates, "train")
+    own_state = 0
+    for number in range(40):
+        samples = epoch(dataset, 0, number)
+        assert len({sample.source for sample in samples}) == 5                  # half of the ten images
+        for first, second in zip(samples[::2], samples[1::2], strict=True):
+            captions = [dataset.captions[i] for i in (first.source, first.target, second.target)]
+            assert first.source == second.source and captions[1] != captions[2]
+            assert len({caption.split()[1] for caption in captions}) == 1
+            assert [first.text, second.text] == [caption.split()[0] for caption in captions[1:]]
+            own_state += captions[0] in captions[1:]
+    assert own_state > 0                                                        # a target may have the source's state
+
+
+def test_mitstates_targets_are_drawn_evenly(mitstates):
+    dataset = MITStates(mitstates, "train")
+    drawn = Counter(dataset.captions[sample.target] for number in range(400) for sample in epoch(dataset, 0, number)
+                    if dataset.captions[sample.target].endswith("dog"))
+    assert max(drawn.values()) < 1.15 * min(drawn.values())
+
+
+def test_mitstates_queries_are_every_image_with_every_other_adjective(mitstates):
+    dataset = MITStates(mitstates, "test")
+    (asked,) = dataset.task().query_sets
+    found = {(dataset.images[source], text) for source, text in zip(asked.sources, asked.texts, strict=True)}
+    assert found == {(f"images/{a} {n}/{i}.jpg", b) for n, states in
+                     (("tomato", ("ripe", "sliced", "old")), ("fig", ("ripe", "sliced")))
+                     for a in states for b in states if a != b for i in range(2)}
+    assert len(asked.texts) == len(found) == 16
+    assert (asked.own == asked.sources).all()
+    whole = MITStates(mitstates, "test", complete_text=True).task().query_sets[0]
+    assert set(whole.texts) == {"ripe tomato", "sliced tomato", "old tomato", "ripe fig", "sliced fig"}
+
+
+def test_mitstates_judges_composition_adjective_and_noun(mitstates):
+    dataset = MITStates(mitstates, "test")
+    (asked,) = dataset.task().query_sets
+    assert [judge.name for judge in asked.judges] == ["correct_composition", "correct_adj", "correct_noun"]
+    q = [i for i, text in enumerate(asked.texts)
+         if text == "ripe" and dataset.captions[asked.sources[i]] == "old tomato"][0]
+    for judge, goal in zip(asked.judges, ("ripe tomato", "ripe", "tomato"), strict=True):
+        correct = {dataset.captions[i] for i in np.flatnonzero(judge.gallery_labels == judge.query_labels[q])}
+        assert correct == {caption for caption in dataset.captions if goal in caption}
+
+
+@pytest.mark.parametrize(("caption", "cleaned"), [
+    (" blue v.neck dress \n", "blue vdotmarkneck dress"), ("what? & why*", "whatquestionmark andmark whystarmark")])
+def test_fashion200k_captions_are_cleaned(caption, cleaned):
+    assert clean_caption(caption) == cleaned
+
+
+@pytest.mark.parametrize(("caption", "parents"), [
+    ("red dress", ["dress", "red"]), ("red red dress", ["dress", "red red"]),
+    ("red tailored dress", ["tailo dress", "red dress", "red tailored"]),       # 'red' goes out of 'tailored' too
+    ("a b c", ["b c", "a c", "a b"])])
+def test_fashion200k_parents_drop_a_word_wherever_its_letters_stand(caption, parents):
+    assert parent_captions(caption) == parents
+
+
+def test_fashion200k_pairs_are_siblings(fashion200k):
+    dataset = Fashion200k(fashion200k, "train")
+    assert len(dataset) == 10 and dataset.training_texts()[:2] == ["red dress", "red dress"]
+    found = {(dataset.captions[sample.source], dataset.captions[sample.target], sample.text)
+             for number in range(60) for sample in epoch(dataset, 0, number)}
+    assert found == {("red dress", "blue dress", "replace red with blue"),      # through the parent "dress"
+                     ("blue dress", "red dress", "replace blue with red"),
+                     ("red dress", "red shirt", "replace dress with shirt"),    # through the parent "red"
+                     ("red shirt", "red dress", "replace shirt with dress")}
+    sources = Counter(dataset.images[sample.source] for number in range(60) for sample in epoch(dataset, 0, number))
+    assert len(sources) == 6                                                    # both images of each, no tuxedo
+
+
+def test_fashion200k_text_falls_back_to_the_last_word(fashion200k):
+    dataset = Fashion200k(fashion200k, "train")
+    longer, shorter = dataset.captions.index("red long dress"), dataset.captions.index("red dress")
+    assert dataset.text(longer, shorter) == "replace long with dress"           # all of "red dress" is in the source
+    assert dataset.text(shorter, longer) == "replace dress with long"
+    assert Fashion200k(fashion200k, "train", complete_text=True).text(longer, shorter) == "red dress"
+
+
+def test_fashion200k_queries_are_the_listed_ones(fashion200k):
+    dataset = Fashion200k(fashion200k, "test")
+    (asked,) = dataset.task().query_sets
+    assert asked.texts == ["replace red with blue", "replace dress with skirt"]
+    assert [dataset.images[i] for i in asked.sources] == ["women/test/0/0_0.jpeg", "women/test/1/1_1.jpeg"]
+    (judge,) = asked.judges
+    assert [dataset.captions[np.flatnonzero(judge.gallery_labels == label)[0]] for label in judge.query_labels] \
+        == ["blue dress", "blue skirt"]
+
+
+def test_fashion_iq_texts_gallery_and_judges(fashion_iq):
+    train, test = FashionIQ(fashion_iq, "train"), FashionIQ(fashion_iq, "test")
+    assert train.triplets[0].text == "dress is darker by 0 and it "             # blank captions are kept
+    assert train.triplets[4].text == "shirt is darker by 1 and it has a longer a-line hem"
+    assert {sample.text for sample in epoch(train)} == set(train.training_texts()) and len(train) == 9
+    assert len(train.images) == 12 and "BOTHT1" not in train.ids                # in no triplet, so not needed
+    task = test.task()
+    assert len(task.gallery) == 13 and len(set(test.images)) == 13              # BOTHV1 counts once
+    assert [judge.name for asked in task.query_sets for judge in asked.judges] == [
+        "correct_dress", "own_gallery_dress", "correct_shirt", "own_gallery_shirt", "correct_toptee",
+        "own_gallery_toptee"]
+    shirt = task.query_sets[1]
+    assert (shirt.own == -1).all()
+    assert [test.images[i] for i in shirt.judges[1].among] == [f"all_imgs/{name}.jpg" for name in
+                                                               ("SV000", "SV001", "SV002", "SV003", "BOTHV1")]
+    assert [test.images[i] for i in shirt.judges[0].query_labels] == [f"all_imgs/SV00{i}.jpg" for i in (1, 2, 3)]
+
+
+def test_fashion_iq_one_category(fashion_iq):
+    dataset = FashionIQ(fashion_iq, "test", category="toptee")
+    assert dataset.triplets[1].text == "is darker by 1 has a longer a-line hem"
+    assert len(dataset.images) == 5 and len(dataset.task().query_sets) == 1
+
+
+@pytest.mark.parametrize(("folder", "ending"), [("images", ".jpg"), ("img", ".png"), ("all_imgs", ".jpeg")])
+def test_fashion_iq_other_folders_and_endings(fashion_iq, folder, ending):
+    old = fashion_iq / "all_imgs"
+    for file in old.iterdir():
+        file.rename(file.with_suffix(ending))
+    old.rename(fashion_iq / folder)
+    dataset = FashionIQ(fashion_iq, "test")
+    assert dataset.images[0] == f"{folder}/DV000{ending}"
+
+
+@pytest.mark.parametrize(("name", "label"), [("mitstates", "composition"), ("fashion200k", "composition")])
+def test_the_train_split_is_judged_against_its_own_targets(name, label, tmp_path):
+    from .conftest import WRITERS
+    dataset = DATASETS[name](WRITERS[name](tmp_path), "train")
+    task = dataset.task(seed=3)
+    (asked,) = task.query_sets
+    assert len(task.gallery) == len(asked.sources) == len(dataset) and (asked.own == -1).all()
+    assert asked.judges[0].name == f"correct_{label}"
+    assert (asked.judges[0].query_labels == asked.judges[0].gallery_labels).all()
+    assert (dataset.task(seed=3).gallery == task.gallery).all()
+
+
+def test_a_large_train_split_is_judged_on_9600_samples(tmp_path, monkeypatch):
+    dataset = MITStates(write_mitstates(tmp_path), "train")
+    dataset.images, dataset.captions = dataset.images * 1000, dataset.captions * 1000
+    dataset.index()
+    assert len(dataset.task().gallery) == 9600
+
+
+def test_leaving_images_out_takes_what_refers_to_them(mitstates, fashion200k, fashion_iq):
+    wet_bus = frozenset(f"images/wet bus/{i}.jpg" for i in range(2))
+    train = MITStates(mitstates, "train", without=wet_bus)
+    assert set(train.captions) == {"old dog", "wet dog", "young dog"}           # 'bus' has one adjective left
+    assert train.dropped == {"images": 2, "nouns with one adjective": 1, "images of those nouns": 2}
+    queries = Fashion200k(fashion200k, "test", without=frozenset(["women/test/0/0_0.jpeg"]))
+    assert len(queries.images) == 5 and len(queries.task().query_sets[0].texts) == 1
+    assert queries.dropped == {"images": 1, "queries": 1}
+    triplets = FashionIQ(fashion_iq, "test", without=frozenset(["all_imgs/SV001.jpg"]))
+    assert triplets.dropped == {"images": 1, "triplets": 2} and len(triplets.task().gallery) == 12
+
+
+def test_only_jpgs_of_folders_with_a_space_are_read(mitstates):
+    picture(mitstates / "images" / "old dog" / "note.png")
+    (mitstates / "images" / "a file.jpg").write_text("")
+    assert len(MITStates(mitstates, "train").images) == 10

@@ -1,0 +1,246 @@
+"""Whole runs through main([...]) on tiny trees: what is trained, tested, saved and logged, and that it repeats."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import checkpoint
+import main
+from image_store import ImageStore
+from img_text_composition_models import MODELS
+from test_retrieval import evaluate
+from text_model import SimpleVocab
+from torch_function import LOSSES
+
+from . import golden
+from .conftest import WRITERS, Run, flags, run_main
+
+ROOT = Path(main.__file__).parent
+PUBLISHED = {
+    "mitstates_tirg_original": "--dataset=mitstates --model=tirg --loss=soft_triplet "
+        "--learning_rate_decay_frequency=50000 --num_iters=160000 --weight_decay=5e-5",
+    "mitstates_tirg_complete_text_query": "--dataset=mitstates --model=tirg --loss=soft_triplet "
+        "--learning_rate_decay_frequency=50000 --num_iters=160000 --weight_decay=5e-5 --use_complete_text_query True",
+    "mitstates_tirg_bert": "--dataset=mitstates --model=tirg --loss=soft_triplet "
+        "--learning_rate_decay_frequency=50000 --num_iters=160000 --weight_decay=5e-5 --use_bert True",
+    "fashion200k_composeAE": "--dataset=fashion200k --model=composeAE --loss=batch_based_classification "
+        "--learning_rate_decay_frequency=50000 --num_iters=160000 --use_bert True --use_complete_text_query True "
+        "--weight_decay=5e-5",
+    "fashionIQ_RealSpaceConcatAE": "--dataset=fashionIQ --model=RealSpaceConcatAE --loss=batch_based_classification "
+        "--learning_rate_decay_frequency=8000 --num_iters=100000 --use_bert True --use_complete_text_query True",
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_composer_and_loss_trains_on_every_benchmark(benchmark_tree, tmp_path, model, loss, capsys):
+    name, path = benchmark_tree
+    run = run_main(name, path, tmp_path / "logs", model=model, loss=loss, comment="_x")
+    assert re.fullmatch(r"[A-Z][a-z]{2}\d\d_\d\d-\d\d-\d\d_.*_x", run.folder.name)
+    assert list(run.metrics) == ["it", "train", "test"] and run.metrics["it"] == 3
+    assert run.metrics["train"].keys() == run.metrics["test"].keys()
+    assert all(0 <= value <= 1 for split in ("train", "test") for value in run.metrics[split].values())
+    logged = run.scalars()
+    extra = {"tirg": [], "RealSpaceConcatAE": ["L2_loss", "L2_loss_text"],
+             "composeAE": ["L2_loss", "L2_loss_text", "rot_sym_loss"]}[model]
+    for loss_name in [loss, *extra, "total_training_loss"]:                     # tensorboardX puts _ for a space
+        assert [step for step, _ in logged[loss_name]] == [1, 2, 3]
+    for split in ("train", "test"):
+        for metric, value in run.metrics[split].items():
+            assert logged[f"{split}_{metric}"][-1] == (3, pytest.approx(value))
+    table = capsys.readouterr().out
+    assert "R@1" in table and all(f"{split} correct_" in table for split in ("train", "test"))
+    assert (ROOT / "requirements.txt").exists()
+
+
+def test_metric_names_are_the_references(tmp_path):
+    names = {"mitstates": {f"recall_top{k}_correct_{what}" for k in (1, 5, 10, 50, 100)
+                           for what in ("composition", "adj", "noun")},
+             "fashion200k": {f"recall_top{k}_correct_composition" for k in (1, 5, 10, 50, 100)},
+             "fashionIQ": {f"recall_top{k}_correct_{what}" for k in (1, 5, 10, 50, 100)
+                           for what in ("dress", "shirt", "toptee")}
+             | {f"recall_top{k}_own_gallery_{what}" for k in (10, 50) for what in ("dress", "shirt", "toptee", "mean")}
+             | {"recall_mean_own_gallery"}}
+    for name, expected in names.items():
+        path = WRITERS[name](tmp_path / name)
+        run = run_main(name, path, tmp_path / "logs", num_iters=1, comment=name)
+        assert set(run.metrics["test"]) == expected
+
+
+def losses_of(run):
+    return {name: points for name, points in run.scalars().items()
+            if "recall" not in name and "per_second" not in name}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_seed_repeats_to_the_last_digit_for_any_number_of_workers(mitstates, tmp_path, model):
+    runs = [run_main("mitstates", mitstates, tmp_path / "logs", model=model, num_iters=8, loader_num_workers=workers,
+                     image_cache=cache, comment=f"_{i}", seed=5)
+            for i, (workers, cache) in enumerate([(0, "none"), (2, "none"), (2, "auto")])]
+    for run in runs[1:]:
+        assert losses_of(run) == losses_of(runs[0]) and run.metrics == runs[0].metrics
+        first, other = (torch.load(r.checkpoint, weights_only=True)["model_state_dict"] for r in (runs[0], run))
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    other_seed = run_main("mitstates", mitstates, tmp_path / "logs", model=model, num_iters=8, comment="_s", seed=6)
+    assert losses_of(other_seed) != losses_of(runs[0])
+
+
+def test_training_stops_exactly_and_tests_in_the_references_rhythm(mitstates, tmp_path):
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=11)     # 10 samples: epochs of 2 steps
+    logged = run.scalars()
+    assert [step for step, _ in logged["total_training_loss"]] == list(range(1, 12))
+    tests = [step for step, _ in logged["test_recall_top1_correct_composition"]]
+    assert tests == [2, 8, 11]                                                  # before epochs 1 and 4, and at the end
+    assert torch.load(run.checkpoint, weights_only=True)["it"] == 11
+    every = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=6, eval_frequency=1, comment="_1")
+    assert [step for step, _ in every.scalars()["test_recall_top1_correct_composition"]] == [2, 4, 6]
+    once = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=6, eval_frequency=0, comment="_0")
+    assert [step for step, _ in once.scalars()["test_recall_top1_correct_composition"]] == [6]
+
+
+def test_rates_fall_tenfold_after_every_multiple_of_the_decay_frequency(mitstates, tmp_path):
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=7, learning_rate_decay_frequency=3)
+    assert [rate for _, rate in run.scalars()["learning_rate"]] == pytest.approx([1e-2] * 2 + [1e-3] * 3 + [1e-4] * 2)
+
+
+def test_parameter_groups_hold_every_weight_once():
+    model = MODELS["composeAE"](SimpleVocab.from_texts(["a b"]), 8, 8)
+    groups = main.parameter_groups(model, 0.5)
+    assert [group["lr"] for group in groups] == [0.5, 0.05, 0.5]
+    assert groups[0]["params"] == list(model.img_model.fc.parameters())
+    ids = [id(weight) for group in groups for weight in group["params"]]
+    assert sorted(ids) == sorted(id(weight) for weight in model.parameters())
+
+
+def test_logged_losses_are_means_over_the_steps_between(mitstates, tmp_path):
+    every, third = (run_main("mitstates", mitstates, tmp_path / "logs", num_iters=6, log_frequency=k, comment=f"_{k}")
+                    for k in (1, 3))
+    values = [value for _, value in every.scalars()["soft_triplet"]]
+    assert third.scalars()["soft_triplet"] == [(3, pytest.approx(sum(values[:3]) / 3)),
+                                               (6, pytest.approx(sum(values[3:]) / 3))]
+
+
+def test_test_only_gives_the_same_numbers_and_rebuilding_needs_no_flag(benchmark_tree, tmp_path, capsys):
+    name, path = benchmark_tree
+    trained = run_main(name, path, tmp_path / "logs", comment="_train")
+    tested = run_main(name, path, tmp_path / "logs", comment="_test", test_only=True, model_checkpoint=trained.checkpoint)
+    assert tested.metrics == trained.metrics
+    assert {key for key in tested.scalars() if key.startswith("test_")} == {f"test_{key}"
+                                                                            for key in trained.metrics["test"]}
+    assert not tested.checkpoint.exists()
+    data = main.DATASETS[name](path, "test")
+    rebuilt = evaluate(checkpoint.rebuild_model(trained.checkpoint), data, ImageStore(data.paths, 32))["model"]
+    assert rebuilt == pytest.approx(trained.metrics["test"])
+
+
+def test_training_starts_from_a_given_checkpoint(mitstates, tmp_path):
+    first = run_main("mitstates", mitstates, tmp_path / "logs", comment="_a", num_iters=4)
+    again = run_main("mitstates", mitstates, tmp_path / "logs", comment="_b", model_checkpoint=first.checkpoint,
+                     num_iters=1, learning_rate=0)
+    ours, theirs = (torch.load(run.checkpoint, weights_only=True)["model_state_dict"] for run in (first, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if "running" not in name and "num_b" not in name)
+
+
+def test_flags_are_logged_as_text_and_hparams(mitstates, tmp_path):
+    run = run_main("mitstates", mitstates, tmp_path / "logs")
+    events = run.events()
+    text = events.Tensors("flags/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| learning_rate | 0.01 |" in text and "| model | composeAE |" in text
+    assert list(run.folder.glob("hparams/events*"))
+
+
+def test_baselines_are_shown_beside_the_model(mitstates, tmp_path, capsys):
+    run = run_main("mitstates", mitstates, tmp_path / "logs", baselines=True)
+    shown = capsys.readouterr().out
+    for way in ("source image alone", "text alone", "chance"):
+        assert f"test {way} correct_composition" in shown
+        assert f"test {way} recall_top1_correct_composition".replace(" ", "_") in run.scalars()
+    assert list(run.metrics) == ["it", "train", "test"]
+
+
+@pytest.mark.parametrize("text", ["True", "true", "1", None])
+def test_booleans_are_what_they_say(text):
+    needed = ["--dataset=mitstates", "--dataset_path=x"]
+    bare = main.get_parser().parse_args([*needed, "--use_bert" if text is None else f"--use_bert={text}"])
+    assert bare.use_bert is True
+    assert main.get_parser().parse_args([*needed, "--use_bert", "False"]).use_bert is False
+    assert main.get_parser().parse_args(needed).use_bert is False
+
+
+def test_defaults_are_the_published_ones():
+    args = vars(main.get_parser().parse_args(["--dataset=mitstates", "--dataset_path=x"]))
+    reference = {"f": "", "comment": "", "model": "composeAE", "image_embed_dim": 512, "use_bert": False,
+                 "use_complete_text_query": False, "learning_rate": 1e-2, "learning_rate_decay_frequency": 9999999,
+                 "batch_size": 32, "weight_decay": 1e-6, "category_to_train": "all", "num_iters": 160000,
+                 "loss": "soft_triplet", "loader_num_workers": 4, "log_dir": Path("../logs/"), "test_only": False,
+                 "model_checkpoint": ""}
+    assert {name: args[name] for name in reference} == reference
+
+
+def test_help_explains_every_flag():
+    actions = [action for action in main.get_parser()._actions if action.dest not in ("help", "f")]
+    assert all(action.help and len(action.help) > 10 for action in actions)
+
+
+@pytest.mark.parametrize(("comment", "command"), PUBLISHED.items(), ids=PUBLISHED)
+def test_the_published_commands(comment, command, tmp_path, monkeypatch, capsys):
+    """As written, in a process of its own; only the number of steps and the size of images are cut."""
+    name = re.search(r"dataset=(\w+)", command)[1]
+    WRITERS[name](tmp_path / name, *([8] if name != "fashionIQ" else [12]))
+    weights = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"        # where torchvision keeps ImageNet's
+    weights.parent.mkdir(parents=True)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), weights)
+    words = [*command.split(), f"--comment={comment}", f"--dataset_path={tmp_path / name}/", f"--log_dir={tmp_path / 'logs'}/",
+             "--num_iters=1", "--image_size=32", "--bert_timeout=1", "--bert_port=1", "--bert_port_out=2"]
+    done = subprocess.run([sys.executable, "main.py", *words], cwd=ROOT, capture_output=True, text=True,
+                          env={"TORCH_HOME": str(tmp_path), "PATH": ""}, check=False)
+    if "use_bert" in command:
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "no sentence service at localhost:1" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert folder.name.endswith(comment) and Run(folder).metrics["it"] == 1
+
+
+@pytest.mark.parametrize("case", golden.VALUES["cases"])
+def test_a_checkpoint_of_the_original_loads_strictly(case, tmp_path):
+    shapes = golden.VALUES["cases"][case]["state_dict"]
+    weights = {name: torch.full(shape, 3, dtype=torch.long) if name.endswith("tracked") else
+               torch.as_tensor(golden.normal(name, *shape), dtype=torch.float32) for name, shape in shapes.items()}
+    opt = argparse.Namespace(model=case.split("-")[0], use_bert="bert" in case, learning_rate=0.01)
+    torch.save({"it": 7, "opt": opt, "model_state_dict": weights}, tmp_path / "latest_checkpoint.pth")
+    state = checkpoint.load(tmp_path / "latest_checkpoint.pth")
+    assert state["it"] == 7 and state["opt"]["model"] == case.split("-")[0]
+    vocabulary = SimpleVocab.from_texts(golden.VALUES["texts_for_vocab"])
+    model = MODELS[state["opt"]["model"]](vocabulary, 512, 768 if "bert" in case else 512)
+    checkpoint.restore(model, state, "x")
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_metrics_file_is_json_of_plain_numbers(mitstates, tmp_path):
+    run = run_main("mitstates", mitstates, tmp_path / "logs")
+    content = json.loads((run.folder / "metrics.json").read_text())
+    assert isinstance(content["it"], int) and all(type(value) is float for value in content["test"].values())
+    assert sorted(path.name for path in run.folder.iterdir() if "events" not in path.name) == [
+        "hparams", "latest_checkpoint.pth", "metrics.json"]
+
+
+def test_a_gpu_layout_changes_nothing_but_rounding():
+    """Channels last, as main trains, against the layout of the golden numbers, in float64."""
+    torch.manual_seed(0)
+    model = MODELS["composeAE"](SimpleVocab.from_texts(["a b c"]), 16, 16).double().eval()
+    images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    expected = model(images, ["a", "b", "c", "a b"], images.flip(0))
+    model.to(memory_format=torch.channels_last)
+    found = model(images.contiguous(memory_format=torch.channels_last), ["a", "b", "c", "a b"], images.flip(0))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
