@@ -86,8 +86,8 @@ def retrieval_row(queries: int, images: int, repetitions: int) -> dict:
     asked, gallery = (F.normalize(torch.randn(n, 512), dim=1) for n in (queries, images))
     nouns, adjectives = rng.integers(0, 49, images), rng.integers(0, 115, images)
     goals = rng.integers(0, images, queries)
-    judges = [Judge(name, labels[goals], labels) for name, labels in
-              (("correct_composition", nouns * 1000 + adjectives), ("correct_adj", adjectives), ("correct_noun", nouns))]
+    labels = {"correct_composition": nouns * 1000 + adjectives, "correct_adj": adjectives, "correct_noun": nouns}
+    judges = [Judge(name, values[goals], values) for name, values in labels.items()]
     own = rng.integers(0, images, queries)
 
     def product() -> None:

@@ -137,7 +137,7 @@ class CaptionedDataset(CompositionDataset):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.test_queries = self.queries() if self.split == "test" else []      # now: a bad one must not wait for a test
+        self.test_queries = self.queries() if self.split == "test" else []      # now: a bad one must not wait
         if self.split == "test" and not self.test_queries:
             raise InputError(f"{self.root} gives no test query; see data/README.md for what the test split needs")
 

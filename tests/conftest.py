@@ -111,7 +111,8 @@ class Run:
 
     def scalars(self):
         events = self.events()
-        return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+        return {name: [(event.step, event.value) for event in events.Scalars(name)]
+                for name in events.Tags()["scalars"]}
 
 
 def run_main(dataset, path, log_dir, **changes):

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from datasets import DATASETS, Epoch, FashionIQ, Fashion200k, MITStates, clean_caption, parent_captions
+from datasets import DATASETS, Epoch, Fashion200k, FashionIQ, MITStates, clean_caption, parent_captions
 
 from .conftest import picture, write_mitstates
 
@@ -72,8 +72,8 @@ def test_mitstates_judges_composition_adjective_and_noun(mitstates):
     dataset = MITStates(mitstates, "test")
     (asked,) = dataset.task().query_sets
     assert [judge.name for judge in asked.judges] == ["correct_composition", "correct_adj", "correct_noun"]
-    q = [i for i, text in enumerate(asked.texts)
-         if text == "ripe" and dataset.captions[asked.sources[i]] == "old tomato"][0]
+    q = next(i for i, text in enumerate(asked.texts)
+             if text == "ripe" and dataset.captions[asked.sources[i]] == "old tomato")
     for judge, goal in zip(asked.judges, ("ripe tomato", "ripe", "tomato"), strict=True):
         correct = {dataset.captions[i] for i in np.flatnonzero(judge.gallery_labels == judge.query_labels[q])}
         assert correct == {caption for caption in dataset.captions if goal in caption}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ def paths(tmp_path):
     for i, (width, height) in enumerate(sizes):
         picture(tmp_path / "pictures" / f"{i}.jpg", width, height)
     extras = {"grey.png": Image.new("L", (50, 40), 99), "palette.gif": Image.new("P", (50, 40), 7),
-              "clear.png": Image.new("RGBA", (50, 40), (9, 8, 7, 60)), "cmyk.jpg": Image.new("CMYK", (50, 40), (9, 8, 7, 6))}
+              "clear.png": Image.new("RGBA", (50, 40), (9, 8, 7, 60)),
+              "cmyk.jpg": Image.new("CMYK", (50, 40), (9, 8, 7, 6))}
     for name, image in extras.items():
         image.save(tmp_path / "pictures" / name)
     return [str(path) for path in sorted((tmp_path / "pictures").iterdir())]
@@ -100,7 +102,7 @@ def test_a_damaged_cache_is_made_again(paths, tmp_path, kind, damage):
 
 def test_slots_that_change_hands_are_not_believed(paths, tmp_path):
     for path in paths:
-        os.utime(path, ns=(5, 5))                                               # all of one time and, below, of one size
+        os.utime(path, ns=(5, 5))                                               # all of one time; below, of one size
     twins = [paths[0], str(tmp_path / "twin.jpg")]
     Image.open(paths[0]).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(twins[1], quality=90)
     longest = max(os.path.getsize(path) for path in twins)
@@ -161,7 +163,7 @@ def test_killed_and_simultaneous_writers_leave_a_good_cache(paths, tmp_path):
 
 def test_unreadable_images_are_named_and_the_rest_is_kept(paths, tmp_path, monkeypatch):
     cut = tmp_path / "pictures" / "cut.jpg"
-    cut.write_bytes(open(paths[0], "rb").read()[:200])
+    cut.write_bytes(Path(paths[0]).read_bytes()[:200])
     empty = tmp_path / "pictures" / "empty.jpg"
     empty.write_bytes(b"")
     store = ImageStore([*paths, str(cut), str(empty), "absent.jpg"], 32, tmp_path / "cache")

@@ -20,7 +20,7 @@ from text_model import SimpleVocab
 from torch_function import LOSSES
 
 from . import golden
-from .conftest import WRITERS, Run, flags, run_main
+from .conftest import WRITERS, Run, run_main
 
 ROOT = Path(main.__file__).parent
 PUBLISHED = {
@@ -130,7 +130,8 @@ def test_logged_losses_are_means_over_the_steps_between(mitstates, tmp_path):
 def test_test_only_gives_the_same_numbers_and_rebuilding_needs_no_flag(benchmark_tree, tmp_path, capsys):
     name, path = benchmark_tree
     trained = run_main(name, path, tmp_path / "logs", comment="_train")
-    tested = run_main(name, path, tmp_path / "logs", comment="_test", test_only=True, model_checkpoint=trained.checkpoint)
+    tested = run_main(name, path, tmp_path / "logs", comment="_test", test_only=True,
+                      model_checkpoint=trained.checkpoint)
     assert tested.metrics == trained.metrics
     assert {key for key in tested.scalars() if key.startswith("test_")} == {f"test_{key}"
                                                                             for key in trained.metrics["test"]}
@@ -197,8 +198,9 @@ def test_the_published_commands(comment, command, tmp_path, monkeypatch, capsys)
     weights = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"        # where torchvision keeps ImageNet's
     weights.parent.mkdir(parents=True)
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), weights)
-    words = [*command.split(), f"--comment={comment}", f"--dataset_path={tmp_path / name}/", f"--log_dir={tmp_path / 'logs'}/",
-             "--num_iters=1", "--image_size=32", "--bert_timeout=1", "--bert_port=1", "--bert_port_out=2"]
+    words = [*command.split(), f"--comment={comment}", f"--dataset_path={tmp_path / name}/",
+             f"--log_dir={tmp_path / 'logs'}/", "--num_iters=1", "--image_size=32",
+             "--bert_timeout=1", "--bert_port=1", "--bert_port_out=2"]
     done = subprocess.run([sys.executable, "main.py", *words], cwd=ROOT, capture_output=True, text=True,
                           env={"TORCH_HOME": str(tmp_path), "PATH": ""}, check=False)
     if "use_bert" in command:

@@ -120,7 +120,7 @@ def test_every_image_is_encoded_exactly_once(benchmark_tree):
         dataset = DATASETS[name](path, split)
         model = MODELS["tirg"](SimpleVocab.from_texts(dataset.training_texts()), 16, 16).train()
         encoded, forward = [], model.img_model.forward
-        model.img_model.forward = lambda images, forward=forward, encoded=encoded: encoded.append(len(images)) or forward(images)
+        model.img_model.forward = lambda x, forward=forward, encoded=encoded: encoded.append(len(x)) or forward(x)
         store = ImageStore(dataset.paths, 32)
         first = evaluate(model, dataset, store, batch_size=4, workers=0)
         task = dataset.task()

@@ -20,7 +20,8 @@ def test_vocabulary_and_encodings_are_the_originals():
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("A-line, café!", ["aline", "caf"]), ("  ", []), ("", []), ("日本", []), ("...", []), ("UPPER\tlower\n", ["upper", "lower"])])
+    ("A-line, café!", ["aline", "caf"]), ("  ", []), ("", []), ("日本", []), ("...", []),
+    ("UPPER\tlower\n", ["upper", "lower"])])
 def test_tokens(text, words):
     assert tokenize(text) == words
 
