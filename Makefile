@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --dataset mitstates --dataset_path data/toy/mitstates --model composeAE --loss batch_based_classification \
-	--image_weights none --image_size 40 --learning_rate 0.03 --num_iters 350 --eval_frequency 0 --log_frequency 25 \
-	--baselines True --log_dir logs --comment _demo
+	--image_weights none --image_size 32 --num_iters 400 --learning_rate 0.03 --learning_rate_decay_frequency 330 \
+	--eval_frequency 0 --log_frequency 20 --baselines True --log_dir logs --comment _demo
 
 .PHONY: install demo test lint bench images clean
 

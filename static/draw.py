@@ -122,7 +122,7 @@ def architecture() -> Image.Image:
     arrow((1520, 357), (1520, 618), hue=GREEN)
     draw.text((1536, 480), "metric loss", GREEN, font(24), anchor="lm")
     arrow((1398, 675), (820, 675), (820, 410), hue=RED)
-    draw.text((1100, 705), "rotational symmetry: the target turned back by -d must meet the source", RED, font(22),
+    draw.text((1010, 705), "rotational symmetry: the target turned back by -d must meet the source", RED, font(22),
               anchor="mm")
     draw.text((40, 40), "ComposeAE: text as a rotation of the image in complex space", INK, font(34), anchor="lm")
     draw.text((40, 800), "TIRG replaces the middle by sigmoid(gate) * z + 10 * residual; RealSpaceConcatAE by "
