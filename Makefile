@@ -5,7 +5,7 @@ DEMO := --dataset mitstates --dataset_path data/toy/mitstates --model composeAE 
 	--image_weights none --image_size 32 --num_iters 400 --learning_rate 0.03 --learning_rate_decay_frequency 330 \
 	--eval_frequency 0 --log_frequency 20 --baselines True --log_dir logs --comment _demo
 
-.PHONY: install demo test lint bench images clean
+.PHONY: install demo test lint bench clean
 
 install: .venv/installed
 
@@ -31,9 +31,6 @@ lint: install
 
 bench: install
 	$(BIN)/python bench.py
-
-images: install
-	$(BIN)/python static/draw.py
 
 clean:
 	rm -rf .venv data/toy logs

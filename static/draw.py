@@ -135,12 +135,12 @@ def run() -> None:
     parser.add_argument("--model_checkpoint", required=True, help="of a run on the toy MIT-States")
     parser.add_argument("--dataset_path", default=str(ROOT / "data" / "toy" / "mitstates"), help="the toy MIT-States")
     parser.add_argument("--rows", type=int, default=6, help="queries shown")
+    parser.add_argument("--out", type=Path, default=ROOT / "static" / "images", help="folder for the two pictures")
     args = parser.parse_args()
-    out = ROOT / "static" / "images"
-    architecture().save(out / "model_en.png", optimize=True)
+    architecture().save(args.out / "model_en.png", optimize=True)
     model = checkpoint.rebuild_model(args.model_checkpoint)
     size = checkpoint.load(args.model_checkpoint)["opt"]["image_size"]
-    sample(model, Path(args.dataset_path), args.rows, size).save(out / "sample.png", optimize=True)
+    sample(model, Path(args.dataset_path), args.rows, size).save(args.out / "sample.png", optimize=True)
 
 
 if __name__ == "__main__":

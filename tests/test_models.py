@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from img_text_composition_models import MODELS
+from errors import InputError
+from img_text_composition_models import MODELS, load_image_weights, resnet18_encoder
 from main import parameter_groups
 from text_model import SimpleVocab
 from torch_function import composition_losses
@@ -74,3 +76,48 @@ def test_losses_over_four_steps_and_first_gradients_are_the_originals(case):
             norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
             assert norms == pytest.approx(expected["grad_norms"], rel=1e-4, abs=1e-6)
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("image_dim", "text_dim", "batch"), [(512, 512, 40), (24, 16, 5), (100, 37, 3), (8, 300, 33)])
+def test_any_image_size_text_size_and_batch(name, image_dim, text_dim, batch):
+    model = MODELS[name](SimpleVocab.from_texts(["red dress"]), image_dim, text_dim)
+    features = model(torch.randn(batch, 3, 32, 32), ["red dress", ""] * (batch // 2) + ["green"] * (batch % 2),
+                     torch.randn(batch, 3, 32, 32))
+    assert features["query"].shape == features["target"].shape == (batch, image_dim)
+    composition_losses(features, "soft_triplet")["total training loss"].backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert dead == []
+    torch.testing.assert_close(features["query"].norm(dim=1), torch.full((batch,), 4.0))
+
+
+def test_turning_by_the_conjugate_undoes_the_rotation():
+    """v exp(i d) and its conjugate differ in the imaginary part's sign alone."""
+    model = MODELS["composeAE"](SimpleVocab.from_texts(["a"]), 6, 4).eval()
+    image, text = torch.randn(3, 6), torch.randn(3, 4)
+    forward, back = (model.encoderLinear[0](image, text, sign) for sign in (1.0, -1.0))       # (B, 5, D)
+    torch.testing.assert_close(back, forward * torch.tensor([1.0, 1, 1, 1, -1])[:, None])
+    magnitude, angle, raw, real, imaginary = forward.unbind(1)
+    torch.testing.assert_close(real.square() + imaginary.square(), magnitude.square())
+    torch.testing.assert_close(torch.atan2(imaginary * magnitude, real * magnitude).cos(), angle.cos())
+    assert torch.equal(raw, image)
+
+
+def test_image_weights_come_from_a_file_and_leave_the_last_layer(tmp_path):
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
+    encoder = resnet18_encoder(24)
+    last = encoder.fc[0].weight.clone()
+    load_image_weights(encoder, str(tmp_path / "resnet18.pth"))
+    assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items() if "fc." not in name)
+    assert torch.equal(encoder.fc[0].weight, last) and encoder.fc[0].weight.shape == (24, 512)
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "resnet34.pth")
+    with pytest.raises(InputError, match="not those of a ResNet-18"):
+        load_image_weights(resnet18_encoder(24), str(tmp_path / "resnet34.pth"))
+
+
+def test_a_failed_download_says_what_to_pass_instead(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")                     # nobody listens there
+    with pytest.raises(InputError, match=r"--image_weights PATH .* or --image_weights none"):
+        load_image_weights(resnet18_encoder(24), "imagenet")
