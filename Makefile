@@ -33,4 +33,4 @@ bench: install
 	$(BIN)/python bench.py
 
 clean:
-	rm -rf .venv data/toy logs
+	rm -rf .venv data/toy

@@ -43,7 +43,14 @@ def load(path: str | Path) -> dict:
     if not isinstance(state, dict) or not isinstance(state.get("model_state_dict"), dict):
         raise InputError(f"{path} is not a checkpoint of this program: it has no model_state_dict")
     opt = state.get("opt", {})
-    return {**state, "opt": vars(opt) if isinstance(opt, argparse.Namespace) else dict(opt)}
+    state = {"it": 0, **state, "opt": vars(opt) if isinstance(opt, argparse.Namespace) else opt}
+    words = state.get("word2id", {})
+    well_formed = (isinstance(state["it"], int) and isinstance(state["opt"], dict) and isinstance(words, dict)
+                   and sorted(map(str, words.values())) == sorted(map(str, range(len(words))))
+                   and all(isinstance(value, torch.Tensor) for value in state["model_state_dict"].values()))
+    if not well_formed:
+        raise InputError(f"{path} is not a checkpoint of this program: what it holds is of the wrong kind")
+    return state
 
 
 def restore(model: ImgTextCompositionBase, state: dict, path: str | Path) -> None:
@@ -60,15 +67,25 @@ def restore(model: ImgTextCompositionBase, state: dict, path: str | Path) -> Non
     model.load_state_dict(theirs)
 
 
-def vocabulary(state: dict) -> SimpleVocab | None:
-    """The vocabulary the checkpoint was trained with; None for the original's, which hold none."""
-    return SimpleVocab(state["word2id"]) if "word2id" in state else None
+def vocabulary(state: dict, lstm_used: bool = True) -> SimpleVocab | None:
+    """The vocabulary the checkpoint was trained with; None for the original's, which hold none.
+
+    Where sentence vectors are used in place of the LSTM, any vocabulary of its size will do.
+    """
+    if "word2id" in state:
+        return SimpleVocab(state["word2id"])
+    embedding = state["model_state_dict"].get("text_model.embedding_layer.weight")
+    if lstm_used or embedding is None:
+        return None
+    return SimpleVocab({f"word {i}": i for i in range(len(embedding))})
 
 
 def rebuild_model(path: str | Path, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:
     """The model of a checkpoint of ours, in eval mode, from the file alone."""
     state = load(path)
     words = vocabulary(state)
+    if state["opt"].get("use_bert") and sentence_vectors is None:
+        raise InputError(f"{path} was trained with --use_bert: it needs a sentence service's vectors")
     if words is None or state["opt"].get("model") not in MODELS:
         raise InputError(f"{path} does not say its vocabulary and model: it was not written by this program")
     image_dim, text_dim = (int(state["model_state_dict"][name].shape[0])

@@ -16,6 +16,7 @@ import numpy as np
 from errors import InputError
 
 RECALL_KS = (1, 5, 10, 50, 100)
+TEST_EPOCH = 2**32 - 1
 TRAIN_QUERIES = 9600                    # the train split is judged on this many random samples (TIRG's protocol)
 
 
@@ -57,7 +58,7 @@ class Epoch(Sequence):
 
     def __init__(self, dataset: "CompositionDataset", seed: int, number: int):
         self.dataset, self.key = dataset, (seed, number)
-        self.order = np.random.default_rng(self.key).permutation(len(dataset))
+        self.order = np.random.default_rng((*self.key, 0)).permutation(len(dataset))
 
     def __len__(self) -> int:
         return len(self.order)
@@ -98,7 +99,10 @@ class CompositionDataset:
         return len(self.images)
 
     def sample(self, order: np.ndarray, position: int, key: tuple[int, ...]) -> Sample:
-        """The training sample at `position` of an epoch that visits indices in `order`; `key` seeds its choices."""
+        """The training sample at `position` of an epoch that visits indices in `order`; `key` seeds its choices.
+
+        Further numbers on the key count from 1: a trailing 0 says nothing to numpy, and is the order's own.
+        """
         raise NotImplementedError
 
     def training_texts(self) -> list[str]:
@@ -116,8 +120,8 @@ class CompositionDataset:
         raise NotImplementedError
 
     def training_samples(self, seed: int) -> list[Sample]:
-        """The same random samples at every test of a run, and none of the training order's (whose keys are longer)."""
-        epoch = Epoch(self, seed, 2**32 - 1)
+        """The same random samples at every test of a run, from an epoch that no training reaches."""
+        epoch = Epoch(self, seed, TEST_EPOCH)
         return [epoch[i] for i in range(min(TRAIN_QUERIES, len(epoch)))]
 
     def drop(self, what: str, count: int = 1) -> None:
@@ -220,7 +224,7 @@ class MITStates(CaptionedDataset):
     def sample(self, order: np.ndarray, position: int, key: tuple[int, ...]) -> Sample:
         """Consecutive positions form a pair: one source, two targets of its noun with different adjectives."""
         source = int(order[position - position % 2])
-        rng = np.random.default_rng((*key, position // 2))
+        rng = np.random.default_rng((*key, 1 + position // 2))
         states = list(self.states[self.captions[source].partition(" ")[2]].values())
         first, second = rng.integers(len(states)), rng.integers(len(states) - 1)
         chosen = (states[first], states[second + (second >= first)])            # a target may have the source's state
@@ -302,7 +306,7 @@ class Fashion200k(CaptionedDataset):
 
     def sample(self, order: np.ndarray, position: int, key: tuple[int, ...]) -> Sample:
         """The source at this position, or a random modifiable one in its place, to a random sibling's random image."""
-        rng, source = np.random.default_rng((*key, position)), int(order[position])
+        rng, source = np.random.default_rng((*key, 1 + position)), int(order[position])
         if self.captions[source] not in self.parents:
             source = pick(rng, self.modifiable)
         caption = self.captions[source]
@@ -357,9 +361,9 @@ class FashionIQ(CompositionDataset):
         used = [name for _, source, target, _ in annotations for name in (source, target)]
         # Training needs the annotated images only (25,136 of the published 45,429); the test ranks all of its split.
         names = used if self.split == "train" else [name for ids in self.split_ids.values() for name in ids]
-        files = self.image_files()
+        folder, files = self.image_files()
         kept = [(name, image) for name in dict.fromkeys(names)
-                if (image := files.get(name, f"{self.FOLDERS[0]}/{name}.jpg")) not in self.without]
+                if (image := files.get(name, f"{folder}/{name}.jpg")) not in self.without]
         self.images = [image for _, image in kept]
         self.ids = {name: i for i, (name, _) in enumerate(kept)}
         whole = [entry for entry in annotations if entry[1] in self.ids and entry[2] in self.ids]
@@ -370,8 +374,8 @@ class FashionIQ(CompositionDataset):
         if not self.triplets:
             raise InputError(f"no usable triplet in the cap.*.{self.published}.json files of {self.root / 'captions'}")
 
-    def image_files(self) -> dict[str, str]:
-        """id -> path below root, from whichever of the three customary folders is there."""
+    def image_files(self) -> tuple[str, dict[str, str]]:
+        """Whichever of the three customary folders is there, and id -> path below root of what it holds."""
         folder = next((name for name in self.FOLDERS if (self.root / name).is_dir()), None)
         if folder is None:
             raise InputError(f"no image folder under {self.root}: expected one of {', '.join(self.FOLDERS)}; "
@@ -381,7 +385,7 @@ class FashionIQ(CompositionDataset):
             stem, ending = os.path.splitext(name)
             if ending.lower() in self.ENDINGS:
                 files.setdefault(stem, f"{folder}/{name}")
-        return files
+        return folder, files
 
     def read_split(self, category: str) -> list[str]:
         file = self.root / "image_splits" / f"split.{category}.{self.published}.json"
@@ -423,7 +427,7 @@ class FashionIQ(CompositionDataset):
         return self.triplet_task(self.triplets, np.arange(len(self.images)), positions)
 
     def training_task(self, seed: int) -> RetrievalTask:
-        epoch = Epoch(self, seed, 2**32 - 1)
+        epoch = Epoch(self, seed, TEST_EPOCH)
         triplets = [self.triplets[index] for index in epoch.order[:TRAIN_QUERIES]]
         positions = {category: np.array([i for i, triplet in enumerate(triplets) if triplet.category == category])
                      for category in self.categories}

@@ -3,6 +3,7 @@
 The original transforms train and test images alike and without chance, so its pixels can be kept and reused exactly.
 """
 
+import errno
 import fcntl
 import json
 import logging
@@ -16,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,6 +27,9 @@ from errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECORD = np.dtype([("bytes", "u8"), ("modified_ns", "i8"), ("checksum", "u4"), ("filled", "u4")])
+
+NOT_THE_IMAGES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+RESERVE = 2 * 10**9                     # bytes of the disk that the cache leaves to checkpoints and logs
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +54,8 @@ def decode(path: str, size: int) -> np.ndarray:
         with Image.open(path) as image:
             return resize_and_crop(size)(image.convert("RGB")).numpy()
     except Exception as error:                                                  # PIL's plugins raise anything at all
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_IMAGES_FAULT:
+            raise
         reason = "the file is empty" if is_empty(path) else (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"cannot read the image {path} ({reason}); replace it, or pass --skip_bad_images True to "
                          "leave such images out") from None
@@ -56,6 +63,12 @@ def decode(path: str, size: int) -> np.ndarray:
 
 def is_empty(path: str) -> bool:
     return os.path.exists(path) and os.path.getsize(path) == 0
+
+
+def relative(paths: Sequence[str], folder: Path) -> list[str]:
+    """The paths as seen from `folder`, so that a dataset may move with the cache inside it."""
+    from_folder = cache(lambda directory: os.path.relpath(directory or ".", folder))  # slow: once a directory
+    return [os.path.join(from_folder(os.path.dirname(path)), os.path.basename(path)) for path in paths]
 
 
 def prefetch(make: Callable, items: Iterable, workers: int) -> Iterator:
@@ -83,9 +96,9 @@ class PixelFile:
 
     FOLDER/images_S.paths lists the slots' paths (one JSON string a line, only ever appended to under a lock),
     images_S.pixels holds their pixels, images_S.records what each was made from. A slot counts only while its
-    record agrees with the image file's size and time of change, and its checksum with path and pixels; the record
-    is written after the pixels. So a process killed at any moment leaves nothing that would be believed, two
-    processes that fill a slot at once write the same bytes, and damage only costs decoding again.
+    record agrees with the image file's size and time of change, and its checksum with path, pixels and Pillow's
+    version; the record is written after the pixels. So a process killed at any moment leaves nothing that would be
+    believed, two processes that fill a slot at once write the same bytes, and damage only costs decoding again.
     """
 
     def __init__(self, folder: Path, size: int, paths: Sequence[str]):
@@ -93,7 +106,8 @@ class PixelFile:
         self.shape, self.stride = (3, size, size), 3 * size * size
         folder.mkdir(parents=True, exist_ok=True)
         names, records, pixels = (folder / f"images_{size}.{kind}" for kind in ("paths", "records", "pixels"))
-        self.names = [path.encode("utf-8", "surrogateescape") for path in paths]
+        paths = relative(paths, folder)
+        self.seeds = [zlib.crc32(f"{PIL.__version__}:{path}".encode("utf-8", "surrogateescape")) for path in paths]
         with open(names, "a+b") as listing:
             fcntl.flock(listing, fcntl.LOCK_EX)                                 # the kernel frees it if we are killed
             slot_of = self.register(listing, paths)
@@ -103,10 +117,11 @@ class PixelFile:
         self.pixels = np.asarray(np.memmap(pixels, np.uint8, "r", shape=(len(slot_of), *self.shape)))
         self.verified = np.zeros(len(slot_of), bool)                            # checksums are looked at once a process
         self.slots = np.array([slot_of[path] for path in paths])
-        needed = int((self.records["filled"][self.slots] == 0).sum()) * self.stride
+        needed = int((self.records["filled"] == 0).sum()) * self.stride         # also for the other split's images
         free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise OSError(f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free")
+        if needed and needed > free - RESERVE:
+            raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB free, of which "
+                          f"{RESERVE / 1e9:.0f} are left to checkpoints")
 
     @staticmethod
     def register(listing, paths: Sequence[str]) -> dict[str, int]:
@@ -130,26 +145,27 @@ class PixelFile:
             os.ftruncate(descriptor, length)
         return descriptor
 
+    def holds(self, index: int, version: tuple[int, int]) -> bool:
+        """Whether an image's slot is filled, from this version of its file; the checksum is for `read`."""
+        record = self.records[self.slots[index]]
+        return bool(record["filled"]) and (record["bytes"], record["modified_ns"]) == version
+
     def read(self, index: int, version: tuple[int, int], row: np.ndarray) -> bool:
-        """Copy an image's pixels into `row`; False where they are not there, or of another version of the file."""
-        slot = self.slots[index]
-        record = self.records[slot]
-        if not record["filled"] or (record["bytes"], record["modified_ns"]) != version:
+        """Copy an image's pixels into `row`; False where they are not there, damaged, or of another version."""
+        if not self.holds(index, version):
             return False
+        slot = self.slots[index]
         row[:] = self.pixels[slot]
         if not self.verified[slot]:
-            self.verified[slot] = self.checksum(index, row) == record["checksum"]
+            self.verified[slot] = zlib.crc32(row, self.seeds[index]) == self.records[slot]["checksum"]
         return bool(self.verified[slot])
-
-    def checksum(self, index: int, row: np.ndarray) -> int:
-        return zlib.crc32(row, zlib.crc32(self.names[index]))
 
     def write(self, index: int, version: tuple[int, int], row: np.ndarray) -> None:
         """Keep an image's pixels. Raises OSError on a full disk, where writing through the map would crash."""
         slot = int(self.slots[index])
         os.pwrite(self.record_file, bytes(RECORD.itemsize), slot * RECORD.itemsize)
         os.pwrite(self.pixel_file, row, slot * self.stride)
-        record = np.array([(*version, self.checksum(index, row), 1)], RECORD)
+        record = np.array([(*version, zlib.crc32(row, self.seeds[index]), 1)], RECORD)
         os.pwrite(self.record_file, record, slot * RECORD.itemsize)
 
 
@@ -162,10 +178,10 @@ class ImageStore:
     def __init__(self, paths: Sequence[str], size: int = 224, cache: str | Path | None = None):
         self.paths, self.size = list(paths), size
         self.versions = [self.version(path) for path in self.paths]
-        self.file = None
+        self.file, self.writable = None, True
         if cache is not None:
             try:
-                self.file = PixelFile(Path(cache), size, [os.path.abspath(path) for path in self.paths])
+                self.file = PixelFile(Path(cache), size, self.paths)
             except OSError as error:
                 log.warning("no image cache in %s (%s): images are decoded each time they are used", cache, error)
 
@@ -186,12 +202,12 @@ class ImageStore:
         if self.file and self.file.read(index, self.versions[index], row):
             return
         row[:] = decode(self.paths[index], self.size)
-        if self.file:
+        if self.file and self.writable:
             try:
                 self.file.write(index, self.versions[index], row)
             except OSError as error:
+                self.writable = False
                 log.warning("the image cache takes no more (%s): further images are decoded each time", error)
-                self.file = None
 
     def batch(self, ids: Sequence[int]) -> Tensor:
         """(B, 3, S, S) uint8."""
@@ -207,6 +223,8 @@ class ImageStore:
     def unreadable(self, progress=lambda items, **_: items) -> dict[int, str]:
         """Image id -> what is wrong, for every image that cannot be decoded; all others are in the cache afterwards."""
         def attempt(index: int) -> str | None:
+            if self.file and self.file.holds(index, self.versions[index]):
+                return None
             try:
                 self.load(index, np.empty((3, self.size, self.size), np.uint8))
             except InputError as error:

@@ -45,18 +45,21 @@ def true_or_false(text: str) -> bool:
     return values[text.lower()]
 
 
-def at_least(minimum: float, kind: type = int):
-    """A number parser that refuses what is smaller, infinite or not a number."""
+def at_least(minimum: float, kind: type = int, most: float = 2**62):
+    """A number parser that refuses what is smaller, larger, infinite or not a number."""
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value >= minimum):
+        if not minimum <= value <= most:
             raise argparse.ArgumentTypeError(f"expected {'an integer' if kind is int else 'a number'} of at least "
-                                             f"{minimum}, got {text!r}")
+                                             f"{minimum}{f' and at most {most}' if most < 2**62 else ''}, got {text!r}")
         return value
     return parse
+
+
+port_number = at_least(1, most=65535)
 
 
 def get_parser() -> Parser:
@@ -95,8 +98,8 @@ def get_parser() -> Parser:
         "'none' (random), or a file saved from torchvision's resnet18", metavar="imagenet|none|PATH")
     add(model, "--use_bert", False, "sentence vectors from a running BERT-as-service in place of the LSTM")
     add(model, "--bert_ip", "localhost", "host of the sentence service", metavar="HOST")
-    add(model, "--bert_port", 5555, "port the service takes texts on", type=at_least(1), metavar="PORT")
-    add(model, "--bert_port_out", 5556, "port the service answers on", type=at_least(1), metavar="PORT")
+    add(model, "--bert_port", 5555, "port the service takes texts on", type=port_number, metavar="PORT")
+    add(model, "--bert_port_out", 5556, "port the service answers on", type=port_number, metavar="PORT")
     add(model, "--bert_timeout", 10.0, "seconds to wait for the service", type=at_least(0.1, float), metavar="SECONDS")
 
     training = parser.add_argument_group("training")
@@ -155,13 +158,22 @@ def open_split(args: argparse.Namespace, split: str) -> Split:
     return Split(data, store)
 
 
-def build_model(args: argparse.Namespace, state: dict | None, texts: list[str], device: torch.device):
+def check_against_checkpoint(args: argparse.Namespace, opt: dict) -> None:
+    """A model needs the text encoder it was trained with; what else differs may be meant, but is said."""
+    if "use_bert" in opt and bool(opt["use_bert"]) != args.use_bert:
+        raise InputError(f"the checkpoint {args.model_checkpoint} was trained with --use_bert {bool(opt['use_bert'])}; "
+                         "pass the same")
+    for name in ("dataset", "category_to_train", "use_complete_text_query", "image_size"):
+        if name in opt and opt[name] != getattr(args, name):
+            logging.warning("note: the checkpoint was trained with --%s %s, this run has %s", name, opt[name],
+                            getattr(args, name))
+
+
+def build_model(args: argparse.Namespace, state: dict | None, texts: list[str], service: SentenceService | None,
+                device: torch.device) -> ImgTextCompositionBase:
     """The composer with a checkpoint's, ImageNet's or random weights, channels last, on the device."""
-    words = (state and checkpoint.vocabulary(state)) or SimpleVocab.from_texts(texts)
-    service, text_dim = None, args.text_embed_dim
-    if args.use_bert:
-        service = SentenceService(args.bert_ip, args.bert_port, args.bert_port_out, args.bert_timeout)
-        text_dim = service.dim
+    words = (state and checkpoint.vocabulary(state, lstm_used=service is None)) or SimpleVocab.from_texts(texts)
+    text_dim = service.dim if service else args.text_embed_dim
     model = MODELS[args.model](words, args.image_embed_dim, text_dim, sentence_vectors=service)
     if state:
         checkpoint.restore(model, state, args.model_checkpoint)
@@ -283,12 +295,19 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--test_only needs the checkpoint to test: pass --model_checkpoint PATH")
     device = choose_device(args.device)
     seed_everything(args.seed)
+    report.check_log_dir(args.log_dir, args.comment)
     state = checkpoint.load(args.model_checkpoint) if args.model_checkpoint else None
+    if state:
+        check_against_checkpoint(args, state["opt"])
+    service = None
+    if args.use_bert:
+        service = SentenceService(args.bert_ip, args.bert_port, args.bert_port_out, args.bert_timeout)
+        service.client = service.connect()                                      # before anything that takes long
     splits = {name: open_split(args, name) for name in ("train", "test")}
     samples = len(splits["train"].data)
     if samples < args.batch_size and not args.test_only:
         raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; lower it")
-    model = build_model(args, state, splits["train"].data.training_texts(), device)
+    model = build_model(args, state, splits["train"].data.training_texts(), service, device)
     log = report.Report(report.run_folder(args.log_dir, args.comment), plain(args))
     tqdm.write(f"{args.model} on {args.dataset}, {device}: {samples} training samples, "
                f"{len(splits['test'].data.images)} test images; logs in {log.folder}")
@@ -300,7 +319,7 @@ def run(args: argparse.Namespace) -> None:
         tqdm.write(log.metrics({name: found["model"] for name, found in ways.items()}, baselines, it))
 
     if args.test_only:
-        test(int(state.get("it", 0)))
+        test(state["it"])
     else:
         train(args, model, splits["train"], log, test)
     log.close()

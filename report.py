@@ -12,21 +12,28 @@ from tensorboardX import SummaryWriter
 from errors import InputError
 
 
+def check_log_dir(log_dir: str | Path, comment: str) -> None:
+    """Raise InputError now, not after the data are read, where no run folder could be made."""
+    if os.sep in comment:
+        raise InputError(f"--comment {comment!r} ends a folder's name and cannot hold a {os.sep!r}")
+    try:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the log folder {log_dir} ({error.strerror}); choose another --log_dir") from None
+    if not os.access(log_dir, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to the log folder {log_dir}; choose another --log_dir")
+
+
 def run_folder(log_dir: str | Path, comment: str) -> Path:
     """A new folder <log_dir>/<Mon dd_HH-MM-SS>_<hostname><comment>, as tensorboardX names them."""
     name = f"{datetime.now().strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}{comment}"
-    try:
-        Path(log_dir).mkdir(parents=True, exist_ok=True)
-        for attempt in range(1, 1000):                                          # several runs may start in one second
-            folder = Path(log_dir) / (name if attempt == 1 else f"{name}-{attempt}")
-            try:
-                folder.mkdir()
-                return folder
-            except FileExistsError:
-                continue
-    except OSError as error:
-        raise InputError(f"cannot write to the log folder {log_dir} ({error.strerror}); choose another --log_dir"
-                         ) from None
+    for attempt in range(1, 1000):                                              # several runs may start in one second
+        folder = Path(log_dir) / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
     raise InputError(f"{log_dir} already holds a thousand runs named {name}; choose another --comment")
 
 

@@ -15,6 +15,7 @@ from datasets import CompositionDataset, Judge, QuerySet
 from image_store import ImageStore, normalize_images, prefetch
 
 SCORES_AT_ONCE = 2**21                  # of the queries x gallery table; 8 MB stay in a CPU's cache
+NEVER = torch.iinfo(torch.long).max     # the rank of a query without a correct image: no hit at any K
 
 Progress = Callable
 
@@ -67,7 +68,7 @@ class CorrectImages:
 def rank_of_best(scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """0-based rank of each row's best correct image, ties going to the earlier column: (q, N) -> (q,) ints.
 
-    rows, columns: the correct images as pairs. A row with none, or with none but masked ones, ranks behind all.
+    rows, columns: the correct images as pairs. A row with none, or with none but masked ones, gets NEVER.
     """
     correct = scores[rows, columns]
     best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, correct, "amax")
@@ -76,9 +77,9 @@ def rank_of_best(scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     column = torch.full_like(best, width, dtype=torch.long).scatter_reduce(0, rows, leading, "amin")
     above = (scores > best[:, None]).sum(1)
     tied = scores == best[:, None]
-    if tied.sum() > len(scores):                                                # ties are rare: look at them only then
+    if (tied.sum(1) > 1).any():                                                 # ties are rare: look at them only then
         above += (tied & (torch.arange(width, device=scores.device) < column[:, None])).sum(1)
-    return torch.where(best == -torch.inf, width, above)
+    return torch.where(best == -torch.inf, NEVER, above)
 
 
 def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Judge]) -> list[np.ndarray]:

@@ -66,6 +66,8 @@ class SentenceService:
     Nothing is contacted before the first text. Raises InputError when no service answers within `timeout` seconds.
     """
 
+    REQUEST = 256                       # texts asked for at once: the service's own batch size
+
     def __init__(self, ip: str = "localhost", port: int = 5555, port_out: int = 5556, timeout: float = 10.0):
         self.ip, self.port, self.port_out, self.timeout = ip, port, port_out, timeout
         self.client = None
@@ -73,9 +75,15 @@ class SentenceService:
 
     def connect(self):
         """The standard client, once the service has answered it."""
-        from bert_serving.client import BertClient  # only here: importing this module needs no service
+        import zmq  # only here: importing this module needs no service
+        from bert_serving.client import BertClient
 
-        client = BertClient(self.ip, self.port, self.port_out, ignore_all_checks=True, timeout=int(1000 * self.timeout))
+        try:
+            client = BertClient(self.ip, self.port, self.port_out, ignore_all_checks=True,
+                                timeout=int(1000 * self.timeout))
+        except zmq.ZMQError as error:
+            raise InputError(f"{self.ip}:{self.port} is no address of a sentence service ({error}); check --bert_ip, "
+                             "--bert_port and --bert_port_out") from None
         try:
             client.server_config                                                # noqa: B018 (the answer is the point)
         except TimeoutError:
@@ -86,6 +94,19 @@ class SentenceService:
             ) from None
         return client
 
+    def ask(self, texts: list[str]) -> None:
+        """Put the service's vectors of these texts into the table."""
+        self.client = self.client or self.connect()
+        try:
+            answer = np.array(self.client.encode(texts), dtype=np.float32)      # a copy: the answer is read-only
+        except TimeoutError:
+            raise InputError(f"the sentence service at {self.ip}:{self.port} did not answer {len(texts)} texts within "
+                             f"{self.timeout:g} s; start it again, or allow more with --bert_timeout") from None
+        if answer.ndim != 2 or len(answer) != len(texts) or not np.isfinite(answer).all():
+            raise InputError(f"the sentence service at {self.ip}:{self.port} answered {answer.shape} values, some "
+                             f"perhaps not finite, to {len(texts)} texts; check its log and start it again")
+        self.vectors.update(zip(texts, torch.from_numpy(answer), strict=True))
+
     @property
     def dim(self) -> int:
         """Size of the service's vectors, as it answers: 768 for BERT-Base."""
@@ -94,12 +115,7 @@ class SentenceService:
     def __call__(self, texts: list[str]) -> Tensor:
         """(B, dim) float32 on the CPU. A blank text has the zero vector: the service refuses blank strings."""
         missing = [text for text in dict.fromkeys(texts) if text.strip() and text not in self.vectors]
-        if missing:
-            self.client = self.client or self.connect()
-            answer = np.array(self.client.encode(missing), dtype=np.float32)    # a copy: the answer is read-only
-            if answer.ndim != 2 or len(answer) != len(missing) or not np.isfinite(answer).all():
-                raise InputError(f"the sentence service at {self.ip}:{self.port} answered {answer.shape} values, some "
-                                 f"perhaps not finite, to {len(missing)} texts; check its log and start it again")
-            self.vectors.update(zip(missing, torch.from_numpy(answer), strict=True))
+        for start in range(0, len(missing), self.REQUEST):
+            self.ask(missing[start:start + self.REQUEST])
         blank = torch.zeros(len(next(iter(self.vectors.values()))) if self.vectors else self.dim)
         return torch.stack([self.vectors.get(text, blank) for text in texts])

@@ -37,9 +37,9 @@ def sample(model, path: Path, rows: int, size: int) -> Image.Image:
     features, queries = encode(model, data, size), one_query_a_noun(data, rows)
     sources, texts = [query.source for query in queries], [query.text for query in queries]
     scores = compose_queries(model, features[sources], texts) @ F.normalize(features, dim=1).T  # (rows, N)
-    scores[torch.arange(rows), sources] = -torch.inf
+    scores[torch.arange(len(queries)), sources] = -torch.inf
     best = scores.topk(RESULTS, dim=1).indices.tolist()
-    picture = Image.new("RGB", (3 * GAP + (2 + RESULTS) * (TILE + GAP) + 40, 40 + rows * (TILE + GAP)), PAPER)
+    picture = Image.new("RGB", (3 * GAP + (2 + RESULTS) * (TILE + GAP) + 40, 40 + len(queries) * (TILE + GAP)), PAPER)
     draw = ImageDraw.Draw(picture)
     for x, title in ((GAP, "query image"), (GAP + TILE + GAP, "+ change"), (column(0), "results, best first")):
         draw.text((x, 12), title, QUIET, font(15))

@@ -91,7 +91,7 @@ SMALL = {"image_weights": "none", "image_size": 32, "image_embed_dim": 24, "text
          "num_iters": 3, "loader_num_workers": 0, "log_frequency": 1, "device": "cpu"}
 
 
-def flags(dataset, path, log_dir, **changes):
+def flags(dataset, path, log_dir, /, **changes):
     """The command line of a run of seconds."""
     settings = {"dataset": dataset, "dataset_path": path, "log_dir": log_dir, **SMALL, **changes}
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
@@ -115,7 +115,7 @@ class Run:
                 for name in events.Tags()["scalars"]}
 
 
-def run_main(dataset, path, log_dir, **changes):
+def run_main(dataset, path, log_dir, /, **changes):
     before = set(log_dir.iterdir()) if log_dir.exists() else set()
     assert main.main(flags(dataset, path, log_dir, **changes)) == 0
     (folder,) = set(log_dir.iterdir()) - before

@@ -125,7 +125,13 @@ CASES = {
     "no GPU": ("mitstates", None, {"device": "cuda"}, ["--device cuda"]),
     "no sentence service": ("mitstates", None, {"use_bert": True, "bert_port": 1, "bert_port_out": 2, "bert_timeout": 0.5},
                             ["no sentence service at localhost:1"]),
-    "diverging training": ("mitstates", None, {"learning_rate": 1e30, "num_iters": 20}, ["not finite", "--learning_rate"]),
+    "port out of range": ("mitstates", None, {"use_bert": True, "bert_port": 70000}, ["--bert_port", "65535"]),
+    "no host name": ("mitstates", None, {"use_bert": True, "bert_ip": "bad!host"}, ["bad!host", "--bert_ip"]),
+    "enormous seed": ("mitstates", None, {"seed": "9" * 400}, ["--seed"]),
+    "comment with a slash": ("mitstates", None, {"comment": "a/b"}, ["--comment", "'a/b'"]),
+    "missing image in another folder": ("fashionIQ", lambda p: (p / "all_imgs/SV001.jpg").unlink() or
+                                        (p / "all_imgs").rename(p / "img"), {}, ["img/SV001.jpg"]),
+    "diverging training": ("mitstates", None, {"learning_rate": 1e18, "num_iters": 20}, ["not finite", "--learning_rate"]),
 }
 
 
@@ -138,10 +144,7 @@ def test_one_line_and_exit_code_2(case, tmp_path, capsys):
     if damage:
         damage(path)
     try:
-        code = main.main(flags(**{"dataset": dataset, "path": path, "log_dir": tmp_path / "logs", **changes})
-                         if "dataset" not in changes else
-                         [f for f in flags(dataset, path, tmp_path / "logs") if not f.startswith("--dataset=")]
-                         + ([f"--dataset={changes['dataset']}"] if changes["dataset"] else []))
+        code = main.main(flags(dataset, path, tmp_path / "logs", **changes))
     except SystemExit as stop:
         code = stop.code
     captured = capsys.readouterr()
@@ -159,9 +162,11 @@ def checkpoint_cases(tmp_path, trained):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     torch.save([1, 2], tmp_path / "list")
-    torch.save({"model_state_dict": 3}, tmp_path / "number")
+    for name, wrong in (("number", {"model_state_dict": 3}), ("opt", {"opt": 5}), ("words", {"word2id": {"a": 7}}),
+                        ("it", {"it": "many"}), ("weights", {"model_state_dict": {"a": 1}})):
+        torch.save({**state, **wrong}, tmp_path / name)
     torch.save(renamed, tmp_path / "renamed")
-    return [*files, "list", "number", "renamed"]
+    return [*files, "list", "number", "opt", "words", "it", "weights", "renamed"]
 
 
 def test_checkpoints_that_are_none_or_of_another_model(mitstates, tmp_path, capsys):

@@ -100,6 +100,17 @@ def test_a_damaged_cache_is_made_again(paths, tmp_path, kind, damage):
         assert torch.equal(ImageStore(paths, 32, tmp_path / "cache").batch(range(len(paths))), expected)
 
 
+def test_a_moved_dataset_keeps_its_cache_and_another_pillow_does_not(paths, tmp_path, monkeypatch):
+    ImageStore(paths, 32, tmp_path / "pictures" / "cache").batch(range(len(paths)))
+    (tmp_path / "pictures").rename(tmp_path / "elsewhere")
+    moved, seen = [path.replace("pictures", "elsewhere") for path in paths], decoded(monkeypatch)
+    ImageStore(moved, 32, tmp_path / "elsewhere" / "cache").batch(range(len(paths)))
+    assert seen == []
+    monkeypatch.setattr(image_store.PIL, "__version__", "another")
+    ImageStore(moved, 32, tmp_path / "elsewhere" / "cache").batch([1])
+    assert seen == [moved[1]]
+
+
 def test_slots_that_change_hands_are_not_believed(paths, tmp_path):
     for path in paths:
         os.utime(path, ns=(5, 5))                                               # all of one time; below, of one size
@@ -129,12 +140,15 @@ def test_without_room_or_permission_images_are_decoded_each_time(paths, tmp_path
 
 def test_a_disk_that_fills_up_costs_speed_only(paths, tmp_path, monkeypatch, caplog):
     store = ImageStore(paths, 32, tmp_path / "cache")
+    store.batch([0])
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "pwrite", full)
+    seen = decoded(monkeypatch)
     for _ in range(2):
-        assert torch.equal(store.batch([1, 2]), torch.stack([plain(paths[i], 32) for i in (1, 2)]))
-    assert "No space left" in caplog.text
+        assert torch.equal(store.batch([0, 1, 2]), torch.stack([plain(paths[i], 32) for i in (0, 1, 2)]))
+    assert seen == [paths[1], paths[2]] * 2                                     # what was kept before is still used
+    assert caplog.text.count("No space left") == 1
 
 
 FILL = """

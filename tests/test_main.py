@@ -13,6 +13,7 @@ import torchvision
 
 import checkpoint
 import main
+from errors import InputError
 from image_store import ImageStore
 from img_text_composition_models import MODELS
 from test_retrieval import evaluate
@@ -20,7 +21,7 @@ from text_model import SimpleVocab
 from torch_function import LOSSES
 
 from . import golden
-from .conftest import WRITERS, Run, run_main
+from .conftest import WRITERS, Run, flags, run_main
 
 ROOT = Path(main.__file__).parent
 PUBLISHED = {
@@ -226,6 +227,30 @@ def test_a_checkpoint_of_the_original_loads_strictly(case, tmp_path):
     model = MODELS[state["opt"]["model"]](vocabulary, 512, 768 if "bert" in case else 512)
     checkpoint.restore(model, state, "x")
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_says_what_it_was_trained_with(mitstates, tmp_path, capsys, caplog):
+    trained = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=1)
+    run_main("mitstates", mitstates, tmp_path / "logs", comment="_2", test_only=True, image_size=40,
+             model_checkpoint=trained.checkpoint)
+    assert "trained with --image_size 32, this run has 40" in caplog.text
+    state = torch.load(trained.checkpoint, weights_only=True)
+    state["opt"]["use_bert"] = True
+    torch.save(state, tmp_path / "bert.pth")
+    assert main.main(flags("mitstates", mitstates, tmp_path / "logs", test_only=True,
+                           model_checkpoint=tmp_path / "bert.pth")) == 2
+    assert "trained with --use_bert True" in capsys.readouterr().err
+    with pytest.raises(InputError, match="needs a sentence service"):
+        checkpoint.rebuild_model(tmp_path / "bert.pth")
+
+
+def test_an_original_with_bert_loads_whatever_its_unused_vocabulary(tmp_path):
+    model = MODELS["RealSpaceConcatAE"](SimpleVocab({str(i): i for i in range(37)}), 24, 16)
+    torch.save({"it": 1, "opt": argparse.Namespace(use_bert=True), "model_state_dict": model.state_dict()},
+               tmp_path / "x.pth")
+    state = checkpoint.load(tmp_path / "x.pth")
+    assert checkpoint.vocabulary(state) is None and len(checkpoint.vocabulary(state, lstm_used=False)) == 37
+    checkpoint.restore(MODELS["RealSpaceConcatAE"](checkpoint.vocabulary(state, lstm_used=False), 24, 16), state, "x")
 
 
 def test_metrics_file_is_json_of_plain_numbers(mitstates, tmp_path):

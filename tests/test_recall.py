@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sklearn.neighbors import NearestNeighbors
 
 import test_retrieval
-from datasets import DATASETS, Judge, integer_labels
+from datasets import DATASETS, Judge, QuerySet, integer_labels
 from image_store import ImageStore
 from img_text_composition_models import MODELS
 from test_retrieval import add_own_gallery_means, chance, evaluate, ranks, recalls
@@ -55,7 +55,7 @@ def sorted_ranks(scores, own, judge):
         columns = np.arange(scores.shape[1]) if judge.among is None else judge.among
         order = [c for c in columns[np.argsort(-row[columns], kind="stable")] if c != own[q]]
         hits = [r for r, c in enumerate(order) if judge.gallery_labels[c] == judge.query_labels[q]]
-        found.append(hits[0] if hits else len(columns))
+        found.append(hits[0] if hits else test_retrieval.NEVER)
     return found
 
 
@@ -90,6 +90,19 @@ def test_a_collapsed_model_gets_no_gift_and_a_diverged_one_no_answer():
     assert set(found.values()) == {0.0}                                         # all tied: the 151st of 200
     with pytest.raises(FloatingPointError, match="not finite"):
         recalls(torch.full((1, 4), torch.nan), gallery, np.array([-1]), [Judge("x", np.array([0]), np.arange(200))])
+
+
+def test_a_query_without_a_correct_image_is_never_a_hit():
+    gallery, own = torch.eye(3), np.array([0, -1])
+    asked = Judge("x", np.array([1, 9]), np.array([1, 2, 3]))                   # its own image alone is right; none is
+    assert set(recalls(torch.eye(3)[:2], gallery, own, [asked]).values()) == {0.0}
+    assert set(chance(QuerySet(np.array([0, 1]), ["", ""], own, [asked])).values()) == {0.0}
+
+
+def test_a_tie_counts_also_beside_a_query_without_a_correct_image():
+    gallery = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
+    asked = Judge("x", np.array([7, 9]), np.array([1, 7, 2]))
+    assert ranks(torch.eye(2), gallery, np.array([-1, -1]), [asked])[0].tolist() == [1, test_retrieval.NEVER]
 
 
 def test_own_gallery_means():
