@@ -63,9 +63,9 @@ port_number = at_least(1, most=65535)
 
 
 def get_parser() -> Parser:
-    parser = Parser(prog="main.py", description=__doc__.split("\n")[0],
-                    epilog="The defaults are the published settings; README.md has the five published commands.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog="main.py", usage="%(prog)s --dataset NAME --dataset_path DIR [flags]",
+                    description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    epilog="The defaults are the published settings; README.md has the five published commands.")
 
     def add(group, flag: str, default, help: str, **how):
         if isinstance(default, bool):
@@ -73,9 +73,10 @@ def get_parser() -> Parser:
         group.add_argument(flag, default=default, help=help, **how)
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, choices=DATASETS, help="benchmark to train and test on")
-    data.add_argument("--dataset_path", required=True, type=Path, metavar="DIR",
-                      help="folder with the benchmark's published tree, see data/README.md")
+    data.add_argument("--dataset", required=True, choices=DATASETS, default=argparse.SUPPRESS,
+                      help="benchmark to train and test on (required)")
+    data.add_argument("--dataset_path", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+                      help="folder with the benchmark's published tree, see data/README.md (required)")
     add(data, "--category_to_train", "all", "FashionIQ: all three categories, or this one alone",
         choices=("all", *FashionIQ.CATEGORIES))
     add(data, "--use_complete_text_query", False, "queries say the whole target caption, not only what changes")
@@ -334,6 +335,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("main.py: stopped; the run's folder holds the checkpoint of its last whole epoch", file=sys.stderr)
         return 130
     return 0
 
