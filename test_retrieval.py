@@ -125,18 +125,6 @@ def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[
             for judge, rank in zip(judges, ranks(queries, gallery, own, judges), strict=True) for k in judge.ks}
 
 
-def add_own_gallery_means(metrics: dict[str, float]) -> dict[str, float]:
-    """FashionIQ's summary of later papers: R@10 and R@50 averaged over the categories, and the mean of the two."""
-    means = {}
-    for k in (10, 50):
-        values = [value for name, value in metrics.items() if name.startswith(f"recall_top{k}_own_gallery_")]
-        if values:
-            means[f"recall_top{k}_own_gallery_mean"] = float(np.mean(values))
-    if means:
-        means["recall_mean_own_gallery"] = float(np.mean(list(means.values())))
-    return {**metrics, **means}
-
-
 @torch.inference_mode()
 def evaluate(model, dataset: CompositionDataset, store: ImageStore, batch_size: int = 64, workers: int = 2,
              seed: int = 0, progress: Progress = no_progress, baselines: bool = False) -> dict[str, dict[str, float]]:
@@ -164,8 +152,8 @@ def evaluate(model, dataset: CompositionDataset, store: ImageStore, batch_size: 
             ways["text alone"] = lambda asked, source: recalls(
                 compose_queries(model, average.expand_as(source), asked.texts), gallery, asked.own, asked.judges)
             ways["chance"] = lambda asked, source: chance(asked)
-        return {way: add_own_gallery_means({name: value for asked in task.query_sets
-                                            for name, value in answer(asked, rows(asked.sources)).items()})
+        return {way: dataset.with_means({name: value for asked in task.query_sets
+                                         for name, value in answer(asked, rows(asked.sources)).items()})
                 for way, answer in ways.items()}
     finally:
         model.train(was_training)

@@ -10,7 +10,7 @@ import test_retrieval
 from datasets import DATASETS, Judge, QuerySet, integer_labels
 from image_store import ImageStore
 from img_text_composition_models import MODELS
-from test_retrieval import add_own_gallery_means, chance, evaluate, ranks, recalls
+from test_retrieval import chance, evaluate, ranks, recalls
 from text_model import SimpleVocab
 
 from . import golden
@@ -105,10 +105,10 @@ def test_a_tie_counts_also_beside_a_query_without_a_correct_image():
     assert ranks(torch.eye(2), gallery, np.array([-1, -1]), [asked])[0].tolist() == [1, test_retrieval.NEVER]
 
 
-def test_own_gallery_means():
+def test_own_gallery_means(fashion_iq):
     metrics = {f"recall_top{k}_own_gallery_{c}": v for k, values in ((10, (0.1, 0.2, 0.6)), (50, (0.5, 0.6, 1.0)))
                for c, v in zip(("dress", "shirt", "toptee"), values, strict=True)}
-    means = add_own_gallery_means({**metrics, "recall_top10_correct_dress": 0.9})
+    means = DATASETS["fashionIQ"](fashion_iq, "test").with_means({**metrics, "recall_top10_correct_dress": 0.9})
     assert means["recall_top10_own_gallery_mean"] == pytest.approx(0.3)
     assert means["recall_top50_own_gallery_mean"] == pytest.approx(0.7)
     assert means["recall_mean_own_gallery"] == pytest.approx(0.5)
