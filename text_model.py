@@ -107,10 +107,8 @@ class SentenceService:
 
     def meet(self, client, seconds: float) -> None:
         """Hear what the service's vectors depend on, and that it is what it was."""
-        client.timeout = 1 + int(1000 * seconds)
         try:
-            config = client.server_config
-            features = {name: config[name] for name in self.FEATURES if name in config}
+            config = self.configuration(client, time.monotonic() + seconds)
         except TimeoutError:
             raise InputError(
                 f"no sentence service at {self.ip}:{self.port} (answers on {self.port_out}) within {self.timeout:g} s; "
@@ -118,11 +116,26 @@ class SentenceService:
                 "--bert_port, or drop --use_bert") from None
         except Exception as error:                                              # the client trusts what it receives
             raise self.complaint(f"does not describe itself as BERT-as-service does ({error!r})") from None
+        if not isinstance(config, dict):
+            raise self.complaint(f"does not describe itself as BERT-as-service does ({str(config)[:80]})")
+        features = {name: config[name] for name in self.FEATURES if name in config}
         if "fingerprint" in features:
             features.pop("model_dir", None)                                     # a model's folder may move
         if self.features not in (None, features):
             raise self.complaint(f"now has other vectors: {features} in place of {self.features}")
         self.features = features
+
+    @staticmethod
+    def configuration(client, deadline: float):
+        """The service's description, asked for every second: an answer before one has subscribed is lost."""
+        while True:
+            left = deadline - time.monotonic()
+            client.timeout = 1 + int(1000 * min(1.0, max(left, 0)))
+            try:
+                return client.server_config
+            except TimeoutError:
+                if left <= 1:
+                    raise
 
     def complaint(self, what: str) -> InputError:
         return InputError(f"the sentence service at {self.ip}:{self.port} {what}; look at its log, start it again, or "

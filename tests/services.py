@@ -110,12 +110,13 @@ class Misbehaving:
         self.thread.start()
 
     def serve(self):
+        subscribed = set()
         while not self.done:
             if not self.requests.poll(20):
                 continue
             client, payload, number, _ = self.requests.recv_multipart()
-            if not self.replies.poll(0):
-                self.replies.poll(300)                                          # let the client subscribe
+            while client not in subscribed and self.replies.poll(1000):
+                subscribed.add(self.replies.recv()[1:])
             if payload == b"SHOW_CONFIG":
                 content = self.config if isinstance(self.config, bytes) else json.dumps(self.config).encode()
                 self.replies.send_multipart([client, content, number])
