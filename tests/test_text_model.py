@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from errors import InputError
-from text_model import SentenceService, SimpleVocab, TextLSTMModel, tokenize
+from text_model import SentenceService, SentenceTable, SimpleVocab, TextLSTMModel, tokenize
 
 from . import golden
 
@@ -52,4 +52,4 @@ def test_no_service_is_one_clear_line_within_the_timeout():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]                                            # nothing listens on it
     with pytest.raises(InputError, match=f"no sentence service at 127.0.0.1:{port}"):
-        SentenceService("127.0.0.1", port, port, timeout=0.5)(["red dress"])
+        SentenceTable(SentenceService("127.0.0.1", port, port, timeout=0.5))
