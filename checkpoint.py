@@ -1,10 +1,15 @@
-"""Checkpoints: written whole or not at all, read without running code, turned back into a model without any flag.
+"""Checkpoints: written whole or not at all, read without running code, turned back into a model without any flag, or
+into the very run that wrote them.
 
 A file holds the original's keys (`it`, `opt`, `model_state_dict`) and ours; `opt` is the flags by name.
 """
 
 import argparse
+import glob
+import io
 import os
+import shutil
+import time
 import warnings
 from pathlib import Path
 
@@ -14,19 +19,104 @@ from errors import InputError
 from img_text_composition_models import MODELS, ImgTextCompositionBase, SentenceVectors
 from text_model import SimpleVocab
 
+LATEST, BEST = "latest_checkpoint.pth", "best_checkpoint.pth"
+PROGRESS = ["best", "samples", "steps", "sums", "tested"]
+# A run goes on only with the values of these that it was started with: others would give other results.
+FIXED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "skip_bad_images", "image_size", "model",
+               "image_embed_dim", "text_embed_dim", "use_bert", "loss", "batch_size", "learning_rate",
+               "learning_rate_decay_frequency", "weight_decay", "seed")
 
-def save(path: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict) -> None:
-    """Write to a file beside `path`, then rename: a crash leaves the previous checkpoint."""
-    state = {"it": it, "opt": flags, "model_state_dict": model.state_dict(),
-             "optimizer_state_dict": optimizer.state_dict(), "word2id": model.text_model.vocabulary.word2id}
+
+def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,
+         progress: dict, best: bool = False) -> None:
+    """Write LATEST, and as BEST too: each beside it, then renamed, so that it is the previous checkpoint or this one.
+
+    progress: what else the run needs to go on, of plain types and tensors. Raises FloatingPointError where a weight
+    is not finite, InputError where the file cannot be written.
+    """
+    state = {"it": it, "opt": flags, "model_state_dict": model.state_dict(), "progress": progress,
+             "optimizer_state_dict": optimizer.state_dict(), "word2id": model.text_model.vocabulary.word2id,
+             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}}
+    for name, value in state["model_state_dict"].items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise FloatingPointError(f"the weight {name} is not finite at iteration {it}, so nothing was saved; go on "
+                                     "from the checkpoint before with a lower --learning_rate")
     if model.sentence_vectors is not None:
         state["sentences"] = model.sentence_vectors.features
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    content = io.BytesIO()                                                      # torch hides why it cannot write a file
+    torch.save(state, content)
+    unfinished, link = folder / f"{LATEST}.unfinished", folder / f"{BEST}.unfinished"
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        if best:                                                                # first: LATEST tells of the best so far
+            link.unlink(missing_ok=True)
+            try:
+                os.link(unfinished, link)
+            except OSError:                                                     # a file system without links
+                shutil.copyfile(unfinished, link)
+            os.replace(link, folder / BEST)
+        os.replace(unfinished, folder / LATEST)
+    except OSError as error:
+        for path in (unfinished, link):
+            path.unlink(missing_ok=True)
+        raise InputError(f"cannot write a checkpoint to {folder} ({error.strerror or error}); the one written before, "
+                         "if any, is whole: make room, then pass --resume auto") from None
+
+
+class Schedule:
+    """When to save: every so many iterations ('500') or minutes ('10m')."""
+
+    def __init__(self, frequency: str):
+        self.minutes, self.every, self.last = frequency.endswith("m"), float(frequency.rstrip("m")), time.monotonic()
+
+    def due(self, it: int) -> bool:
+        if not self.minutes:
+            return it % self.every == 0
+        if time.monotonic() - self.last < 60 * self.every:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+def find_run(resume: str, log_dir: Path, comment: str) -> Path | None:
+    """The checkpoint to go on from: that of a path to it or its folder, or with 'auto' the newest run's with the
+    same comment, None where there is none."""
+    if resume != "auto":
+        return Path(resume) / LATEST if Path(resume).is_dir() else Path(resume)
+    found = sorted(Path(log_dir).glob(f"*{glob.escape(comment)}*/{LATEST}"), key=os.path.getmtime, reverse=True)
+    return next((path for path in found if load(path)["opt"].get("comment") == comment), None)
+
+
+def check_same_run(state: dict, path: Path, flags: dict, samples: int, features: dict | None) -> None:
+    """Raise InputError unless a run with these flags, training samples and sentence vectors would be the same one."""
+    theirs, progress = state["opt"], state.get("progress")
+    if not progress:
+        raise InputError(f"{path} does not say how its run was to go on; start a new one with --model_checkpoint")
+    differing = [f"--{name} {theirs.get(name)} (now {flags[name]})" for name in FIXED_FLAGS
+                 if theirs.get(name) != flags[name]]
+    if progress["samples"] != samples:
+        differing.append(f"{progress['samples']} training samples (now {samples})")
+    if state.get("sentences") != features:
+        differing.append(f"the sentence vectors of {state.get('sentences')} (now {features})")
+    if differing:
+        raise InputError(f"the run of {path} had {', '.join(differing)}; give it the same, or start a new one from it "
+                         "with --model_checkpoint")
+
+
+def resume(state: dict, optimizer: torch.optim.Optimizer, device: torch.device) -> dict:
+    """Put back rates, momenta and random numbers, as after the iteration of the checkpoint. Returns its progress."""
+    try:
+        optimizer.load_state_dict(state["optimizer_state_dict"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if device.type == "cuda" and len(state["random"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"the checkpoint's run cannot go on: its optimizer or random numbers do not fit ({error!r}); "
+                         "start a new one with --model_checkpoint") from None
+    return state["progress"]
 
 
 def load(path: str | Path) -> dict:
@@ -49,6 +139,7 @@ def load(path: str | Path) -> dict:
     words = state.get("word2id", {})
     well_formed = (isinstance(state["it"], int) and isinstance(state["opt"], dict) and isinstance(words, dict)
                    and isinstance(state.get("sentences", {}), dict)
+                   and (not state.get("progress") or sorted(state["progress"]) == PROGRESS)
                    and sorted(map(str, words.values())) == sorted(map(str, range(len(words))))
                    and all(isinstance(value, torch.Tensor) for value in state["model_state_dict"].values()))
     if not well_formed:

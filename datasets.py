@@ -82,6 +82,7 @@ class CompositionDataset:
     """
 
     images: list[str]                   # paths below `root`, by image id
+    best_metric = "recall_top10_correct_composition"  # by which a run's best checkpoint is chosen
 
     def __init__(self, path: str | Path, split: str, complete_text: bool = False, category: str = "all",
                  without: frozenset[str] | None = None):
@@ -136,6 +137,11 @@ class CompositionDataset:
     def with_means(self, metrics: dict[str, float]) -> dict[str, float]:
         """The retrieval test's metrics, and with them whatever averages the benchmark's papers report."""
         return metrics
+
+    def metrics(self) -> list[str]:
+        """Names of what the retrieval test gives."""
+        return list(self.with_means({f"recall_top{k}_{judge.name}": 0.0 for asked in self.task().query_sets
+                                     for judge in asked.judges for k in judge.ks}))
 
     def drop(self, what: str, count: int = 1) -> None:
         self.dropped[what] = self.dropped.get(what, 0) + count
@@ -371,6 +377,7 @@ class FashionIQ(CompositionDataset):
     """
 
     CATEGORIES = ("dress", "shirt", "toptee")
+    best_metric = "recall_mean_own_gallery"
     FOLDERS, ENDINGS = ("all_imgs", "images", "img"), (".jpg", ".png", ".jpeg")
 
     def read(self) -> None:

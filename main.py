@@ -8,7 +8,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -21,117 +21,17 @@ from tqdm import tqdm
 
 import checkpoint
 import report
-from datasets import DATASETS, CompositionDataset, Epoch, FashionIQ
+from datasets import DATASETS, CompositionDataset, Epoch
 from errors import InputError
+from flags import get_parser
 from image_store import ImageStore, normalize_images, prefetch
 from img_text_composition_models import MODELS, ImgTextCompositionBase, load_image_weights
+from stopping import Stopped, Stopping
 from test_retrieval import evaluate
 from text_model import SentenceService, SentenceTable, SimpleVocab
-from torch_function import LOSSES, composition_losses
+from torch_function import composition_losses
 
 progress_bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=None)     # disable=None: no bar into a file
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong flags end in one line and exit code 2."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
-
-
-def true_or_false(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
-    return values[text.lower()]
-
-
-def at_least(minimum: float, kind: type = int, most: float = 2**62):
-    """A number parser that refuses what is smaller, larger, infinite or not a number."""
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not minimum <= value <= most:
-            raise argparse.ArgumentTypeError(f"expected {'an integer' if kind is int else 'a number'} of at least "
-                                             f"{minimum}{f' and at most {most}' if most < 2**62 else ''}, got {text!r}")
-        return value
-    return parse
-
-
-port_number = at_least(1, most=65535)
-
-
-def get_parser() -> Parser:
-    parser = Parser(prog="main.py", usage="%(prog)s --dataset NAME --dataset_path DIR [flags]",
-                    description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    epilog="The defaults are the published settings; README.md has the five published commands.")
-
-    def add(group, flag: str, default, help: str, **how):
-        if isinstance(default, bool):
-            how = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "True|False"}
-        group.add_argument(flag, default=default, help=help, **how)
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, choices=DATASETS, default=argparse.SUPPRESS,
-                      help="benchmark to train and test on (required)")
-    data.add_argument("--dataset_path", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
-                      help="folder with the benchmark's published tree, see data/README.md (required)")
-    add(data, "--category_to_train", "all", "FashionIQ: all three categories, or this one alone",
-        choices=("all", *FashionIQ.CATEGORIES))
-    add(data, "--use_complete_text_query", False, "queries say the whole target caption, not only what changes")
-    add(data, "--skip_bad_images", False, "check every image first and leave out broken and missing ones, with what "
-        "refers to them, in place of stopping at the first")
-    add(data, "--image_size", 224, "side in pixels of the square images the encoder sees", type=at_least(32),
-        metavar="S")
-    add(data, "--image_cache", "auto", "folder that keeps the decoded images (3*S*S bytes each), 'none' to decode them "
-        "each time, 'auto' for DATASET_PATH/image_cache", metavar="DIR")
-    add(data, "--loader_num_workers", 4, "threads that prepare batches ahead; results do not depend on it",
-        type=at_least(0), metavar="N")
-
-    model = parser.add_argument_group("model")
-    add(model, "--model", "composeAE", "composer of image and text", choices=MODELS)
-    add(model, "--image_embed_dim", 512, "size of image features and of the composed query", type=at_least(1),
-        metavar="D")
-    add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; with --use_bert the service decides",
-        type=at_least(1), metavar="T")
-    add(model, "--image_weights", "imagenet", "ResNet-18 to start from: 'imagenet' (downloaded once by torchvision), "
-        "'none' (random), or a file saved from torchvision's resnet18", metavar="imagenet|none|PATH")
-    add(model, "--use_bert", False, "sentence vectors from a running BERT-as-service in place of the LSTM")
-    add(model, "--bert_ip", "localhost", "host of the sentence service", metavar="HOST")
-    add(model, "--bert_port", 5555, "port the service takes texts on", type=port_number, metavar="PORT")
-    add(model, "--bert_port_out", 5556, "port the service answers on", type=port_number, metavar="PORT")
-    add(model, "--bert_timeout", 10.0, "seconds to wait for the service", type=at_least(0.1, float), metavar="SECONDS")
-
-    training = parser.add_argument_group("training")
-    add(training, "--loss", "soft_triplet", "metric loss between query and target", choices=LOSSES)
-    add(training, "--num_iters", 160000, "training steps", type=at_least(1), metavar="N")
-    add(training, "--batch_size", 32, "queries a step, each with its target", type=at_least(2), metavar="B")
-    add(training, "--learning_rate", 1e-2, "SGD's rate; the image encoder's pretrained layers learn at a tenth of it",
-        type=at_least(0, float), metavar="RATE")
-    add(training, "--learning_rate_decay_frequency", 9999999, "steps after which all rates are multiplied by 0.1",
-        type=at_least(1), metavar="N")
-    add(training, "--weight_decay", 1e-6, "SGD's L2 penalty", type=at_least(0, float), metavar="RATE")
-    add(training, "--seed", 0, "of weights, pairs, order and dropout", type=at_least(0), metavar="N")
-    add(training, "--device", "auto", "where the model runs; auto takes a GPU where there is one",
-        choices=("auto", "cpu", "cuda"))
-
-    testing = parser.add_argument_group("testing and logs")
-    add(testing, "--test_only", False, "no training: test --model_checkpoint on both splits")
-    add(testing, "--model_checkpoint", "", "checkpoint to test, or to start training from", metavar="PATH")
-    add(testing, "--eval_frequency", 3, "epochs between tests (epochs 1, 4, 7, ... by default) besides the one at the "
-        "end; 0 for that one only", type=at_least(0), metavar="EPOCHS")
-    add(testing, "--test_batch_size", 64, "images the encoder takes at once in a test", type=at_least(1), metavar="B")
-    add(testing, "--baselines", False, "tests also judge, on the test split, the source image alone, the text "
-        "alone, and chance")
-    add(testing, "--log_frequency", 100, "steps between logged losses, which are means over those steps",
-        type=at_least(1), metavar="N")
-    add(testing, "--log_dir", Path("../logs/"), "folder under which the run's own folder is made", type=Path,
-        metavar="DIR")
-    add(testing, "--comment", "", "end of the run folder's name", metavar="TEXT")
-    parser.add_argument("-f", default="", help=argparse.SUPPRESS)               # what a notebook passes to any script
-    return parser
 
 
 @dataclass
@@ -164,22 +64,21 @@ def open_split(args: argparse.Namespace, split: str) -> Split:
     return Split(data, store)
 
 
-def check_against_checkpoint(args: argparse.Namespace, opt: dict) -> None:
+def check_against_checkpoint(args: argparse.Namespace, source: str | Path, opt: dict) -> None:
     """A model needs the text encoder it was trained with; what else differs may be meant, but is said."""
     if "use_bert" in opt and bool(opt["use_bert"]) != args.use_bert:
-        raise InputError(f"the checkpoint {args.model_checkpoint} was trained with --use_bert {bool(opt['use_bert'])}; "
-                         "pass the same")
+        raise InputError(f"the checkpoint {source} was trained with --use_bert {bool(opt['use_bert'])}; pass the same")
     for name in ("dataset", "category_to_train", "use_complete_text_query", "image_size"):
         if name in opt and opt[name] != getattr(args, name):
             logging.warning("note: the checkpoint was trained with --%s %s, this run has %s", name, opt[name],
                             getattr(args, name))
 
 
-def find_service(args: argparse.Namespace, state: dict | None) -> SentenceService:
+def find_service(args: argparse.Namespace, source: str | Path, state: dict | None) -> SentenceService:
     """The sentence service, met before anything that takes long; a checkpoint goes with one size of vectors."""
     service = SentenceService(args.bert_ip, args.bert_port, args.bert_port_out, args.bert_timeout)
     if state and checkpoint.text_dim(state) not in (None, service.dim):
-        raise InputError(f"the checkpoint {args.model_checkpoint} was trained with sentence vectors of size "
+        raise InputError(f"the checkpoint {source} was trained with sentence vectors of size "
                          f"{checkpoint.text_dim(state)}, the service at {args.bert_ip}:{args.bert_port} answers "
                          f"{service.dim}; serve the model it was trained with")
     if state and state.get("sentences", service.features) != service.features:
@@ -197,14 +96,14 @@ def learn_texts(args: argparse.Namespace, service: SentenceService, splits: dict
     return sentences
 
 
-def build_model(args: argparse.Namespace, state: dict | None, texts: list[str], sentences: SentenceTable | None,
-                device: torch.device) -> ImgTextCompositionBase:
+def build_model(args: argparse.Namespace, source: str | Path, state: dict | None, texts: list[str],
+                sentences: SentenceTable | None, device: torch.device) -> ImgTextCompositionBase:
     """The composer with a checkpoint's, ImageNet's or random weights, channels last, on the device."""
     words = (state and checkpoint.vocabulary(state, lstm_used=sentences is None)) or SimpleVocab.from_texts(texts)
     text_dim = sentences.dim if sentences else args.text_embed_dim
     model = MODELS[args.model](words, args.image_embed_dim, text_dim, sentence_vectors=sentences)
     if state:
-        checkpoint.restore(model, state, args.model_checkpoint)
+        checkpoint.restore(model, state, source)
     else:
         load_image_weights(model.img_model, args.image_weights)
     return model.to(device, memory_format=torch.channels_last)
@@ -219,14 +118,15 @@ def parameter_groups(model: ImgTextCompositionBase, rate: float) -> list[dict]:
             for key, factor in (("head", 1.0), ("backbone", 0.1), ("rest", 1.0))]
 
 
-def batches(train: Split, seed: int, epoch: int, size: int, workers: int) -> Iterator[tuple[Tensor, list[str], Tensor]]:
-    """One epoch's whole batches: (B, 3, S, S) uint8 source images, B texts, (B, 3, S, S) uint8 target images."""
+def batches(train: Split, seed: int, epoch: int, size: int, workers: int,
+            done: int = 0) -> Iterator[tuple[Tensor, list[str], Tensor]]:
+    """An epoch's whole batches but the first `done`: (B, 3, S, S) uint8 source images, B texts, and target images."""
     samples = Epoch(train.data, seed, epoch)
 
     def batch(start: int) -> tuple[Tensor, list[str], Tensor]:
         sources, targets, texts = zip(*(samples[i] for i in range(start, start + size)), strict=True)
         return train.store.batch(sources), list(texts), train.store.batch(targets)
-    return prefetch(batch, range(0, len(samples) - size + 1, size), workers)
+    return prefetch(batch, range(done * size, len(samples) - size + 1, size), workers)
 
 
 def train_step(model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, loss: str, source: Tensor,
@@ -244,8 +144,8 @@ def train_step(model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, 
 class LossMeter:
     """Means of the losses since the last reading, summed on the device: reading is what waits for it."""
 
-    def __init__(self):
-        self.sums, self.steps = {}, 0
+    def __init__(self, sums: dict[str, Tensor] | None = None, steps: int = 0):
+        self.sums, self.steps = sums or {}, steps
 
     def add(self, losses: dict[str, Tensor]) -> None:
         self.sums, self.steps = {name: value + self.sums.get(name, 0) for name, value in losses.items()}, self.steps + 1
@@ -270,36 +170,103 @@ def show(bar: tqdm, losses: dict[str, Tensor]) -> None:
         bar.set_postfix(loss=f"{losses['total training loss'].item():.4f}", refresh=False)
 
 
-def train(args: argparse.Namespace, model: ImgTextCompositionBase, split: Split, log: report.Report, test) -> None:
-    """Exactly --num_iters steps; `test(it)` every --eval_frequency epochs and a checkpoint each, both at the end."""
-    optimizer = torch.optim.SGD(parameter_groups(model, args.learning_rate), momentum=0.9,
-                                weight_decay=args.weight_decay)
-    save = partial(checkpoint.save, log.folder / "latest_checkpoint.pth", model, optimizer, flags=plain(args))
-    meter, it, epoch = LossMeter(), 0, 0
-    model.train()
-    with tqdm(total=args.num_iters, unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
-        while it < args.num_iters:
-            if epoch and args.eval_frequency and epoch % args.eval_frequency == 1 % args.eval_frequency:
-                test(it)
-            if model.sentence_vectors:                                          # new ones: Fashion200k's modifications
-                model.sentence_vectors.prepare(split.data.sample_texts(args.seed, epoch), progress_bar)
-            for batch in batches(split, args.seed, epoch, args.batch_size, args.loader_num_workers):
-                losses = train_step(model, optimizer, args.loss, *batch)
-                it += 1
-                if it % args.learning_rate_decay_frequency == 0:
-                    for group in optimizer.param_groups:
-                        group["lr"] *= 0.1
-                meter.add(losses)
-                if it % args.log_frequency == 0 or it == args.num_iters:
-                    log.scalars({**meter.read(it), "learning_rate": optimizer.param_groups[0]["lr"],
-                                 "queries per second": args.batch_size * (bar.format_dict["rate"] or 0)}, it)
-                show(bar, losses)
-                if it == args.num_iters:
-                    break
-            epoch += 1
-            meter.check(it)                                                     # nothing that is not finite is saved
-            save(it=it)
-    test(it)
+class Training:
+    """A run of --num_iters steps: where it stands, and what is done between its steps.
+
+    judge: tests the model, {split: {way to answer: {metric: value}}}.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: ImgTextCompositionBase, split: Split, log: report.Report,
+                 judge: Callable[[], dict], stopping: Stopping):
+        self.args, self.model, self.split, self.log = args, model, split, log
+        self.judge, self.stopping = judge, stopping
+        self.optimizer = torch.optim.SGD(parameter_groups(model, args.learning_rate), momentum=0.9,
+                                         weight_decay=args.weight_decay)
+        self.epoch_steps = len(split.data) // args.batch_size
+        self.schedule = checkpoint.Schedule(args.save_frequency)
+        self.it, self.tested, self.best, self.meter = 0, False, -math.inf, LossMeter()
+
+    def go_on(self, state: dict) -> None:
+        """From where a checkpoint's run stood."""
+        past = checkpoint.resume(state, self.optimizer, self.model.a.device)
+        self.it, self.tested, self.best = state["it"], past["tested"], past["best"]
+        sums = {name: value.to(self.model.a.device) for name, value in past["sums"].items()}
+        self.meter = LossMeter(sums, past["steps"])
+
+    def save(self, best: bool = False) -> None:
+        """All that was logged, then the checkpoint: what a checkpoint's run has logged is on disk."""
+        self.meter.check(self.it)                                               # nothing that is not finite is saved
+        self.log.flush()
+        progress = {"tested": self.tested, "best": self.best, "sums": self.meter.sums, "steps": self.meter.steps,
+                    "samples": len(self.split.data)}
+        checkpoint.save(self.log.folder, self.model, self.optimizer, self.it, plain(self.args), progress, best)
+
+    def test_is_due(self) -> bool:
+        epoch, rest = divmod(self.it, self.epoch_steps)
+        often = self.args.eval_frequency
+        return self.it == self.args.num_iters or bool(epoch and not rest and often and epoch % often == 1 % often)
+
+    def test(self) -> None:
+        """Test, keep the best checkpoint, and the latest."""
+        results = self.judge()
+        with self.stopping.held():
+            score = show_results(self.log, results, self.it)["test"][self.args.best_metric]
+            self.tested, best, self.best = True, score > self.best, max(score, self.best)
+            self.save(best)
+
+    def step(self, batch: tuple[Tensor, list[str], Tensor], bar: tqdm) -> None:
+        losses = train_step(self.model, self.optimizer, self.args.loss, *batch)
+        self.it, self.tested = self.it + 1, False
+        if self.it % self.args.learning_rate_decay_frequency == 0:
+            for group in self.optimizer.param_groups:
+                group["lr"] *= 0.1
+        self.meter.add(losses)
+        if self.it % self.args.log_frequency == 0 or self.it == self.args.num_iters:
+            self.log.scalars({**self.meter.read(self.it), "learning_rate": self.optimizer.param_groups[0]["lr"],
+                              "queries per second": self.args.batch_size * (bar.format_dict["rate"] or 0)}, self.it)
+        show(bar, losses)
+
+    def epoch(self, bar: tqdm) -> None:
+        """What is left of the epoch the run stands in."""
+        number, done = divmod(self.it, self.epoch_steps)
+        if self.model.sentence_vectors:                                         # new ones: Fashion200k's modifications
+            self.model.sentence_vectors.prepare(self.split.data.sample_texts(self.args.seed, number), progress_bar)
+        for batch in batches(self.split, self.args.seed, number, self.args.batch_size, self.args.loader_num_workers,
+                             done):
+            with self.stopping.held():
+                self.step(batch, bar)
+            if self.it == self.args.num_iters:
+                return
+            if self.schedule.due(self.it) and not self.test_is_due():
+                self.save()
+
+    def run(self) -> None:
+        """To the end, or to where it is stopped or cannot go on: there too all is saved, and the reason raised."""
+        self.model.train()
+        with tqdm(total=self.args.num_iters, initial=self.it, unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
+            try:
+                while self.it < self.args.num_iters or not self.tested:
+                    if self.test_is_due() and not self.tested:
+                        self.test()
+                    else:
+                        self.epoch(bar)
+            except (Stopped, InputError, OSError) as reason:
+                self.save()
+                reason.add_note(f"saved at iteration {self.it}, go on with --resume '{self.log.folder}'")
+                raise
+
+
+def show_results(log: report.Report, ways: dict, it: int) -> dict[str, dict[str, float]]:
+    """Print and log a test. Returns the model's results, {split: {metric: value}}."""
+    results = {name: found["model"] for name, found in ways.items()}
+    tqdm.write(log.metrics(results, {way: metrics for way, metrics in ways["test"].items() if way != "model"}, it))
+    return results
+
+
+def choose_metric(name: str, data: CompositionDataset) -> str:
+    if name != "auto" and name not in data.metrics():
+        raise InputError(f"--best_metric {name}: choose one of {', '.join(data.metrics())}")
+    return data.best_metric if name == "auto" else name
 
 
 def plain(args: argparse.Namespace) -> dict:
@@ -319,50 +286,61 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, stopping: Stopping) -> None:
     """The whole program, in order."""
     if args.test_only and not args.model_checkpoint:
         raise InputError("--test_only needs the checkpoint to test: pass --model_checkpoint PATH")
     device = choose_device(args.device)
     seed_everything(args.seed)
     report.check_log_dir(args.log_dir, args.comment)
-    state = checkpoint.load(args.model_checkpoint) if args.model_checkpoint else None
-    if state:
-        check_against_checkpoint(args, state["opt"])
-    service = find_service(args, state) if args.use_bert else None
+    resumed = checkpoint.find_run(args.resume, args.log_dir, args.comment) if args.resume else None
+    source = resumed or args.model_checkpoint
+    state = checkpoint.load(source) if source else None
+    if state and not resumed:
+        check_against_checkpoint(args, source, state["opt"])
+    service = find_service(args, source, state) if args.use_bert else None
     splits = {name: open_split(args, name) for name in ("train", "test")}
     samples = len(splits["train"].data)
     if samples < args.batch_size and not args.test_only:
         raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; lower it")
+    args.best_metric = choose_metric(args.best_metric, splits["test"].data)
+    if resumed:
+        checkpoint.check_same_run(state, resumed, plain(args), samples, service and service.features)
     sentences = learn_texts(args, service, splits) if service else None
-    model = build_model(args, state, splits["train"].data.training_texts(), sentences, device)
-    log = report.Report(report.run_folder(args.log_dir, args.comment), plain(args))
+    model = build_model(args, source, state, splits["train"].data.training_texts(), sentences, device)
+    log = report.Report(resumed.parent if resumed else report.run_folder(args.log_dir, args.comment), plain(args),
+                        state["it"] if resumed else None)
     tqdm.write(f"{args.model} on {args.dataset}, {device}: {samples} training samples, "
-               f"{len(splits['test'].data.images)} test images; logs in {log.folder}")
+               f"{len(splits['test'].data.images)} test images; logs in {log.folder}"
+               + (f", going on after iteration {state['it']}" if resumed else ""))
 
-    def test(it: int) -> None:
-        ways = {name: evaluate(model, split.data, split.store, args.test_batch_size, args.loader_num_workers, args.seed,
+    def judge() -> dict[str, dict[str, dict[str, float]]]:
+        return {name: evaluate(model, split.data, split.store, args.test_batch_size, args.loader_num_workers, args.seed,
                                progress_bar, args.baselines and name == "test") for name, split in splits.items()}
-        baselines = {way: metrics for way, metrics in ways["test"].items() if way != "model"}
-        tqdm.write(log.metrics({name: found["model"] for name, found in ways.items()}, baselines, it))
-
     if args.test_only:
-        test(state["it"])
+        show_results(log, judge(), state["it"])
     else:
-        train(args, model, splits["train"], log, test)
+        training = Training(args, model, splits["train"], log, judge, stopping)
+        if resumed:
+            training.go_on(state)
+        training.run()
     log.close()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run with these flags; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Run with these flags; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
     logging.basicConfig(format="%(message)s")
     try:
-        run(get_parser().parse_args(argv))
+        with Stopping() as stopping:
+            run(get_parser().parse_args(argv), stopping)
     except (InputError, OSError, FloatingPointError) as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
+        print("main.py: error:", "; ".join([str(error), *getattr(error, "__notes__", ())]), file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print("main.py:", "; ".join([str(stop), *getattr(stop, "__notes__", ())]), file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
-        print("main.py: stopped; the run's folder holds the checkpoint of its last whole epoch", file=sys.stderr)
+        print("main.py: stopped at once; a run's folder holds its last whole checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -4,10 +4,13 @@ import json
 import os
 import re
 import socket
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from errors import InputError
 
@@ -38,11 +41,22 @@ def run_folder(log_dir: str | Path, comment: str) -> Path:
 
 
 class Report:
-    """Logs one run. Results are {"train": {metric: value}, "test": {metric: value}}."""
+    """Logs one run. Results are {"train": {metric: value}, "test": {metric: value}}.
 
-    def __init__(self, folder: Path, flags: dict):
+    after: the iteration after which a resumed run goes on; what was logged beyond it is taken back.
+    """
+
+    def __init__(self, folder: Path, flags: dict, after: int | None = None):
         self.folder, self.flags, self.results = folder, flags, {}
         self.writer = SummaryWriter(str(folder))
+        # Written at once in this thread: tensorboardX's own would lose what waits in its queue when the process is
+        # killed, and let the queue fill for ever on a full disk.
+        self.events = self.writer.file_writer.event_writer
+        self.events.add_event = partial(self.on_disk, self.events._ev_writer.write_event)
+        if after is not None:
+            restart = SessionLog(status=SessionLog.START)                       # TensorBoard drops steps from here on
+            self.writer.file_writer.add_event(Event(step=after + 1, session_log=restart))
+            return
         rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(flags.items()))
         self.writer.add_text("flags", f"| flag | value |\n| --- | --- |\n{rows}", 0)
 
@@ -59,14 +73,27 @@ class Report:
         shown = {**results, **{f"test {name}": values for name, values in baselines.items()}}
         for split, values in shown.items():
             self.scalars({f"{split} {name}": value for name, value in values.items()}, it)
-        self.writer.flush()
+        self.flush()
         unfinished = self.folder / "metrics.json.unfinished"
         unfinished.write_text(json.dumps({"it": it, **results}, indent=1) + "\n")
         os.replace(unfinished, self.folder / "metrics.json")
         return f"iteration {it}\n{recall_table(shown)}"
 
+    def on_disk(self, write: Callable, *content) -> None:
+        try:
+            write(*content)
+        except OSError as error:
+            self.events._closed = True                                          # else tensorboardX tries again at exit
+            raise InputError(f"cannot write the log in {self.folder} ({error.strerror or error}); make room, then pass "
+                             "--resume auto") from None
+
+    def flush(self) -> None:
+        """What was logged so far is on disk. Raises InputError where it cannot be."""
+        self.on_disk(self.writer.flush)
+
     def close(self) -> None:
         """Flags beside final recalls, for TensorBoard's HPARAMS tab, and the end of the event file."""
+        self.flush()
         if self.results:
             plain = {name: value if isinstance(value, bool | int | float | str) else str(value)
                      for name, value in self.flags.items()}

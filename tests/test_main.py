@@ -253,7 +253,7 @@ def test_metrics_file_is_json_of_plain_numbers(mitstates, tmp_path):
     content = json.loads((run.folder / "metrics.json").read_text())
     assert isinstance(content["it"], int) and all(type(value) is float for value in content["test"].values())
     assert sorted(path.name for path in run.folder.iterdir() if "events" not in path.name) == [
-        "hparams", "latest_checkpoint.pth", "metrics.json"]
+        "best_checkpoint.pth", "hparams", "latest_checkpoint.pth", "metrics.json"]
 
 
 def test_a_gpu_layout_changes_nothing_but_rounding():

@@ -278,8 +278,8 @@ def test_a_killed_server_that_is_started_again_within_the_timeout_goes_unnoticed
 
 
 def start_training(name, path, log_dir, service, **changes):
-    settings = {"num_iters": 100_000, "eval_frequency": 0, **service.flags, "bert_timeout": 3, **changes}
-    words = flags(name, path, log_dir, **settings)
+    settings = {"num_iters": 100_000, "eval_frequency": 0, "save_frequency": 5, **service.flags, "bert_timeout": 3}
+    words = flags(name, path, log_dir, **settings | changes)
     process = subprocess.Popen([sys.executable, "main.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(log_dir.glob("*/latest_checkpoint.pth")):

@@ -1,0 +1,126 @@
+"""The flags of main.py: names, defaults (the published settings), and help."""
+
+import argparse
+import math
+import re
+from pathlib import Path
+
+from datasets import DATASETS, FashionIQ
+from img_text_composition_models import MODELS
+from torch_function import LOSSES
+
+DESCRIPTION = "Train and test composed image retrieval: a source image plus a text finds the target image."
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong flags end in one line and exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def true_or_false(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return values[text.lower()]
+
+
+def at_least(minimum: float, kind: type = int, most: float = 2**62):
+    """A number parser that refuses what is smaller, larger, infinite or not a number."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not minimum <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected {'an integer' if kind is int else 'a number'} of at least "
+                                             f"{minimum}{f' and at most {most}' if most < 2**62 else ''}, got {text!r}")
+        return value
+    return parse
+
+
+def save_frequency(text: str) -> str:
+    if not re.fullmatch(r"0*[1-9]\d{0,8}m?", text):
+        raise argparse.ArgumentTypeError(f"expected iterations, as 500, or minutes, as 10m, got {text!r}")
+    return text
+
+
+port_number = at_least(1, most=65535)
+
+
+def get_parser() -> Parser:
+    parser = Parser(prog="main.py", usage="%(prog)s --dataset NAME --dataset_path DIR [flags]",
+                    description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    epilog="The defaults are the published settings; README.md has the five published commands.")
+
+    def add(group, flag: str, default, help: str, **how):
+        if isinstance(default, bool):
+            how = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "True|False"}
+        group.add_argument(flag, default=default, help=help, **how)
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", required=True, choices=DATASETS, default=argparse.SUPPRESS,
+                      help="benchmark to train and test on (required)")
+    data.add_argument("--dataset_path", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+                      help="folder with the benchmark's published tree, see data/README.md (required)")
+    add(data, "--category_to_train", "all", "FashionIQ: all three categories, or this one alone",
+        choices=("all", *FashionIQ.CATEGORIES))
+    add(data, "--use_complete_text_query", False, "queries say the whole target caption, not only what changes")
+    add(data, "--skip_bad_images", False, "check every image first and leave out broken and missing ones, with what "
+        "refers to them, in place of stopping at the first")
+    add(data, "--image_size", 224, "side in pixels of the square images the encoder sees", type=at_least(32),
+        metavar="S")
+    add(data, "--image_cache", "auto", "folder that keeps the decoded images (3*S*S bytes each), 'none' to decode them "
+        "each time, 'auto' for DATASET_PATH/image_cache", metavar="DIR")
+    add(data, "--loader_num_workers", 4, "threads that prepare batches ahead; results do not depend on it",
+        type=at_least(0), metavar="N")
+
+    model = parser.add_argument_group("model")
+    add(model, "--model", "composeAE", "composer of image and text", choices=MODELS)
+    add(model, "--image_embed_dim", 512, "size of image features and of the composed query", type=at_least(1),
+        metavar="D")
+    add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; with --use_bert the service decides",
+        type=at_least(1), metavar="T")
+    add(model, "--image_weights", "imagenet", "ResNet-18 to start from: 'imagenet' (downloaded once by torchvision), "
+        "'none' (random), or a file saved from torchvision's resnet18", metavar="imagenet|none|PATH")
+    add(model, "--use_bert", False, "sentence vectors from a running BERT-as-service in place of the LSTM")
+    add(model, "--bert_ip", "localhost", "host of the sentence service", metavar="HOST")
+    add(model, "--bert_port", 5555, "port the service takes texts on", type=port_number, metavar="PORT")
+    add(model, "--bert_port_out", 5556, "port the service answers on", type=port_number, metavar="PORT")
+    add(model, "--bert_timeout", 10.0, "seconds to wait for the service", type=at_least(0.1, float), metavar="SECONDS")
+
+    training = parser.add_argument_group("training")
+    add(training, "--loss", "soft_triplet", "metric loss between query and target", choices=LOSSES)
+    add(training, "--num_iters", 160000, "training steps", type=at_least(1), metavar="N")
+    add(training, "--batch_size", 32, "queries a step, each with its target", type=at_least(2), metavar="B")
+    add(training, "--learning_rate", 1e-2, "SGD's rate; the image encoder's pretrained layers learn at a tenth of it",
+        type=at_least(0, float, 1e6), metavar="RATE")
+    add(training, "--learning_rate_decay_frequency", 9999999, "steps after which all rates are multiplied by 0.1",
+        type=at_least(1), metavar="N")
+    add(training, "--weight_decay", 1e-6, "SGD's L2 penalty", type=at_least(0, float, 1e6), metavar="RATE")
+    add(training, "--seed", 0, "of weights, pairs, order and dropout", type=at_least(0), metavar="N")
+    add(training, "--device", "auto", "where the model runs; auto takes a GPU where there is one",
+        choices=("auto", "cpu", "cuda"))
+
+    testing = parser.add_argument_group("testing and logs")
+    add(testing, "--test_only", False, "no training: test --model_checkpoint on both splits")
+    add(testing, "--model_checkpoint", "", "checkpoint to test, or to start training from", metavar="PATH")
+    add(testing, "--eval_frequency", 3, "epochs between tests (epochs 1, 4, 7, ... by default) besides the one at the "
+        "end; 0 for that one only", type=at_least(0), metavar="EPOCHS")
+    add(testing, "--test_batch_size", 64, "images the encoder takes at once in a test", type=at_least(1), metavar="B")
+    add(testing, "--baselines", False, "tests also judge, on the test split, the source image alone, the text "
+        "alone, and chance")
+    add(testing, "--best_metric", "auto", "metric of the test split by which best_checkpoint.pth is kept; auto takes "
+        "R@10 of the composition, on FashionIQ the mean over each category's own gallery", metavar="NAME")
+    add(testing, "--save_frequency", "10m", "iterations (500) or minutes (10m) between checkpoints, besides those at "
+        "tests and at the end", type=save_frequency, metavar="N|Nm")
+    add(testing, "--resume", "", "go on with a stopped run, exactly as if it had not been: its folder, its checkpoint, "
+        "or auto for the newest run with the same --comment, if there is one", metavar="auto|PATH")
+    add(testing, "--log_frequency", 100, "steps between logged losses, which are means over those steps",
+        type=at_least(1), metavar="N")
+    add(testing, "--log_dir", Path("../logs/"), "folder under which the run's own folder is made", type=Path,
+        metavar="DIR")
+    add(testing, "--comment", "", "end of the run folder's name", metavar="TEXT")
+    parser.add_argument("-f", default="", help=argparse.SUPPRESS)               # what a notebook passes to any script
+    return parser

@@ -1,0 +1,279 @@
+"""Runs that are killed, stopped, out of disk or diverging: what is left, and that going on gives the same run."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import main
+from img_text_composition_models import MODELS
+from stopping import Stopped, Stopping
+from torch_function import LOSSES
+
+from .conftest import Run, flags, run_main
+
+ROOT = Path(main.__file__).parent
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model_state_dict"]
+
+
+def logged(run):
+    return {name: points for name, points in run.scalars().items() if "per_second" not in name}
+
+
+def assert_same_run(found, expected):
+    """Bit for bit: weights of both checkpoints, every logged loss and recall, each step once, and metrics.json."""
+    for name in (checkpoint.LATEST, checkpoint.BEST):
+        ours, theirs = weights(found.folder / name), weights(expected.folder / name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert logged(found) == logged(expected)
+    assert (found.folder / "metrics.json").read_bytes() == (expected.folder / "metrics.json").read_bytes()
+
+
+def start(words, **how):
+    return subprocess.Popen([sys.executable, "main.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True, **how)
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def saved_at(log_dir):
+    """The iteration of the one run's latest checkpoint, 0 before the first."""
+    return max((checkpoint.load(path)["it"] for path in log_dir.glob(f"*/{checkpoint.LATEST}")), default=0)
+
+
+def stamps(log_dir):
+    """What changes with each checkpoint."""
+    return [path.stat().st_mtime_ns for path in log_dir.glob(f"*/{checkpoint.LATEST}")]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_in_three_parts_is_the_run_in_one(mitstates, tmp_path, model, loss):
+    """Parts end inside epochs of 2 steps, between logs of 3, on a rate's decay, and where a test had been made."""
+    settings = {"model": model, "loss": loss, "learning_rate_decay_frequency": 5, "log_frequency": 3,
+                "eval_frequency": 2, "image_cache": "none"}
+    whole = run_main("mitstates", mitstates, tmp_path / "whole", num_iters=11, **settings)
+    for stop, workers in ((1, 0), (5, 2), (11, 0)):
+        words = flags("mitstates", mitstates, tmp_path / "parts", num_iters=11, resume="auto", save_frequency=1,
+                      **settings | {"loader_num_workers": workers})
+        assert stopped_after(stop, words) == (0 if stop == 11 else 143)
+    (folder,) = (tmp_path / "parts").iterdir()
+    assert_same_run(Run(folder), whole)
+
+
+def stopped_after(it, words):
+    """main(words), which is sent SIGTERM within its step number `it`."""
+    def step(training, batch, bar):
+        original(training, batch, bar)
+        if training.it == it:
+            os.kill(os.getpid(), signal.SIGTERM)
+    original = main.Training.step
+    main.Training.step = step
+    try:
+        if it == 11:
+            main.Training.step = original
+        return main.main(words)
+    finally:
+        main.Training.step = original
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(mitstates, tmp_path):
+    settings = {"num_iters": 60, "save_frequency": 4, "eval_frequency": 7, "loader_num_workers": 2}
+    whole = run_main("mitstates", mitstates, tmp_path / "whole", **settings)
+    words = flags("mitstates", mitstates, tmp_path / "parts", **settings, resume="auto")
+    rng = random.Random(0)
+    for _ in range(3):
+        before = stamps(tmp_path / "parts")
+        process = start(words)
+        wait_for(lambda before=before: stamps(tmp_path / "parts") != before, process)
+        time.sleep(rng.random() * 0.5)
+        process.kill()
+        process.communicate()
+    assert main.main(words) == 0
+    (folder,) = (tmp_path / "parts").iterdir()
+    assert_same_run(Run(folder), whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+def test_signals_finish_the_step_save_and_say_how_to_go_on(mitstates, tmp_path, number, code):
+    process = start(flags("mitstates", mitstates, tmp_path / "logs", num_iters=100_000, save_frequency=1))
+    wait_for(lambda: stamps(tmp_path / "logs"), process)
+    process.send_signal(number)
+    said = process.communicate(timeout=30)[1].splitlines()[-1]
+    (folder,) = (tmp_path / "logs").iterdir()
+    it = saved_at(tmp_path / "logs")
+    assert process.returncode == code and f"saved at iteration {it}, go on with --resume '{folder}'" in said
+    assert not list(folder.glob("*.unfinished"))
+
+
+def test_a_second_ctrl_c_ends_at_once_and_other_signals_wait():
+    with Stopping() as stopping:
+        reached = []
+        with pytest.raises(Stopped, match="SIGTERM") as stop, stopping.held():
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+            reached.append("the end")
+        assert reached == ["the end"] and stop.value.code == 143
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with Stopping(), pytest.raises(Stopped, match="Ctrl-C") as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.value.code == 130
+
+
+def test_a_stop_before_training_is_one_line(mitstates, tmp_path):
+    process = start(flags("mitstates", mitstates, tmp_path / "logs", use_bert=True, bert_port=1, bert_timeout=60))
+    wait_for((tmp_path / "logs").exists, process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=10)[1] == "main.py: stopped by SIGTERM\n" and process.returncode == 143
+
+
+def test_auto_takes_the_newest_run_of_the_same_comment_and_else_begins(mitstates, tmp_path, capsys):
+    log_dir = tmp_path / "logs"
+    for comment in ("_a", "_b_a", "_a[1]"):
+        run_main("mitstates", mitstates, log_dir, comment=comment, num_iters=1, resume="auto")
+    first = next(folder for folder in log_dir.iterdir() if folder.name.endswith("_a[1]"))
+    before = set(log_dir.iterdir())
+    assert len(before) == 3
+    assert main.main(flags("mitstates", mitstates, log_dir, comment="_a[1]", num_iters=2, resume="auto")) == 0
+    assert set(log_dir.iterdir()) == before and checkpoint.load(first / checkpoint.LATEST)["it"] == 2
+    assert main.main(flags("mitstates", mitstates, log_dir, comment="_c", num_iters=3, resume=first)) == 0
+    assert checkpoint.load(first / checkpoint.LATEST)["it"] == 3
+    assert "going on after iteration 2" in capsys.readouterr().out
+    assert main.main(flags("mitstates", mitstates, log_dir, num_iters=3, resume=first / checkpoint.LATEST)) == 0
+
+
+def test_a_run_goes_on_only_as_the_same_run(mitstates, tmp_path, capsys):
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=2)
+    content = run.checkpoint.read_bytes()
+    capsys.readouterr()
+
+    def refused(**changes):
+        assert main.main(flags("mitstates", mitstates, tmp_path / "logs", resume=run.folder, **changes)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+    line = refused(learning_rate=0.5, seed=3)
+    assert "--learning_rate 0.01 (now 0.5), --seed 0 (now 3)" in line and "--model_checkpoint" in line
+    assert "--model composeAE (now tirg)" in refused(model="tirg")
+    (mitstates / "images" / "wet dog" / "0.jpg").unlink()
+    assert "10 training samples (now 9)" in refused()
+    (mitstates / "images" / "wet dog" / "1.jpg").rename(mitstates / "images" / "wet dog" / "0.jpg")
+    assert run.checkpoint.read_bytes() == content
+
+
+def test_checkpoints_without_a_run_to_go_on_with(mitstates, tmp_path, capsys):
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=1)
+    state = torch.load(run.checkpoint, weights_only=True)
+    capsys.readouterr()
+    for change, said in (({"progress": None}, "does not say how"), ({"progress": {"it": 1}}, "not a checkpoint"),
+                         ({"optimizer_state_dict": {}}, "do not fit"), ({"random": {"cpu": torch.ones(3)}}, "do not fit")):
+        torch.save({**state, **change}, tmp_path / "x.pth")
+        assert main.main(flags("mitstates", mitstates, tmp_path / "logs", resume=tmp_path / "x.pth")) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    assert main.main(flags("mitstates", mitstates, tmp_path / "logs", resume=tmp_path / "none")) == 2
+    assert "checkpoint not found" in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_is_of_the_best_test(mitstates, tmp_path, capsys):
+    metric = "recall_top1_correct_noun"
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=12, eval_frequency=1, best_metric=metric)
+    scores = run.scalars()[f"test_{metric}"]
+    best = max(score for _, score in scores)
+    state = checkpoint.load(run.folder / checkpoint.BEST)
+    assert state["it"] == next(step for step, score in scores if score == best)
+    assert state["progress"]["best"] == pytest.approx(best)
+    tested = run_main("mitstates", mitstates, tmp_path / "logs", comment="_t", test_only=True,
+                      model_checkpoint=run.folder / checkpoint.BEST)
+    assert tested.metrics["test"][metric] == pytest.approx(best)
+    assert main.main(flags("mitstates", mitstates, tmp_path / "logs", best_metric="recall")) == 2
+    assert "choose one of recall_top1_correct_composition" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "10s", "m", "1.5", "", "1e3"])
+def test_save_frequency_is_iterations_or_minutes(text, mitstates, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main.main(flags("mitstates", mitstates, tmp_path, save_frequency=text))
+    assert "500" in capsys.readouterr().err
+    assert [checkpoint.Schedule("3").due(it) for it in range(1, 7)] == [False, False, True] * 2
+    now = checkpoint.Schedule("10m")
+    assert not now.due(1)
+    now.last -= 601
+    assert now.due(2) and not now.due(3)
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(mitstates, tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=2)
+    content = run.checkpoint.read_bytes()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+    process = start(flags("mitstates", mitstates, tmp_path / "logs", num_iters=50, save_frequency=5, resume="auto"),
+                    preexec_fn=limit)
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 2 and not any("Traceback" in line for line in said)
+    assert said[-1].startswith("main.py: error: cannot write a checkpoint") and "is whole" in said[-1]
+    assert run.checkpoint.read_bytes() == content and not list(run.folder.glob("*.unfinished"))
+
+
+def test_a_log_that_cannot_be_written_is_one_line(mitstates, tmp_path):
+    """Events go beyond the limit before any checkpoint does: the run must neither hang nor go on without a log."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+    words = flags("mitstates", mitstates, tmp_path / "logs", num_iters=200, image_cache="none")
+    process = start(words, preexec_fn=limit)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and "Traceback" not in said and "main.py: error:" in said.splitlines()[-1]
+
+
+def test_nothing_that_is_not_finite_is_saved(mitstates, tmp_path, capsys):
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=2)
+    state = torch.load(run.checkpoint, weights_only=True)
+    for held in state["optimizer_state_dict"]["state"].values():                # so the next step's weights are none
+        held["momentum_buffer"][:] = torch.inf
+    torch.save(state, run.checkpoint)
+    content = run.checkpoint.read_bytes()
+    assert main.main(flags("mitstates", mitstates, tmp_path / "logs", num_iters=20, save_frequency=1, resume="auto",
+                           log_frequency=1000)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "not finite" in line and "--learning_rate" in line
+    assert run.checkpoint.read_bytes() == content
+
+
+def test_a_checkpoint_cut_short_anywhere_is_refused(mitstates, tmp_path, capsys):
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=1)
+    content = run.checkpoint.read_bytes()
+    for length in [0, 1, 100, *range(4096, len(content), len(content) // 40), len(content) - 1]:
+        (tmp_path / "cut.pth").write_bytes(content[:length])
+        with pytest.raises(main.InputError, match="not a readable checkpoint"):
+            checkpoint.load(tmp_path / "cut.pth")
+
+
+def test_a_bad_image_met_in_training_saves_first(mitstates, tmp_path):
+    words = flags("mitstates", mitstates, tmp_path / "logs", num_iters=100_000, image_cache="none", save_frequency=1)
+    process = start(words)
+    wait_for(lambda: stamps(tmp_path / "logs"), process)
+    for image in (mitstates / "images" / "old dog").iterdir():
+        image.write_bytes(b"broken")
+    said = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert process.returncode == 2 and "cannot read the image" in said and "--resume" in said
+    it = saved_at(tmp_path / "logs")
+    assert f"saved at iteration {it}" in said
