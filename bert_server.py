@@ -17,10 +17,14 @@ import os
 import signal
 import sys
 import time
+
+if __name__ == "__main__":              # the imports take seconds, in which a stop should be no traceback either
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(0))
+
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 
 import huggingface_hub
 import numpy as np
@@ -32,10 +36,11 @@ from torch import Tensor
 VERSION = "1.10.0"                      # the protocol's: the client refuses any other
 LARGEST_FRAME = 64 * 2**20              # bytes; ZeroMQ closes the connection of who sends more
 LARGEST_ANSWER = 2**30                  # bytes of vectors in one answer; a request for more is ignored
-BACKLOG = 200_000                       # texts waiting; beyond, requests stay in the sockets and slow their senders
+BACKLOG = 64 * 2**20                    # bytes of requests in line; beyond, more stay in the sockets, slowing senders
+AT_ONCE = 100                           # requests taken before the next batch is encoded
+HELD = 1000, 2**30                      # answers, and their bytes, that wait for their clients; beyond, the oldest go
 CHARACTERS = 400                        # of a text are read for each word piece that is kept, so none takes for ever
-TOGETHER = 256                          # texts tokenized at once: only in between is a signal heard
-PATIENCE = 2.0                          # seconds an answer waits for its client's subscription
+JOINING, LEAVING = 2.0, 60.0            # seconds an answer waits for its client to subscribe, and to make room
 
 log = logging.getLogger("bert_server")
 
@@ -108,26 +113,43 @@ class SentenceEncoder:
         if missing := sorted(name for name in loading["missing_keys"] if not name.startswith("pooler.")):
             raise ModelError(f"{folder!r} lacks {len(missing)} of its model's weights, first {missing[0]}; "
                              "download it again")
-        words, known = len(self.tokenizer), model.config.vocab_size             # without vocab.txt transformers makes
-        if not known / 2 < words <= known:                                      # an empty tokenizer and says nothing
-            raise ModelError(f"the tokenizer of {folder!r} has {words} word pieces, its model {known}: vocab.txt or "
-                             "tokenizer.json is missing or another model's")
+        self.check_vocabulary(folder, model.config.vocab_size)
         if not -len(layers) <= layer < len(layers):
             raise ModelError(f"-pooling_layer {layer}: the model has {len(layers)} layers, so give one from "
                              f"{-len(layers)} to -1")
-        if None in (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id):
-            raise ModelError(f"the tokenizer of {folder!r} has no [CLS], [SEP] or [PAD]: it is no BERT-type model")
-        most = model.config.max_position_embeddings
-        if length and length > most:
-            raise ModelError(f"-max_seq_len {length}: the model reads at most {most} tokens")
-        del layers[layer % len(layers) + 1:]                                    # those above add nothing to the vector
-        self.length, self.pool, self.dim = length or most, POOLING[pooling], model.config.hidden_size
-        self.segments = "token_type_ids" in inspect.signature(model.forward).parameters  # some of the type have none
+        config, longest = model.config, min(model.config.max_position_embeddings, self.tokenizer.model_max_length)
+        self.length, self.pool, self.dim = length or longest, POOLING[pooling], config.hidden_size
+        # Some models of the type have no segments.
+        self.segments = ("token_type_ids" in inspect.signature(model.forward).parameters
+                         and getattr(config, "type_vocab_size", 2) >= 2)
         self.fingerprint = fingerprint(self.tokenizer, model)
+        self.layer = 1 + layer % len(layers)                                    # hidden_states begin with the embedding
         try:
             self.model, self.device = model.eval().to(device), device
-        except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"-device {device}: {first_line(error)}") from None
+            self.drop_layers_above(layers)
+        except (RuntimeError, AssertionError, IndexError) as error:
+            raise ModelError(f"cannot use the model with -device {device} and -max_seq_len {self.length} (it has "
+                             f"{config.max_position_embeddings} positions): {first_line(error)}") from None
+
+    def drop_layers_above(self, layers: torch.nn.ModuleList) -> None:
+        """They add nothing to the vector, unless the model treats its last layer's output apart, as some do."""
+        word = self.tokenizer.unk_token_id or 0
+        longest = [self.joined([word] * self.length)]
+        expected, whole, above = self.encode(longest), self.layer, list(layers[self.layer:])
+        del layers[self.layer:]
+        self.layer = -1
+        if not np.allclose(self.encode(longest), expected, rtol=1e-4, atol=1e-5):
+            layers.extend(above)
+            self.layer = whole
+
+    def check_vocabulary(self, folder: str, known: int) -> None:
+        """Without vocab.txt transformers makes an empty tokenizer and says nothing."""
+        words = len(self.tokenizer)
+        if not known / 2 < words <= known:
+            raise ModelError(f"the tokenizer of {folder!r} has {words} word pieces, its model {known}: vocab.txt or "
+                             "tokenizer.json is missing or another model's")
+        if None in (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id):
+            raise ModelError(f"the tokenizer of {folder!r} has no [CLS], [SEP] or [PAD]: it is no BERT-type model")
 
     def token_ids(self, sentences: Sequence[Sentence]) -> list[tuple[list[int], int]]:
         """For each sentence its ids, [CLS] first, and how many of them are the first segment's."""
@@ -139,11 +161,10 @@ class SentenceEncoder:
         """Ids of texts, tokenized together, and of word pieces, among which an unknown one is [UNK]."""
         texts = [part[:CHARACTERS * self.length].encode("utf-8", "replace").decode()  # half a surrogate pair is no text
                  for part in parts if isinstance(part, str)]
-        some = (texts[start:start + TOGETHER] for start in range(0, len(texts), TOGETHER))
-        ids = chain.from_iterable(self.tokenizer(  # here "[SEP]" in a text is text
-            part, add_special_tokens=False, truncation=False, padding=False, split_special_tokens=True).input_ids
-            for part in some)
-        return [next(ids) if isinstance(part, str) else self.tokenizer.convert_tokens_to_ids(part) for part in parts]
+        ids = iter(self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False,
+                                  split_special_tokens=True).input_ids if texts else ())  # "[SEP]" in a text is text
+        return [next(ids) if isinstance(part, str) else self.tokenizer.convert_tokens_to_ids(part[:self.length])
+                for part in parts]
 
     def joined(self, first: list[int], second: Sequence[int] = ()) -> tuple[list[int], int]:
         """[CLS] first [SEP], or [CLS] first [SEP] second [SEP], cut on the right to `length`: the longer part first."""
@@ -165,7 +186,7 @@ class SentenceEncoder:
             padded[row, :len(tokens)], mask[row, :len(tokens)], segment[row, first:len(tokens)] = tokens, 1, 1
         inputs = {"input_ids": padded, "attention_mask": mask, **({"token_type_ids": segment} if self.segments else {})}
         inputs = {name: torch.from_numpy(values).to(self.device) for name, values in inputs.items()}
-        states = self.model(**inputs, output_hidden_states=True).hidden_states[-1]  # (B, T, dim)
+        states = self.model(**inputs, output_hidden_states=True).hidden_states[self.layer]  # (B, T, dim)
         return self.pool(states, inputs["attention_mask"]).float().cpu().numpy()
 
     def tokens(self, ids: tuple[list[int], int]) -> list[str]:
@@ -187,7 +208,8 @@ def split_pair(sentence: Sentence) -> list[Sentence]:
 
 def fingerprint(tokenizer, model: torch.nn.Module) -> str:
     """Twelve digits that change with any weight or word: what a client may keep vectors under."""
-    digest = hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), model.config.to_diff_dict()],
+    reading = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.init_kwargs)  # lower case?
+    digest = hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), reading, model.config.to_diff_dict()],
                                        default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -200,9 +222,11 @@ class Request:
     """One request's way from its texts to its vectors."""
     client: bytes
     number: bytes
-    ids: list[tuple[list[int], int]]
+    sentences: list[Sentence]
+    size: int                           # bytes
     vectors: np.ndarray                 # (N, dim)
-    left: list[int] = field(default_factory=list)  # positions to encode yet, in order of length
+    tokens: list[list[str] | None]      # N
+    left: deque[int]                    # positions to encode yet, in order of length: so batches hold little padding
 
 
 class BadRequest(Exception):
@@ -234,15 +258,18 @@ class Server:
     def __init__(self, encoder: SentenceEncoder, config: dict):
         """config: the flags by name, and whatever else SHOW_CONFIG tells. Raises zmq.ZMQError for a bad address."""
         self.encoder, self.config = encoder, config
-        host = f"[{config['host']}]" if ":" in config["host"] else config["host"]
+        host = f"[{config['host'].strip('[]')}]" if ":" in config["host"] else config["host"]
         self.most = LARGEST_ANSWER // (4 * encoder.dim)
         self.context = zmq.Context()
         self.requests, self.answers = self.context.socket(zmq.PULL), self.context.socket(zmq.XPUB)
         for socket, port in ((self.requests, config["port"]), (self.answers, config["port_out"])):
-            socket.linger, socket.maxmsgsize, socket.ipv6 = 0, LARGEST_FRAME, ":" in host
+            socket.linger, socket.maxmsgsize, socket.ipv6, socket.rcvhwm = 0, LARGEST_FRAME, ":" in host, 16
+            if socket is self.answers:
+                socket.setsockopt(zmq.XPUB_NODROP, 1)                           # says so where a client does not read
             socket.bind(f"tcp://{host}:{port}")
         self.waiting: deque[Request] = deque()
-        self.held: deque[tuple[float, list]] = deque()                          # answers no one is subscribed to yet
+        self.backlog = 0                                                        # bytes of the requests in line
+        self.held: deque[tuple[float, list]] = deque()                          # (since when, answer)
         self.subscribed: set[bytes] = set()
         self.counts, self.stopping = Counter(requests=0, texts=0, ignored=0, undelivered=0), False
 
@@ -275,8 +302,8 @@ class Server:
                 self.subscribed.discard(message[1:])
 
     def take_requests(self) -> None:
-        while self.requests.poll(0) and not self.stopping:
-            if sum(len(request.left) for request in self.waiting) >= BACKLOG:
+        for _ in range(AT_ONCE):
+            if self.stopping or self.backlog >= BACKLOG or not self.requests.poll(0):
                 return
             frames = self.requests.recv_multipart(copy=False)
             sender = frames[0].get("Peer-Address")
@@ -296,9 +323,7 @@ class Server:
                 raise BadRequest("TERMINATION is for this machine's own clients")
             self.stopping = True
             return
-        # A longer identity's answers would also reach the client whose identity it begins with.
-        if not 1 <= len(client) <= 36:
-            raise BadRequest(f"an identity of {len(client)} bytes in place of 36")
+        self.check_identity(client)
         if not number.isdigit() or len(number) > 20:
             raise BadRequest(f"request id {number[:20]!r} is no number")
         if payload in (b"SHOW_CONFIG", b"SHOW_STATUS"):
@@ -306,61 +331,107 @@ class Server:
             self.answer([client, json.dumps(report).encode(), number])
             return
         sentences = parse(payload, length, self.most)
-        ids = self.encoder.token_ids(sentences)
-        by_length = sorted(range(len(ids)), key=lambda place: len(ids[place][0]))  # so batches hold little padding
-        self.waiting.append(Request(client, number, ids, np.empty((len(ids), self.encoder.dim), np.float32), by_length))
-        self.counts.update(requests=1, texts=len(ids))
+        count, by_length = len(sentences), sorted(range(len(sentences)), key=lambda place: len(sentences[place]))
+        self.waiting.append(Request(client, number, sentences, len(payload), np.empty((count, self.encoder.dim),
+                                    np.float32), [None] * count, deque(by_length)))
+        self.backlog += len(payload)
+        self.counts.update(requests=1, texts=count)
+
+    def check_identity(self, client: bytes) -> None:
+        """Answers go by prefix: an identity must not begin with another's, or be its beginning. Those of 36 bytes, as
+        every client makes them, cannot. Raises BadRequest."""
+        if not 1 <= len(client) <= 36:
+            raise BadRequest(f"an identity of {len(client)} bytes in place of 36")
+        if len(client) < 36:
+            for other in self.subscribed - {client, b""}:
+                if other.startswith(client) or client.startswith(other):
+                    raise BadRequest(f"the identity {client!r} is not told apart from another client's")
 
     def status(self) -> dict:
         return {**self.counts, "waiting_requests": len(self.waiting), "subscribed_clients": len(self.subscribed)}
 
     def encode_batch(self) -> None:
         """One batch from the requests in line; a large request goes to the end of the line after its share."""
-        batch: list[tuple[Request, int]] = []
-        taken: list[Request] = []
-        while self.waiting and len(batch) < self.config["max_batch_size"]:
-            request, room = self.waiting.popleft(), self.config["max_batch_size"] - len(batch)
-            batch += [(request, place) for place in request.left[:room]]
-            request.left = request.left[room:]
-            taken.append(request)
+        shares: list[tuple[Request, list[int]]] = []
+        room = self.config["max_batch_size"]
+        while self.waiting and room:
+            request = self.waiting.popleft()
+            self.backlog -= request.size
+            places = [request.left.popleft() for _ in range(min(room, len(request.left)))]
+            shares.append((request, places))
+            room -= len(places)
         try:
-            vectors = self.encoder.encode([request.ids[place] for request, place in batch])
+            self.encode_shares(shares)
         except Exception as error:                                              # out of a GPU's memory, say
-            self.counts["ignored"] += len(taken)
-            log.error("gave up %d requests: cannot encode %d texts (%s); a lower --max_batch_size may do", len(taken),
-                      len(batch), first_line(error))
-            return
-        for (request, place), vector in zip(batch, vectors, strict=True):
-            request.vectors[place] = vector
-        self.waiting += [request for request in taken if request.left]
-        for request in taken:
-            if not request.left:
+            log.error("cannot encode %d texts at once (%s)", self.config["max_batch_size"] - room, first_line(error))
+            shares = [share for share in shares if self.encodes_alone(share)]   # not for one request's fault all
+        for request, _ in shares:
+            if request.left:
+                self.waiting.append(request)
+                self.backlog += request.size
+            else:
                 self.finish(request)
 
+    def encode_shares(self, shares: list[tuple[Request, list[int]]]) -> None:
+        ids = self.encoder.token_ids([request.sentences[place] for request, places in shares for place in places])
+        vectors, done = self.encoder.encode(ids), 0
+        for request, places in shares:
+            request.vectors[places] = vectors[done:done + len(places)]
+            if self.config["show_tokens_to_client"]:
+                for place, sentence_ids in zip(places, ids[done:done + len(places)], strict=True):
+                    request.tokens[place] = self.encoder.tokens(sentence_ids)
+            done += len(places)
+
+    def encodes_alone(self, share: tuple[Request, list[int]]) -> bool:
+        try:
+            self.encode_shares([share])
+        except Exception as error:                                              # no request may end the service
+            self.counts["ignored"] += 1
+            log.error("gave up request %s: cannot encode %d of its texts (%s); a lower --max_batch_size may do",
+                      share[0].number.decode(), len(share[1]), first_line(error))
+            return False
+        return True
+
     def finish(self, request: Request) -> None:
-        tokens = ""
-        if self.config["show_tokens_to_client"]:
-            tokens = [self.encoder.tokens(ids) for ids in request.ids]
-        described = {"dtype": "float32", "shape": request.vectors.shape, "tokens": tokens}
+        described = {"dtype": "float32", "shape": request.vectors.shape,
+                     "tokens": request.tokens if self.config["show_tokens_to_client"] else ""}
         self.answer([request.client, json.dumps(described).encode(), request.vectors, request.number])
 
     def answer(self, frames: list) -> None:
-        """Send to the client, or hold until its subscription is here: what comes before that would be lost."""
-        if any(frames[0].startswith(topic) for topic in self.subscribed):
-            self.answers.send_multipart(frames, copy=False)
-        else:
-            self.held.append((time.monotonic() + PATIENCE, frames))
+        """Send to the client; what cannot be sent yet is held."""
+        if not self.sent(frames, 0):
+            self.held.append((time.monotonic(), frames))
+            held = sum(frames[-2].nbytes for _, frames in self.held if len(frames) == 4)
+            while len(self.held) > HELD[0] or held > HELD[1]:
+                held -= self.drop(self.held.popleft()[1])
+
+    def sent(self, frames: list, waited: float) -> bool:
+        """Whether the answer is on its way; not before its client has subscribed: what comes earlier is lost."""
+        joined = frames[0] in self.subscribed
+        if not joined and (waited < 0.1 or not any(frames[0].startswith(topic) for topic in self.subscribed)):
+            return False
+        try:
+            self.answers.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        except zmq.Again:                                                       # the client does not read
+            return False
+        return True
 
     def deliver_held(self) -> None:
+        now = time.monotonic()
         for _ in range(len(self.held)):
-            due, frames = self.held.popleft()
-            if any(frames[0].startswith(topic) for topic in self.subscribed):
-                self.answers.send_multipart(frames, copy=False)
-            elif time.monotonic() < due:
-                self.held.append((due, frames))
+            since, frames = self.held.popleft()
+            if self.sent(frames, now - since):
+                continue
+            if now - since < (LEAVING if frames[0] in self.subscribed else JOINING):
+                self.held.append((since, frames))
             else:
-                self.counts["undelivered"] += 1
-                log.warning("dropped the answer to request %s: its client is gone", frames[-1].decode())
+                self.drop(frames)
+
+    def drop(self, frames: list) -> int:
+        """Give an answer up; its bytes."""
+        self.counts["undelivered"] += 1
+        log.warning("dropped the answer to request %s: its client is gone or does not read", frames[-1].decode())
+        return frames[-2].nbytes if len(frames) == 4 else 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -392,7 +463,8 @@ def get_parser() -> Parser:
         parser.add_argument(f"--{name}", f"-{name}", default=default, help=help, **how)
     add("model_dir", argparse.SUPPRESS, "BERT-type model: a folder (config.json, weights, vocab.txt) or a name on the "
         "Hugging Face hub (required)", required=True, metavar="DIR|NAME")
-    add("host", "127.0.0.1", "address to serve on; 0.0.0.0 for every one of this machine: no password is asked")
+    add("host", "127.0.0.1", "address to serve on; 0.0.0.0 for every one of this machine: no password is asked (the "
+        "standard client speaks IPv4 only)")
     add("port", 5555, "port that takes texts", type=at_least(1, 65535), metavar="PORT")
     add("port_out", 5556, "port that answers", type=at_least(1, 65535), metavar="PORT")
     add("max_seq_len", 25, "most word pieces of a text, [CLS] and [SEP] among them; NONE for what the model can take",

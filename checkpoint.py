@@ -171,13 +171,13 @@ def vocabulary(state: dict, lstm_used: bool = True) -> SimpleVocab | None:
     embedding = state["model_state_dict"].get("text_model.embedding_layer.weight")
     if lstm_used or embedding is None:
         return None
-    return SimpleVocab({f"word {i}": i for i in range(len(embedding))})
+    return SimpleVocab({f"word {i}": i for i in range(embedding.shape[0] if embedding.ndim else 1)})
 
 
 def text_dim(state: dict) -> int | None:
     """The size of the text features a checkpoint was trained with."""
     bias = state["model_state_dict"].get("text_model.fc_output.1.bias")
-    return None if bias is None else len(bias)
+    return None if bias is None else bias.numel()
 
 
 def rebuild_model(path: str | Path, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:

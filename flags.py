@@ -71,8 +71,8 @@ def get_parser() -> Parser:
         "refers to them, in place of stopping at the first")
     add(data, "--image_size", 224, "side in pixels of the square images the encoder sees", type=at_least(32),
         metavar="S")
-    add(data, "--image_cache", "auto", "folder that keeps the decoded images (3*S*S bytes each), 'none' to decode them "
-        "each time, 'auto' for DATASET_PATH/image_cache", metavar="DIR")
+    add(data, "--image_cache", "auto", "folder that keeps the decoded images (3*S*S bytes each) and sentence vectors, "
+        "'none' to make them anew in each run, 'auto' for DATASET_PATH/image_cache", metavar="DIR")
     add(data, "--loader_num_workers", 4, "threads that prepare batches ahead; results do not depend on it",
         type=at_least(0), metavar="N")
 
@@ -85,10 +85,11 @@ def get_parser() -> Parser:
     add(model, "--image_weights", "imagenet", "ResNet-18 to start from: 'imagenet' (downloaded once by torchvision), "
         "'none' (random), or a file saved from torchvision's resnet18", metavar="imagenet|none|PATH")
     add(model, "--use_bert", False, "sentence vectors from a running BERT-as-service in place of the LSTM")
-    add(model, "--bert_ip", "localhost", "host of the sentence service", metavar="HOST")
+    add(model, "--bert_ip", "localhost", "host of the sentence service (IPv4)", metavar="HOST")
     add(model, "--bert_port", 5555, "port the service takes texts on", type=port_number, metavar="PORT")
     add(model, "--bert_port_out", 5556, "port the service answers on", type=port_number, metavar="PORT")
-    add(model, "--bert_timeout", 10.0, "seconds to wait for the service", type=at_least(0.1, float), metavar="SECONDS")
+    add(model, "--bert_timeout", 10.0, "seconds to wait for the service", type=at_least(0.1, float, 86400),
+        metavar="SECONDS")
 
     training = parser.add_argument_group("training")
     add(training, "--loss", "soft_triplet", "metric loss between query and target", choices=LOSSES)

@@ -66,8 +66,8 @@ def open_split(args: argparse.Namespace, split: str) -> Split:
 
 def check_against_checkpoint(args: argparse.Namespace, source: str | Path, opt: dict) -> None:
     """A model needs the text encoder it was trained with; what else differs may be meant, but is said."""
-    if "use_bert" in opt and bool(opt["use_bert"]) != args.use_bert:
-        raise InputError(f"the checkpoint {source} was trained with --use_bert {bool(opt['use_bert'])}; pass the same")
+    if "use_bert" in opt and (opt["use_bert"] is True) != args.use_bert:
+        raise InputError(f"the checkpoint {source} was trained with --use_bert {opt['use_bert']}; pass the same")
     for name in ("dataset", "category_to_train", "use_complete_text_query", "image_size"):
         if name in opt and opt[name] != getattr(args, name):
             logging.warning("note: the checkpoint was trained with --%s %s, this run has %s", name, opt[name],

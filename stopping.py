@@ -9,7 +9,10 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 
 
 class Stopped(BaseException):
-    """Not an Exception, so that nothing but main takes it for a fault. Raised where the program is when it is asked to stop, or at the end of what must not be cut in two."""
+    """Raised where the program is when it is asked to stop, or at the end of what must not be cut in two.
+
+    Not an Exception: nothing on the way shall take it for a fault.
+    """
 
     def __init__(self, number: int):
         self.code = EXIT_CODES[number]

@@ -86,6 +86,7 @@ class SentenceService:
     def __init__(self, ip: str = "localhost", port: int = 5555, port_out: int = 5556, timeout: float = 10.0):
         self.ip, self.port, self.port_out, self.timeout = ip, port, port_out, timeout
         self.features: dict | None = None                                       # as the service told them
+        self.started = None                                                     # and when it was started
         self.size: int | None = None                                            # of its vectors
 
     @contextmanager
@@ -96,6 +97,7 @@ class SentenceService:
 
         try:
             client = BertClient(self.ip, self.port, self.port_out, ignore_all_checks=True)
+            client.sender.sndtimeo = 1000                                       # ms; with no server its queue fills
         except zmq.ZMQError as error:
             raise InputError(f"{self.ip}:{self.port} is no address of a sentence service ({error}); check --bert_ip, "
                              "--bert_port and --bert_port_out") from None
@@ -123,7 +125,7 @@ class SentenceService:
             features.pop("model_dir", None)                                     # a model's folder may move
         if self.features not in (None, features):
             raise self.complaint(f"now has other vectors: {features} in place of {self.features}")
-        self.features = features
+        self.features, self.started = features, config.get("server_start_time")
 
     @staticmethod
     def configuration(client, deadline: float):
@@ -145,25 +147,42 @@ class SentenceService:
         """The vectors of these texts, (N, dim) float32."""
         deadline = time.monotonic() + self.timeout
         while (left := deadline - time.monotonic()) > 0:
-            client.timeout = 1 + int(1000 * min(left, self.timeout / 3))
             try:
-                answer = np.array(client.encode(texts), dtype=np.float32)       # a copy: the answer is read-only
+                answer = self.answer(client, texts, time.monotonic() + max(left / 2, min(left, 1.0)))
                 wrong = self.fault(answer, len(texts))
                 if not wrong:
+                    self.meet(client, self.timeout)                             # if started anew, is it the same?
                     self.size = answer.shape[1]
                     return answer
             except TimeoutError:
                 wrong = "gave no answer"
-                if (left := deadline - time.monotonic()) > 0:
-                    self.meet(client, left)                                     # started again, it must be asked again
+            except InputError:
+                raise
             except Exception as error:                                          # the client trusts what it receives
                 wrong = f"gave an answer that cannot be read ({error!r})"
             time.sleep(min(0.1, self.timeout / 10))
         raise self.complaint(f"{wrong} to {len(texts)} texts within {self.timeout:g} s")
 
+    def answer(self, client, texts: list[str], deadline: float) -> np.ndarray:
+        """Ask once, and again only if the service has been started anew since. Raises TimeoutError at the deadline."""
+        import zmq
+
+        while True:
+            client.encode(texts, blocking=False)
+            number, asked_of = client.request_id, self.started
+            while self.started == asked_of:
+                left = deadline - time.monotonic()
+                client.receiver.rcvtimeo = 1 + int(1000 * min(1.0, max(left, 0)))
+                try:
+                    return np.array(client._recv_ndarray(number).embedding, dtype=np.float32)  # a copy: it is read-only
+                except zmq.Again:
+                    if left <= 0:
+                        raise TimeoutError from None
+                self.meet(client, max(left, 0))                                 # what comes meanwhile, the client keeps
+
     def fault(self, answer: np.ndarray, count: int) -> str | None:
         """What is wrong with an answer to `count` texts."""
-        if answer.ndim != 2 or len(answer) != count:
+        if answer.ndim != 2 or len(answer) != count or answer.shape[1] == 0:
             return f"answered an array of shape {answer.shape}"
         if answer.shape[1] != (self.size or answer.shape[1]):
             return f"answered vectors of size {answer.shape[1]}, before of {self.size},"
@@ -208,15 +227,18 @@ class SentenceFile:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self.path, timeout=60)) as database, database:
+            with closing(sqlite3.connect(self.path, timeout=5)) as database, database:
                 database.execute("CREATE TABLE IF NOT EXISTS vectors (text BLOB PRIMARY KEY, vector BLOB, crc INT)")
                 work(database)
         except (sqlite3.Error, OSError) as error:
-            if type(error) is sqlite3.DatabaseError:                            # its subclasses are of other causes
-                log.warning("the sentence vectors in %s are damaged (%s): the file is begun anew", self.path, error)
-                self.path.unlink(missing_ok=True)
-            else:
-                log.warning("no sentence vectors are kept in %s (%s)", self.path, error)
+            log.warning("sentence vectors cannot be kept in %s (%s): they are asked for", self.path, error)
+            damaged = type(error) is sqlite3.DatabaseError                      # its subclasses are of other causes
+            try:
+                if damaged:
+                    self.path.unlink(missing_ok=True)                           # begun anew with the next answer
+            except OSError:
+                damaged = False
+            if not damaged:
                 self.path = None
 
     def read(self, texts: Sequence[str], vectors: np.ndarray) -> None:
@@ -224,17 +246,20 @@ class SentenceFile:
         def work(database: sqlite3.Connection) -> None:
             for row, text in enumerate(texts):
                 held = database.execute("SELECT vector, crc FROM vectors WHERE text = ?", (self.key(text),)).fetchone()
-                if held and isinstance(held[0], bytes) and zlib.crc32(held[0]) == held[1]:
+                if held and isinstance(held[0], bytes) and self.checksum(text, held[0]) == held[1]:
                     vectors[row] = np.frombuffer(held[0], "<f4")
         self.attempt(work)
 
     def write(self, texts: Sequence[str], vectors: np.ndarray) -> None:
         held = [row.astype("<f4").tobytes() for row in vectors]
-        rows = [(self.key(text), vector, zlib.crc32(vector)) for text, vector in zip(texts, held, strict=True)]
+        rows = [(self.key(text), vector, self.checksum(text, vector)) for text, vector in zip(texts, held, strict=True)]
         self.attempt(lambda database: database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows))
 
     def forget(self) -> None:
         self.attempt(lambda database: database.execute("DELETE FROM vectors"))
+
+    def checksum(self, text: str, vector: bytes) -> int:
+        return zlib.crc32(vector, zlib.crc32(self.key(text)))
 
     @staticmethod
     def key(text: str) -> bytes:
@@ -277,14 +302,31 @@ class SentenceTable:
         self.vectors = torch.cat([self.vectors, torch.from_numpy(vectors)])
 
     def still_true(self, texts: list[str], vectors: np.ndarray) -> np.ndarray:
-        """(N,) whether there is a kept vector, not NaN, that may be used: all may or none."""
+        """(N,) whether there is a kept vector, not NaN, that may be used: all may or none.
+
+        Raises InputError where the service answers otherwise than it did earlier in this run.
+        """
         known = ~np.isnan(vectors[:, 0])
-        probes = np.flatnonzero(known)[:self.PROBES]
-        if len(probes):
-            with self.service.connected() as client:
-                answer = self.service.ask(client, [texts[place] for place in probes])
-            if not np.linalg.norm(answer - vectors[probes]) < 1e-3 * np.linalg.norm(answer):
-                log.warning("the sentence vectors kept in %s are not this service's: it is asked anew", self.file.path)
-                self.file.forget()
-                known[:] = False
+        earlier = [(text, row) for text, row in self.row_of.items() if row]
+        held = [(text, self.vectors[row].numpy()) for text, row in spread(earlier, self.PROBES)]
+        kept = [(texts[place], vectors[place]) for place in spread(np.flatnonzero(known), self.PROBES)]
+        if held and not known.all() and not self.agrees(held):
+            raise self.service.complaint("now gives other vectors than earlier in this run")
+        if kept and not self.agrees(kept):
+            log.warning("the sentence vectors kept in %s are not this service's: it is asked anew", self.file.path)
+            self.file.forget()
+            known[:] = False
         return known
+
+    def agrees(self, probes: list[tuple[str, np.ndarray]]) -> bool:
+        """Whether the service still gives these texts these vectors."""
+        texts, vectors = zip(*probes, strict=True)
+        with self.service.connected() as client:
+            answer = self.service.ask(client, list(texts))
+        return bool(np.linalg.norm(answer - np.stack(vectors)) < 1e-3 * np.linalg.norm(answer))
+
+
+def spread(items: Sequence, count: int) -> list:
+    """At most `count` of the items, from first to last."""
+    places = np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).astype(int))
+    return [items[place] for place in places]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -136,7 +137,9 @@ def test_configuration_and_status(service, client):
     config, status = client.server_config, client.server_status
     assert config["server_version"] == "1.10.0" and config["max_seq_len"] == 25 and config["show_tokens_to_client"]
     assert config["pooling_layer"] == -2 and config["pooling_strategy"] == "REDUCE_MEAN" and config["dim"] == 768
-    assert status["texts"] >= 0 and status["subscribed_clients"] >= 1
+    assert status["waiting_requests"] == 0 and status["subscribed_clients"] >= 1
+    client.encode(["a", "red"])
+    assert client.server_status["texts"] == status["texts"] + 2
 
 
 def test_defaults_are_the_originals():
@@ -147,6 +150,70 @@ def test_defaults_are_the_originals():
     one_dash = ["-model_dir", "x", "-port=7", "-pooling_layer", "-1", "-max_seq_len", "NONE"]
     args = bert_server.get_parser().parse_args(one_dash)
     assert (args.port, args.pooling_layer, args.max_seq_len) == (7, -1, None)
+
+
+def test_nothing_is_lost_when_more_is_asked_than_read(client):
+    for _ in range(1500):
+        client.encode(["a"] * 10, blocking=False)
+    assert [answer.shape for answer in client.fetch_all()] == [(10, 768)] * 1500
+
+
+def test_a_flood_does_not_starve_a_client(service, client):
+    """Of small requests, of nonsense and of large ones: the good client's turn comes after a batch or two."""
+    with Raw(service) as small, Raw(service) as nonsense, Raw(service) as large:
+        for raw, payload, length, count in ((small, b'["a"]', b"1", 5000), (nonsense, b"[", b"1", 20_000),
+                                            (large, json.dumps(["x " * 4000] * 300).encode(), b"300", 5)):
+            for _ in range(count):
+                raw.push.send_multipart([raw.identity, payload, b"1", length], zmq.NOBLOCK) if raw.push.poll(
+                    0, zmq.POLLOUT) else None
+        start = time.monotonic()
+        assert client.encode(["red dress"]).shape == (1, 768)
+        assert time.monotonic() - start < 10
+
+
+def test_one_request_that_cannot_be_encoded_costs_no_other(encoder, monkeypatch):
+    port, port_out = free_ports()
+    server = bert_server.Server(encoder, {"host": "127.0.0.1", "port": port, "port_out": port_out,
+                                          "max_batch_size": 4, "show_tokens_to_client": False})
+    sound = type(encoder).encode
+
+    def encode(self, ids):
+        if any(len(tokens) > 10 for tokens, _ in ids):
+            raise RuntimeError("out of memory")
+        return sound(self, ids)
+    monkeypatch.setattr(type(encoder), "encode", encode)
+    answers = []
+    monkeypatch.setattr(server, "answer", answers.append)
+    try:
+        for name, text in ((b"a", "red"), (b"b", "dress " * 20), (b"c", "blue")):
+            server.take([name * 36, json.dumps([text]).encode(), b"1", b"1"], "127.0.0.1")
+        server.encode_batch()
+        assert [frames[0] for frames in answers] == [b"a" * 36, b"c" * 36] and server.counts["ignored"] == 1
+        assert not server.waiting and server.backlog == 0
+    finally:
+        server.close()
+
+
+def test_a_last_norm_is_not_taken_for_a_layers_output(tmp_path):
+    """MegatronBert normalizes once more after its last layer: the layers above must then stay."""
+    folder = write_bert(tmp_path / "model", size=16)
+    config = transformers.MegatronBertConfig(**{name: getattr(transformers.BertConfig.from_pretrained(folder), name)
+                                                for name in ("vocab_size", "hidden_size", "num_hidden_layers",
+                                                             "num_attention_heads", "intermediate_size")})
+    model = transformers.MegatronBertModel(config)
+    torch.nn.init.normal_(model.encoder.ln.weight)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    encoder = bert_server.SentenceEncoder(str(folder))
+    assert error_of(encoder.encode(encoder.token_ids(SINGLE)), plainly(folder, SINGLE)) < 1e-5
+
+
+def test_the_fingerprint_tells_how_texts_are_read(tiny, tmp_path, encoder):
+    shutil.copytree(tiny, tmp_path / "cased")
+    (tmp_path / "cased" / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert bert_server.SentenceEncoder(str(tmp_path / "cased")).fingerprint != encoder.fingerprint
+    shutil.copytree(tiny, tmp_path / "same")
+    assert bert_server.SentenceEncoder(str(tmp_path / "same")).fingerprint == encoder.fingerprint
 
 
 def test_requests_that_do_not_wait_are_fetched_in_order(client):
@@ -232,6 +299,12 @@ def test_identities_cannot_borrow_each_others_answers(service):
             thief.send(b'["blue"]', b"2")
             thief.push.send_multipart([b"", b'["blue"]', b"2", b"1"])
             assert victim.answer(0.3) is None
+    with Raw(service, b"worker-1") as one, Raw(service, b"worker-10") as ten:
+        one.send(b'["blue"]', b"1")
+        time.sleep(0.2)
+        ten.send(b'["red"]', b"2")
+        answers = [frames for frames in (one.answer(3), one.answer(0.3), ten.answer(0.3)) if frames]
+        assert all(frames[0] == b"worker-1" for frames in answers)
 
 
 def test_half_a_surrogate_pair_is_a_text(service):
@@ -315,7 +388,9 @@ def test_a_flood_of_bad_requests_is_logged_sparingly(tiny):
     with serving(tiny) as service, Raw(service) as raw, service.client() as client:
         for _ in range(5000):
             raw.push.send_multipart([raw.identity, b"[" * 100, b"1", b"1"])
-        assert client.encode(["a"]).shape == (1, 768) and client.server_status["ignored"] == 5000
+        deadline = time.monotonic() + 60
+        while client.server_status["ignored"] < 5000:
+            assert client.encode(["a"]).shape == (1, 768) and time.monotonic() < deadline
         service.stop()
         service.log.seek(0)
         text = service.log.read()
@@ -323,11 +398,12 @@ def test_a_flood_of_bad_requests_is_logged_sparingly(tiny):
 
 
 def test_a_client_that_leaves_is_forgotten(service):
+    before = service.status()["undelivered"]
     with Raw(service) as gone:
         gone.send(json.dumps(["a dress"] * 500).encode(), b"1", b"500")
         time.sleep(0.05)
     deadline = time.monotonic() + 20
-    while service.status()["undelivered"] < 1:
+    while service.status()["undelivered"] <= before:
         assert time.monotonic() < deadline
     with service.client() as client:
         assert client.encode(["a"]).shape == (1, 768)
@@ -383,7 +459,7 @@ BAD_STARTS = {
     "no such folder": (["-model_dir", "/nowhere/at/all"], None, "/nowhere/at/all"),
     "a folder without a model": (["-model_dir", "tests"], None, "tests"),
     "a layer it has not": (["-pooling_layer", "-4"], None, "-pooling_layer -4"),
-    "too long": (["-max_seq_len", "65"], None, "at most 64"),
+    "too long": (["-max_seq_len", "65"], None, "64 positions"),
     "too short": (["-max_seq_len", "2"], None, "at least 3"),
     "no such pooling": (["-pooling_strategy", "MEDIAN"], None, "REDUCE_MEAN"),
     "no such port": (["-port", "0"], None, "at least 1"),

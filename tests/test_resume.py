@@ -183,7 +183,7 @@ def test_checkpoints_without_a_run_to_go_on_with(mitstates, tmp_path, capsys):
     state = torch.load(run.checkpoint, weights_only=True)
     capsys.readouterr()
     for change, said in (({"progress": None}, "does not say how"), ({"progress": {"it": 1}}, "not a checkpoint"),
-                         ({"optimizer_state_dict": {}}, "do not fit"), ({"random": {"cpu": torch.ones(3)}}, "do not fit")):
+                         ({"optimizer_state_dict": {}}, "do not fit"), ({"random": {}}, "do not fit")):
         torch.save({**state, **change}, tmp_path / "x.pth")
         assert main.main(flags("mitstates", mitstates, tmp_path / "logs", resume=tmp_path / "x.pth")) == 2
         (line,) = capsys.readouterr().err.splitlines()
