@@ -10,7 +10,7 @@ BERT_PORTS := 15555 15556
 BERT_DEMO := $(DEMO:_demo=_bert_demo) --use_bert True --bert_port $(word 1,$(BERT_PORTS)) \
 	--bert_port_out $(word 2,$(BERT_PORTS)) --bert_timeout 60
 
-.PHONY: install demo bert-demo test lint bench clean
+.PHONY: install demo bert-demo test torture lint bench clean
 
 install: .venv/installed
 
@@ -40,6 +40,9 @@ test: install
 
 lint: install
 	$(BIN)/ruff check .
+
+torture: install
+	$(BIN)/python -m tests.torture
 
 bench: install
 	$(BIN)/python bench.py

@@ -18,6 +18,7 @@ from errors import InputError
 RECALL_KS = (1, 5, 10, 50, 100)
 OWN_GALLERY_KS = (10, 50)               # what later papers report on FashionIQ
 TEST_EPOCH = 2**32 - 1
+LONGEST_LINE = 10_000                   # bytes of a label file's line; published ones have a few hundred
 TRAIN_QUERIES = 9600                    # the train split is judged on this many random samples (TIRG's protocol)
 
 
@@ -545,6 +546,9 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """(line number, line) of each line that is not blank."""
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if len(line) > LONGEST_LINE:
+                raise InputError(f"{file}, line {number}: {len(line)} bytes long, which no label is; download the file "
+                                 "again")
             try:
                 text = line.decode("utf-8").strip("\r\n")
             except UnicodeDecodeError:

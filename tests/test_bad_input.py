@@ -76,6 +76,8 @@ CASES = {
     "label line without tabs": ("fashion200k", lambda p: append(p / LABELS, "women/a.jpg 0.9 red dress\n"), {},
                                 [LABELS, "line 11"]),
     "label line without caption": ("fashion200k", lambda p: append(p / LABELS, "women/a.jpg\t0.9\t \n"), {}, ["line 11"]),
+    "label line of 10 MB": ("fashion200k", lambda p: append(p / LABELS, "women/a.jpg\t1\t" + "red " * 2_500_000), {},
+                            ["line 11", "10000014 bytes"]),
     "label line of another encoding": ("fashion200k", lambda p: (p / LABELS).write_bytes(b"a\t1\tcaf\xe9\n"), {},
                                        ["line 1", "UTF-8"]),
     "label path outside": ("fashion200k", lambda p: append(p / LABELS, "../../etc/passwd\t1\tred hat\n"), {},
