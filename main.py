@@ -290,6 +290,8 @@ def run(args: argparse.Namespace, stopping: Stopping) -> None:
     """The whole program, in order."""
     if args.test_only and not args.model_checkpoint:
         raise InputError("--test_only needs the checkpoint to test: pass --model_checkpoint PATH")
+    if args.test_only and args.resume:
+        raise InputError("--test_only tests --model_checkpoint and resumes nothing: drop --resume")
     device = choose_device(args.device)
     seed_everything(args.seed)
     report.check_log_dir(args.log_dir, args.comment)

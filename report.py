@@ -63,6 +63,7 @@ class Report:
     def scalars(self, values: dict[str, float], it: int) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, it)
+        self.flush()                                                            # TensorBoard shows it now
 
     def metrics(self, results: dict[str, dict[str, float]], baselines: dict[str, dict[str, float]], it: int) -> str:
         """Log the recalls, write metrics.json, and return the table to print.
@@ -73,7 +74,6 @@ class Report:
         shown = {**results, **{f"test {name}": values for name, values in baselines.items()}}
         for split, values in shown.items():
             self.scalars({f"{split} {name}": value for name, value in values.items()}, it)
-        self.flush()
         unfinished = self.folder / "metrics.json.unfinished"
         unfinished.write_text(json.dumps({"it": it, **results}, indent=1) + "\n")
         os.replace(unfinished, self.folder / "metrics.json")

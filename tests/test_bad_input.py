@@ -125,6 +125,7 @@ CASES = {
                             ["nowhere.pth", "--model_checkpoint"]),
     "test without checkpoint": ("mitstates", None, {"test_only": True}, ["--model_checkpoint"]),
     "no GPU": ("mitstates", None, {"device": "cuda"}, ["--device cuda"]),
+    "resume in a test": ("mitstates", None, {"test_only": True, "model_checkpoint": "x", "resume": "auto"}, ["--resume"]),
     "no sentence service": ("mitstates", None, {"use_bert": True, "bert_port": 1, "bert_port_out": 2, "bert_timeout": 0.5},
                             ["no sentence service at localhost:1"]),
     "port out of range": ("mitstates", None, {"use_bert": True, "bert_port": 70000}, ["--bert_port", "65535"]),
