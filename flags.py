@@ -96,10 +96,10 @@ def get_parser() -> Parser:
     add(training, "--num_iters", 160000, "training steps", type=at_least(1), metavar="N")
     add(training, "--batch_size", 32, "queries a step, each with its target", type=at_least(2), metavar="B")
     add(training, "--learning_rate", 1e-2, "SGD's rate; the image encoder's pretrained layers learn at a tenth of it",
-        type=at_least(0, float, 1e6), metavar="RATE")
+        type=at_least(0, float, 1e30), metavar="RATE")
     add(training, "--learning_rate_decay_frequency", 9999999, "steps after which all rates are multiplied by 0.1",
         type=at_least(1), metavar="N")
-    add(training, "--weight_decay", 1e-6, "SGD's L2 penalty", type=at_least(0, float, 1e6), metavar="RATE")
+    add(training, "--weight_decay", 1e-6, "SGD's L2 penalty", type=at_least(0, float, 1e30), metavar="RATE")
     add(training, "--seed", 0, "of weights, pairs, order and dropout", type=at_least(0), metavar="N")
     add(training, "--device", "auto", "where the model runs; auto takes a GPU where there is one",
         choices=("auto", "cpu", "cuda"))
