@@ -69,7 +69,7 @@ def test_a_run_in_three_parts_is_the_run_in_one(mitstates, tmp_path, model, loss
     settings = {"model": model, "loss": loss, "learning_rate_decay_frequency": 5, "log_frequency": 3,
                 "eval_frequency": 2, "image_cache": "none"}
     whole = run_main("mitstates", mitstates, tmp_path / "whole", num_iters=11, **settings)
-    for stop, workers in ((1, 0), (5, 2), (11, 0)):
+    for stop, workers in ((1, 0), (5, 2), (11, 0), (11, 0)):                    # the last has nothing left to do
         words = flags("mitstates", mitstates, tmp_path / "parts", num_iters=11, resume="auto", save_frequency=1,
                       **settings | {"loader_num_workers": workers})
         assert stopped_after(stop, words) == (0 if stop == 11 else 143)
