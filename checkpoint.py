@@ -24,7 +24,7 @@ PROGRESS = ["best", "samples", "steps", "sums", "tested"]
 # A run goes on only with the values of these that it was started with: others would give other results.
 FIXED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "skip_bad_images", "image_size", "model",
                "image_embed_dim", "text_embed_dim", "use_bert", "loss", "batch_size", "learning_rate",
-               "learning_rate_decay_frequency", "weight_decay", "seed")
+               "learning_rate_decay_frequency", "weight_decay", "seed", "precision", "compile")
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,

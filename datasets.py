@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -95,7 +95,7 @@ class CompositionDataset:
 
     @property
     def paths(self) -> list[str]:
-        return [os.path.join(self.root, image) for image in self.images]
+        return [f"{self.root}/{image}" for image in self.images]
 
     def read(self) -> None:
         """Fill `images` and whatever the split's samples or queries need."""
@@ -301,17 +301,19 @@ class Fashion200k(CaptionedDataset):
         return inside(fields[0].strip(), where), clean_caption(fields[2])
 
     def find_siblings(self) -> None:
-        """Captions -> their parents with at least two children; parents -> children; captions -> image ids."""
+        """Parents with at least two children -> those; captions -> such parents; captions -> image ids."""
         self.images_of: dict[str, list[int]] = {}
         for image, caption in enumerate(self.captions):
             self.images_of.setdefault(caption, []).append(image)
         self.children: dict[str, list[str]] = {}
+        eldest: dict[str, str] = {}                                             # most parents never have a second child
         for caption in self.images_of:
             for parent in parent_captions(caption):
-                self.children.setdefault(parent, []).append(caption)
+                if (first := eldest.setdefault(parent, caption)) is not caption:
+                    self.children.setdefault(parent, [first]).append(caption)
         self.parents: dict[str, list[str]] = {}
         for parent, children in self.children.items():
-            for child in children if len(children) >= 2 else ():
+            for child in children:
                 self.parents.setdefault(child, []).append(parent)
         self.modifiable = [image for image, caption in enumerate(self.captions) if caption in self.parents]
         if not self.modifiable:
@@ -536,8 +538,7 @@ def require(path: Path, what: str) -> Path:
 
 def inside(image: str, where: str) -> str:
     """An image path of a label file, refused where it would leave the dataset folder."""
-    parts = PurePosixPath(image)
-    if not image or parts.is_absolute() or ".." in parts.parts or "\0" in image:
+    if not image or image[0] == "/" or "\0" in image or (".." in image and ".." in image.split("/")):
         raise InputError(f"{where}: {image[:80]!r} is no path inside the dataset folder")
     return image
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from datasets import DATASETS, FashionIQ
+from device import PRECISIONS
 from img_text_composition_models import MODELS
 from torch_function import LOSSES
 
@@ -72,7 +73,8 @@ def get_parser() -> Parser:
     add(data, "--image_size", 224, "side in pixels of the square images the encoder sees", type=at_least(32),
         metavar="S")
     add(data, "--image_cache", "auto", "folder that keeps the decoded images (3*S*S bytes each) and sentence vectors, "
-        "'none' to make them anew in each run, 'auto' for DATASET_PATH/image_cache", metavar="DIR")
+        "'none' to make them anew in each run, 'auto' for DATASET_PATH/image_cache, 'device' for that and all images "
+        "in the memory of the GPU (or CPU) too, if it has room", metavar="auto|none|device|DIR")
     add(data, "--loader_num_workers", 4, "threads that prepare batches ahead; results do not depend on it",
         type=at_least(0), metavar="N")
 
@@ -103,13 +105,19 @@ def get_parser() -> Parser:
     add(training, "--seed", 0, "of weights, pairs, order and dropout", type=at_least(0), metavar="N")
     add(training, "--device", "auto", "where the model runs; auto takes a GPU where there is one",
         choices=("auto", "cpu", "cuda"))
+    add(training, "--precision", "fp32", "fp32: as published; tf32: coarser products, faster on a GPU; bf16: the image "
+        "encoder in bfloat16, far faster on GPUs and newer CPUs. Losses and ranks are float32 in each",
+        choices=PRECISIONS)
+    add(training, "--compile", False, "compile the training step for this machine: a minute or so at start, then "
+        "faster, most of all on a GPU")
 
     testing = parser.add_argument_group("testing and logs")
     add(testing, "--test_only", False, "no training: test --model_checkpoint on both splits")
     add(testing, "--model_checkpoint", "", "checkpoint to test, or to start training from", metavar="PATH")
     add(testing, "--eval_frequency", 3, "epochs between tests (epochs 1, 4, 7, ... by default) besides the one at the "
         "end; 0 for that one only", type=at_least(0), metavar="EPOCHS")
-    add(testing, "--test_batch_size", 64, "images the encoder takes at once in a test", type=at_least(1), metavar="B")
+    add(testing, "--test_batch_size", 0, "images the encoder takes at once in a test; 0 for 32 on a CPU, 256 on a GPU",
+        type=at_least(0), metavar="B")
     add(testing, "--baselines", False, "tests also judge, on the test split, the source image alone, the text "
         "alone, and chance")
     add(testing, "--best_metric", "auto", "metric of the test split by which best_checkpoint.pth is kept; auto takes "

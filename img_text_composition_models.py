@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from device import send
 from errors import InputError
 from text_model import SimpleVocab, TextLSTMModel
 from torch_function import NormalizationLayer
@@ -64,7 +65,10 @@ class ImgTextCompositionBase(nn.Module):
 
     vocabulary: of the LSTM. sentence_vectors: texts -> (B, T) without gradient; where given, they are used in place
     of the LSTM, which is still built (at size T) because the original's checkpoints hold it.
+    bf16: whether the image encoder, nearly all of the work, computes in bfloat16; the rest stays float32.
     """
+
+    bf16 = False
 
     def __init__(self, vocabulary: SimpleVocab, image_dim: int = 512, text_dim: int = 512,
                  sentence_vectors: SentenceVectors | None = None):
@@ -77,13 +81,14 @@ class ImgTextCompositionBase(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) float, normalized -> (B, D)."""
-        return self.img_model(images)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.img_model(images).to(self.a.dtype)
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """B texts -> (B, T)."""
         if self.sentence_vectors is None:
             return self.text_model(texts)
-        return self.sentence_vectors(texts).to(self.a.device, non_blocking=True)
+        return send(self.sentence_vectors(texts), self.a.device)
 
     def compose(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, D), (B, T) -> (B, D): where in image-feature space the query points."""
@@ -91,7 +96,11 @@ class ImgTextCompositionBase(nn.Module):
 
     def forward(self, source: Tensor, texts: list[str], target: Tensor) -> dict[str, Tensor]:
         """Features by name, as `composition_losses` reads them: query and target, (B, D), normalized and scaled."""
-        image, text = self.encode_image(source), self.encode_text(texts)        # (B, D), (B, T)
+        return self.features(source, self.encode_text(texts), target)
+
+    def features(self, source: Tensor, text: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The same of encoded texts, (B, T): tensors alone, so this is what can be compiled."""
+        image = self.encode_image(source)                                       # (B, D)
         composed = self.compose(image, text)                                    # (B, D)
         goal = self.encode_image(target)                                        # (B, D): batch norm sees it apart
         return {"query": self.normalization_layer(composed), "target": self.normalization_layer(goal),

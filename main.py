@@ -22,9 +22,10 @@ from tqdm import tqdm
 import checkpoint
 import report
 from datasets import DATASETS, CompositionDataset, Epoch
+from device import choose_device, compiled, set_up
 from errors import InputError
 from flags import get_parser
-from image_store import ImageStore, normalize_images, prefetch
+from image_store import DeviceStore, ImageStore, normalize_images, prefetch
 from img_text_composition_models import MODELS, ImgTextCompositionBase, load_image_weights
 from stopping import Stopped, Stopping
 from test_retrieval import evaluate
@@ -38,12 +39,13 @@ progress_bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=None)     
 class Split:
     """A dataset with the pixels of its images."""
     data: CompositionDataset
-    store: ImageStore
+    store: ImageStore | DeviceStore
 
 
 def cache_folder(args: argparse.Namespace) -> Path | None:
     """Where decoded images and sentence vectors are kept."""
-    return {"none": None, "auto": args.dataset_path / "image_cache"}.get(args.image_cache, Path(args.image_cache))
+    in_dataset = args.dataset_path / "image_cache"
+    return {"none": None, "auto": in_dataset, "device": in_dataset}.get(args.image_cache, Path(args.image_cache))
 
 
 def open_split(args: argparse.Namespace, split: str) -> Split:
@@ -62,6 +64,16 @@ def open_split(args: argparse.Namespace, split: str) -> Split:
         raise InputError(f"{len(missing)} of the {split} split's {len(store)} images are missing or empty, first "
                          f"{missing[0]}; put them back, or pass --skip_bad_images True to leave such images out")
     return Split(data, store)
+
+
+def hold_on_device(splits: dict[str, Split], device: torch.device, workers: int) -> None:
+    """Move the splits' pixels into the device's memory, where there is room for them."""
+    if not DeviceStore.fits([split.store for split in splits.values()], device):
+        logging.warning("note: the images would take more than half of the memory free on the %s; they are read from "
+                        "the cache folder, as with --image_cache auto", device)
+        return
+    for split in splits.values():
+        split.store = DeviceStore.of(split.store, device, workers, progress_bar)
 
 
 def check_against_checkpoint(args: argparse.Namespace, source: str | Path, opt: dict) -> None:
@@ -106,6 +118,9 @@ def build_model(args: argparse.Namespace, source: str | Path, state: dict | None
         checkpoint.restore(model, state, source)
     else:
         load_image_weights(model.img_model, args.image_weights)
+    model.bf16 = args.precision == "bf16"
+    if args.compile:
+        model.features = compiled(model.features)
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -118,23 +133,32 @@ def parameter_groups(model: ImgTextCompositionBase, rate: float) -> list[dict]:
             for key, factor in (("head", 1.0), ("backbone", 0.1), ("rest", 1.0))]
 
 
-def batches(train: Split, seed: int, epoch: int, size: int, workers: int,
+def encoder_batch(device: torch.device) -> int:
+    """Images the encoder takes at once in a test, where the user does not say: what its caches hold, or fills a GPU."""
+    return 256 if device.type == "cuda" else 32
+
+
+def make_optimizer(model: ImgTextCompositionBase, rate: float, weight_decay: float) -> torch.optim.SGD:
+    """The published one; fused: all weights of a group in one pass over them."""
+    return torch.optim.SGD(parameter_groups(model, rate), momentum=0.9, weight_decay=weight_decay, fused=True)
+
+
+def batches(train: Split, seed: int, epoch: int, size: int, workers: int, device: torch.device,
             done: int = 0) -> Iterator[tuple[Tensor, list[str], Tensor]]:
-    """An epoch's whole batches but the first `done`: (B, 3, S, S) uint8 source images, B texts, and target images."""
+    """An epoch's whole batches but the first `done`: (B, 3, S, S) uint8 source images, B texts, and target images,
+    the images on their way to the device."""
     samples = Epoch(train.data, seed, epoch)
 
     def batch(start: int) -> tuple[Tensor, list[str], Tensor]:
         sources, targets, texts = zip(*(samples[i] for i in range(start, start + size)), strict=True)
-        return train.store.batch(sources), list(texts), train.store.batch(targets)
+        return train.store.batch(sources, device), list(texts), train.store.batch(targets, device)
     return prefetch(batch, range(done * size, len(samples) - size + 1, size), workers)
 
 
 def train_step(model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, loss: str, source: Tensor,
                texts: list[str], target: Tensor) -> dict[str, Tensor]:
-    """One update on uint8 images and texts. Returns {name: detached scalar}, still on the device."""
-    device = model.a.device
-    source, target = (normalize_images(images.to(device, non_blocking=True)) for images in (source, target))
-    losses = composition_losses(model(source, texts, target), loss)
+    """One update on uint8 images and texts, without waiting for the device. Returns {name: detached scalar} on it."""
+    losses = composition_losses(model(normalize_images(source), texts, normalize_images(target)), loss)
     optimizer.zero_grad()
     losses["total training loss"].backward()
     optimizer.step()
@@ -165,8 +189,8 @@ class LossMeter:
 
 
 def show(bar: tqdm, losses: dict[str, Tensor]) -> None:
-    """One step further; the loss is fetched from the device only when the bar is drawn again."""
-    if bar.update():
+    """One step further; a GPU's loss is not fetched, as that waits for it: the bar then shows the last logged."""
+    if bar.update() and losses["total training loss"].device.type == "cpu":
         bar.set_postfix(loss=f"{losses['total training loss'].item():.4f}", refresh=False)
 
 
@@ -180,8 +204,7 @@ class Training:
                  judge: Callable[[], dict], stopping: Stopping):
         self.args, self.model, self.split, self.log = args, model, split, log
         self.judge, self.stopping = judge, stopping
-        self.optimizer = torch.optim.SGD(parameter_groups(model, args.learning_rate), momentum=0.9,
-                                         weight_decay=args.weight_decay)
+        self.optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
         self.epoch_steps = len(split.data) // args.batch_size
         self.schedule = checkpoint.Schedule(args.save_frequency)
         self.it, self.tested, self.best, self.meter = 0, False, -math.inf, LossMeter()
@@ -222,7 +245,9 @@ class Training:
                 group["lr"] *= 0.1
         self.meter.add(losses)
         if self.it % self.args.log_frequency == 0 or self.it == self.args.num_iters:
-            self.log.scalars({**self.meter.read(self.it), "learning_rate": self.optimizer.param_groups[0]["lr"],
+            means = self.meter.read(self.it)
+            bar.set_postfix(loss=f"{means['total training loss']:.4f}", refresh=False)
+            self.log.scalars({**means, "learning_rate": self.optimizer.param_groups[0]["lr"],
                               "queries per second": self.args.batch_size * (bar.format_dict["rate"] or 0)}, self.it)
         show(bar, losses)
 
@@ -232,7 +257,7 @@ class Training:
         if self.model.sentence_vectors:                                         # new ones: Fashion200k's modifications
             self.model.sentence_vectors.prepare(self.split.data.sample_texts(self.args.seed, number), progress_bar)
         for batch in batches(self.split, self.args.seed, number, self.args.batch_size, self.args.loader_num_workers,
-                             done):
+                             self.model.a.device, done):
             with self.stopping.held():
                 self.step(batch, bar)
             if self.it == self.args.num_iters:
@@ -274,12 +299,6 @@ def plain(args: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine has no usable CUDA GPU; pass --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -293,6 +312,7 @@ def run(args: argparse.Namespace, stopping: Stopping) -> None:
     if args.test_only and args.resume:
         raise InputError("--test_only tests --model_checkpoint and resumes nothing: drop --resume")
     device = choose_device(args.device)
+    set_up(device, args.precision)
     seed_everything(args.seed)
     report.check_log_dir(args.log_dir, args.comment)
     resumed = checkpoint.find_run(args.resume, args.log_dir, args.comment) if args.resume else None
@@ -308,6 +328,8 @@ def run(args: argparse.Namespace, stopping: Stopping) -> None:
     args.best_metric = choose_metric(args.best_metric, splits["test"].data)
     if resumed:
         checkpoint.check_same_run(state, resumed, plain(args), samples, service and service.features)
+    if args.image_cache == "device":
+        hold_on_device(splits, device, args.loader_num_workers)
     sentences = learn_texts(args, service, splits) if service else None
     model = build_model(args, source, state, splits["train"].data.training_texts(), sentences, device)
     log = report.Report(resumed.parent if resumed else report.run_folder(args.log_dir, args.comment), plain(args),
@@ -317,8 +339,9 @@ def run(args: argparse.Namespace, stopping: Stopping) -> None:
                + (f", going on after iteration {state['it']}" if resumed else ""))
 
     def judge() -> dict[str, dict[str, dict[str, float]]]:
-        return {name: evaluate(model, split.data, split.store, args.test_batch_size, args.loader_num_workers, args.seed,
-                               progress_bar, args.baselines and name == "test") for name, split in splits.items()}
+        return {name: evaluate(model, split.data, split.store, args.test_batch_size or encoder_batch(device),
+                               args.loader_num_workers, args.seed, progress_bar, args.baselines and name == "test")
+                for name, split in splits.items()}
     if args.test_only:
         show_results(log, judge(), state["it"])
     else:

@@ -5,6 +5,7 @@ correct one, so nothing is sorted and the queries x gallery table is only ever h
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets import CompositionDataset, Judge, QuerySet
-from image_store import ImageStore, normalize_images, prefetch
+from image_store import DeviceStore, ImageStore, normalize_images, prefetch
 
-SCORES_AT_ONCE = 2**21                  # of the queries x gallery table; 8 MB stay in a CPU's cache
+QUERIES_AT_ONCE = 512                   # fewer make slower products
+SCORES_AT_ONCE = 2**24                  # of the queries x gallery table, at most: 64 MiB
 NEVER = torch.iinfo(torch.long).max     # the rank of a query without a correct image: no hit at any K
 
 Progress = Callable
@@ -24,13 +26,13 @@ def no_progress(items, **_):
     return items
 
 
-def encode_images(model, store: ImageStore, ids: Sequence[int], batch_size: int, workers: int,
+def encode_images(model, store: ImageStore | DeviceStore, ids: Sequence[int], batch_size: int, workers: int,
                   progress: Progress = no_progress) -> Tensor:
     """Features of the images with these ids, each read and encoded once: (len(ids), D)."""
     device = model.a.device
     batches = [ids[start:start + batch_size] for start in range(0, len(ids), batch_size)]
-    pixels = prefetch(store.batch, batches, workers)
-    return torch.cat([model.encode_image(normalize_images(batch.to(device, non_blocking=True)))
+    pixels = prefetch(partial(store.batch, device=device), batches, workers)
+    return torch.cat([model.encode_image(normalize_images(batch))
                       for batch in progress(pixels, desc="encoding images", total=len(batches))])
 
 
@@ -106,7 +108,7 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
     correct = [CorrectImages(judge, queries.device) for judge in judges]
     found: list[list[Tensor]] = [[] for _ in judges]
     own = torch.as_tensor(own, device=queries.device)
-    step = max(1, SCORES_AT_ONCE // len(gallery))
+    step = max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // len(gallery)))
     table, room = queries.new_empty(step, len(gallery)), queries.new_empty(step * len(gallery))
     for start in range(0, len(queries), step):
         chunk = slice(start, start + step)
@@ -126,8 +128,9 @@ def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[
 
 
 @torch.inference_mode()
-def evaluate(model, dataset: CompositionDataset, store: ImageStore, batch_size: int = 64, workers: int = 2,
-             seed: int = 0, progress: Progress = no_progress, baselines: bool = False) -> dict[str, dict[str, float]]:
+def evaluate(model, dataset: CompositionDataset, store: ImageStore | DeviceStore, batch_size: int = 32,
+             workers: int = 2, seed: int = 0, progress: Progress = no_progress,
+             baselines: bool = False) -> dict[str, dict[str, float]]:
     """Test `model` on a split: {"model": {metric: value}}, and with `baselines` three more ways to answer.
 
     "source image alone" ranks by the source image's feature, "text alone" composes every text with the gallery's

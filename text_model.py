@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from device import send
 from errors import InputError
 
 log = logging.getLogger(__name__)
@@ -64,8 +65,8 @@ class TextLSTMModel(nn.Module):
     def forward(self, texts: list[str]) -> Tensor:
         device = self.embedding_layer.weight.device
         ids = [torch.tensor(self.vocabulary.encode(text)) for text in texts]
-        last = torch.tensor([len(words) - 1 for words in ids]).to(device, non_blocking=True)
-        padded = nn.utils.rnn.pad_sequence(ids).to(device, non_blocking=True)   # (T, B)
+        last = send(torch.tensor([len(words) - 1 for words in ids]), device)
+        padded = send(nn.utils.rnn.pad_sequence(ids), device)                   # (T, B)
         outputs, _ = self.lstm(self.embedding_layer(padded))                    # (T, B, D): padding is after the last
         return self.fc_output(outputs[last, torch.arange(len(texts), device=device)])  # (B, D)
 

@@ -21,8 +21,9 @@ def draw_negatives(batch_size: int, count: int = 3, device=None) -> Tensor:
 
     Where the batch has fewer than `count` such rows (B = 2), all of them are taken.
     """
-    allowed = 1 - torch.eye(batch_size, device=device).repeat(2, 2)             # (2B, 2B): 0 at itself and its twin
-    return torch.multinomial(allowed, min(count, 2 * batch_size - 2))           # without replacement
+    never = torch.eye(batch_size, dtype=torch.bool, device=device).repeat(2, 2)  # (2B, 2B): itself and its twin
+    lots = torch.rand(never.shape, device=device).masked_fill_(never, -1)       # torch.multinomial waits for the device
+    return lots.topk(min(count, 2 * batch_size - 2)).indices
 
 
 def soft_triplet_loss(query: Tensor, target: Tensor, negatives: Tensor | None = None) -> Tensor:

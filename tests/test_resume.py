@@ -172,6 +172,7 @@ def test_a_run_goes_on_only_as_the_same_run(mitstates, tmp_path, capsys):
     line = refused(learning_rate=0.5, seed=3)
     assert "--learning_rate 0.01 (now 0.5), --seed 0 (now 3)" in line and "--model_checkpoint" in line
     assert "--model composeAE (now tirg)" in refused(model="tirg")
+    assert "--precision fp32 (now bf16)" in refused(precision="bf16")
     (mitstates / "images" / "wet dog" / "0.jpg").unlink()
     assert "10 training samples (now 9)" in refused()
     (mitstates / "images" / "wet dog" / "1.jpg").rename(mitstates / "images" / "wet dog" / "0.jpg")

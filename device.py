@@ -1,0 +1,79 @@
+"""Where the program computes: device, cores, precision of products, and how tensors get to the device."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' takes a GPU where there is one. Raises InputError where there is none and one is asked for."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no usable CUDA GPU; pass --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores this process may run on: those of its affinity, and no more than a container's quota pays for."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        allowed, period = quota.read_text().split()
+        return max(1, min(cores, int(allowed) // int(period)))
+    except (OSError, ValueError):                                               # no such file, or "max": no quota
+        return cores
+
+
+def set_up(device: torch.device, precision: str) -> None:
+    """Threads from the machine, and whether a GPU's float32 products may be rounded to TF32, which torch else leaves
+    on for convolutions. 'bf16' is the model's own affair, see its `bf16`.
+
+    Raises InputError for a GPU that cannot do what is asked.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cores())
+    if precision == "tf32" and device.type == "cpu":
+        log.warning("note: --precision tf32 is a GPU's; on this CPU it is fp32")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise InputError("--precision bf16: this GPU has no bfloat16; pass --precision fp32")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.benchmark = True                                       # shapes stay the same for hours
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be taken on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it: for a GPU through pinned memory, else the copy would wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()                                            # nothing to do where it is already
+    return tensor.to(device, non_blocking=True)
+
+
+def compiled(function: Callable) -> Callable:
+    """The function compiled for its device at its first call, which takes a minute or so.
+
+    That call raises InputError where this machine has no working compiler.
+    """
+    fast = torch.compile(function, dynamic=False)
+
+    def call(*inputs):
+        try:
+            return fast(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--compile True: torch cannot compile here ({reason}); install a C++ compiler (g++), or "
+                             "drop --compile") from None
+    return call
