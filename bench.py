@@ -196,9 +196,10 @@ def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int
     model = main.build_model(args, "", None, splits["train"].data.training_texts(), None, device)
     log = report.Report(report.run_folder(folder / "logs", ""), main.plain(args))
 
-    def judge() -> dict:
-        return {name: evaluate(model, split.data, split.store, main.encoder_batch(device))
-                for name, split in splits.items()}
+    def judge(it: int) -> dict:
+        seen = {name: report.Sightings(split.store, it) for name, split in splits.items()}
+        return {name: main.Tested(evaluate(model, split.data, split.store, main.encoder_batch(device),
+                                           watch=seen[name]), seen[name]) for name, split in splits.items()}
     training = main.Training(args, model, splits["train"], log, judge, Stopping())
     with tqdm(total=2 * training.epoch_steps, desc="a stretch of the schedule") as bar:
         training.epoch(bar)                                                     # warms up, and compiles
@@ -586,15 +587,16 @@ def cpu_rows(folder: Path, quick: bool) -> list[dict]:
     batch, size, repetitions = (4, 32, 1) if quick else (32, 224, 3)
     splits = toy_splits(folder, size)
     rows = step_rows(splits["train"], batch, size, repetitions)
-    rows.append(sentence_step_row(splits["train"], folder / "bert", batch, min(repetitions, 2)))
+    rows.append(sentence_step_row(splits["train"], folder / "bert", min(batch, 8), repetitions))
     rows.append(test_row(splits["test"], min(repetitions, 2), CPU, 16 if quick else 64))
-    rows += original_rows(splits["train"], some_nouns(folder, 1, 1 if quick else 2, size), batch, repetitions, size)
+    few = some_nouns(folder, 1, 1 if quick else 2, size)
+    rows += original_rows(splits["train"], few, batch, min(repetitions, 2), size)
     rows += retrieval_rows(100 if quick else 1, min(repetitions, 2), CPU)
     rows += growth_rows(*((64, 50) if quick else (1024, 2500)), CPU)
     (folder / "pictures").mkdir()
     rows.append(store_row(folder / "pictures", 8 if quick else 800, repetitions))
     rows.append(start_row(folder / "start", 50 if quick else 1, repetitions))
-    rows.append(sentence_row(64 if quick else 2048, repetitions))
+    rows.append(sentence_row(64 if quick else 2048, min(repetitions, 2)))
     return rows
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import checkpoint
@@ -40,6 +41,13 @@ class Split:
     """A dataset with the pixels of its images."""
     data: CompositionDataset
     store: ImageStore | DeviceStore
+
+
+@dataclass
+class Tested:
+    """A split's test: {way to answer: {metric: value}}, and what there is to look at."""
+    ways: dict[str, dict[str, float]]
+    seen: report.Sightings
 
 
 def cache_folder(args: argparse.Namespace) -> Path | None:
@@ -197,11 +205,11 @@ def show(bar: tqdm, losses: dict[str, Tensor]) -> None:
 class Training:
     """A run of --num_iters steps: where it stands, and what is done between its steps.
 
-    judge: tests the model, {split: {way to answer: {metric: value}}}.
+    judge: tests the model as it is after so many iterations, {split: what was found}.
     """
 
     def __init__(self, args: argparse.Namespace, model: ImgTextCompositionBase, split: Split, log: report.Report,
-                 judge: Callable[[], dict], stopping: Stopping):
+                 judge: Callable[[int], dict[str, Tested]], stopping: Stopping):
         self.args, self.model, self.split, self.log = args, model, split, log
         self.judge, self.stopping = judge, stopping
         self.optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
@@ -231,7 +239,7 @@ class Training:
 
     def test(self) -> None:
         """Test, keep the best checkpoint, and the latest."""
-        results = self.judge()
+        results = self.judge(self.it)
         with self.stopping.held():
             score = show_results(self.log, results, self.it)["test"][self.args.best_metric]
             self.tested, best, self.best = True, score > self.best, max(score, self.best)
@@ -247,9 +255,18 @@ class Training:
         if self.it % self.args.log_frequency == 0 or self.it == self.args.num_iters:
             means = self.meter.read(self.it)
             bar.set_postfix(loss=f"{means['total training loss']:.4f}", refresh=False)
-            self.log.scalars({**means, "learning_rate": self.optimizer.param_groups[0]["lr"],
-                              "queries per second": self.args.batch_size * (bar.format_dict["rate"] or 0)}, self.it)
+            rate = self.args.batch_size * (bar.format_dict["rate"] or 0)
+            self.log.scalars({**means, **self.state(), "queries per second": rate, "images per second": 2 * rate},
+                             self.it)
         show(bar, losses)
+
+    def state(self) -> dict[str, float]:
+        """What is worth watching beside the losses; the gradient is the last step's."""
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        weights = {f"a {i}": value for i, value in enumerate(self.model.a.tolist())}
+        scale = self.model.normalization_layer.norm_s.item()
+        return {"learning_rate": self.optimizer.param_groups[0]["lr"], "scale": scale,
+                "gradient norm": get_total_norm(gradients).item(), **weights}
 
     def epoch(self, bar: tqdm) -> None:
         """What is left of the epoch the run stands in."""
@@ -281,10 +298,13 @@ class Training:
                 raise
 
 
-def show_results(log: report.Report, ways: dict, it: int) -> dict[str, dict[str, float]]:
+def show_results(log: report.Report, tested: dict[str, Tested], it: int) -> dict[str, dict[str, float]]:
     """Print and log a test. Returns the model's results, {split: {metric: value}}."""
-    results = {name: found["model"] for name, found in ways.items()}
-    tqdm.write(log.metrics(results, {way: metrics for way, metrics in ways["test"].items() if way != "model"}, it))
+    results = {name: split.ways["model"] for name, split in tested.items()}
+    baselines = {way: metrics for way, metrics in tested["test"].ways.items() if way != "model"}
+    tqdm.write(log.metrics(results, baselines, it))
+    for name, split in tested.items():
+        log.sightings(name, split.seen, it)
     return results
 
 
@@ -338,12 +358,16 @@ def run(args: argparse.Namespace, stopping: Stopping) -> None:
                f"{len(splits['test'].data.images)} test images; logs in {log.folder}"
                + (f", going on after iteration {state['it']}" if resumed else ""))
 
-    def judge() -> dict[str, dict[str, dict[str, float]]]:
-        return {name: evaluate(model, split.data, split.store, args.test_batch_size or encoder_batch(device),
-                               args.loader_num_workers, args.seed, progress_bar, args.baselines and name == "test")
-                for name, split in splits.items()}
+    def judge(it: int) -> dict[str, Tested]:
+        tested = {}
+        for name, split in splits.items():
+            seen = report.Sightings(split.store, it)
+            tested[name] = Tested(evaluate(
+                model, split.data, split.store, args.test_batch_size or encoder_batch(device), args.loader_num_workers,
+                args.seed, progress_bar, args.baselines and name == "test", seen), seen)
+        return tested
     if args.test_only:
-        show_results(log, judge(), state["it"])
+        show_results(log, judge(state["it"]), state["it"])
     else:
         training = Training(args, model, splits["train"], log, judge, stopping)
         if resumed:

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: its folder, TensorBoard's events, the recall table and metrics.json."""
+"""What a run leaves to look at: its folder, TensorBoard's numbers and pictures, the recall table, metrics.json."""
 
 import json
 import os
@@ -9,10 +9,18 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from torch import Tensor
 
+from datasets import Judge, QuerySet
 from errors import InputError
+from image_store import DeviceStore, ImageStore
+from pictures import Answer, feature_map, sheet
+from test_retrieval import NEVER
 
 
 def check_log_dir(log_dir: str | Path, comment: str) -> None:
@@ -38,6 +46,62 @@ def run_folder(log_dir: str | Path, comment: str) -> Path:
         except FileExistsError:
             continue
     raise InputError(f"{log_dir} already holds a thousand runs named {name}; choose another --comment")
+
+
+class Sightings:
+    """What is worth looking at in a test of a split: some queries with their results, all ranks, some features.
+
+    store: gives the pixels. it: half of the queries are the same at each test, the others depend on this.
+    """
+
+    ROWS, RESULTS, POINTS = 8, 8, 1000
+
+    def __init__(self, store: ImageStore | DeviceStore, it: int):
+        self.store, self.it = store, it
+        self.answers: list[Answer] = []
+        self.ranks: dict[str, np.ndarray] = {}
+        self.map: Image.Image | None = None
+
+    def __call__(self, asked: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor,
+                 found: list[np.ndarray]) -> None:
+        """See one query set; of several, each is shown with fewer queries."""
+        self.ranks |= {judge.name: ranks for judge, ranks in zip(asked.judges, found, strict=True)}
+        judge, ranks = asked.judges[0], found[0]
+        rows = self.ROWS if judge.name == "correct_composition" else self.ROWS // 2
+        fixed = np.unique(np.linspace(0, len(queries) - 1, rows // 2).astype(int))
+        others = np.random.default_rng(self.it).choice(len(queries), min(rows // 2, len(queries)), replace=False)
+        chosen = np.unique(np.concatenate([fixed, others]))
+        scores = queries[torch.as_tensor(chosen, device=queries.device)] @ gallery.T  # (rows, N)
+        for row, own in enumerate(asked.own[chosen]):
+            if own >= 0:
+                scores[row, own] = -torch.inf
+        best = scores.topk(min(self.RESULTS, len(gallery)), dim=1).indices.cpu().numpy()
+        for query, places in zip(chosen, best, strict=True):
+            rank = "none is right" if ranks[query] > len(gallery) else f"first right one: {ranks[query] + 1}"
+            self.answers.append(Answer(self.picture(asked.sources[query]), f"+ {asked.texts[query]}",
+                                       [self.picture(ids[place]) for place in places],
+                                       judge.gallery_labels[places] == judge.query_labels[query], verdict=rank))
+        if self.map is None:
+            targets = first_right(judge, chosen := spread(len(queries), 200))
+            chosen, targets = chosen[targets >= 0], targets[targets >= 0]
+            self.map = feature_map(*(features[torch.as_tensor(rows, device=features.device)].cpu().numpy() for
+                                     features, rows in ((gallery, spread(len(gallery), self.POINTS)), (queries, chosen),
+                                                        (gallery, targets))))
+
+    def picture(self, image: int) -> Image.Image:
+        return Image.fromarray(self.store.batch([image])[0].permute(1, 2, 0).numpy())
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
+
+
+def first_right(judge: Judge, queries: np.ndarray) -> np.ndarray:
+    """The first correct gallery position of each query, -1 where there is none."""
+    labels, first = np.unique(judge.gallery_labels, return_index=True)
+    wanted = judge.query_labels[queries]
+    place = np.minimum(np.searchsorted(labels, wanted), len(labels) - 1)
+    return np.where(labels[place] == wanted, first[place], -1)
 
 
 class Report:
@@ -78,6 +142,16 @@ class Report:
         unfinished.write_text(json.dumps({"it": it, **results}, indent=1) + "\n")
         os.replace(unfinished, self.folder / "metrics.json")
         return f"iteration {it}\n{recall_table(shown)}"
+
+    def sightings(self, split: str, seen: Sightings, it: int) -> None:
+        """Log the sheet of results, the histograms of ranks (log10: 0 is the first place) and the map of features."""
+        for name, picture in (("retrieval", sheet(seen.answers)), ("features", seen.map)):
+            self.writer.add_image(f"{split} {name}", np.asarray(picture), it, dataformats="HWC")
+        for name, ranks in seen.ranks.items():
+            known = ranks[ranks < NEVER]
+            if len(known):
+                self.writer.add_histogram(f"{split} log10 rank {name}", np.log10(known + 1.0), it)
+        self.flush()
 
     def on_disk(self, write: Callable, *content) -> None:
         try:

@@ -20,6 +20,7 @@ SCORES_AT_ONCE = 2**24                  # of the queries x gallery table, at mos
 NEVER = torch.iinfo(torch.long).max     # the rank of a query without a correct image: no hit at any K
 
 Progress = Callable
+Watch = Callable[[QuerySet, np.ndarray, Tensor, Tensor, list[np.ndarray]], None]
 
 
 def no_progress(items, **_):
@@ -103,7 +104,7 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
     Raises FloatingPointError where features are not finite: every comparison with NaN is false, which would count
     as a perfect rank.
     """
-    if not (queries.isfinite().all() and gallery.isfinite().all()):
+    if not all(part.isfinite().all() for rows in (queries, gallery) for part in rows.split(1024)):  # whole: a copy more
         raise FloatingPointError("the model's features are not finite, so nothing can be ranked: the training diverged")
     correct = [CorrectImages(judge, queries.device) for judge in judges]
     found: list[list[Tensor]] = [[] for _ in judges]
@@ -121,20 +122,27 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
     return [torch.cat(parts).cpu().numpy() for parts in found]
 
 
-def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Judge]) -> dict[str, float]:
-    """{recall_top{K}_{judge}: share of the queries with a correct image among the first K}."""
+def shares(judges: Sequence[Judge], found: Sequence[np.ndarray]) -> dict[str, float]:
+    """{recall_top{K}_{judge}: share of the queries with a correct image among the first K}, from each judge's ranks."""
     return {f"recall_top{k}_{judge.name}": float((rank < k).mean())
-            for judge, rank in zip(judges, ranks(queries, gallery, own, judges), strict=True) for k in judge.ks}
+            for judge, rank in zip(judges, found, strict=True) for k in judge.ks}
+
+
+def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Judge]) -> dict[str, float]:
+    """Recall@K of unit query vectors (Q, D) against a gallery of unit rows (N, D)."""
+    return shares(judges, ranks(queries, gallery, own, judges))
 
 
 @torch.inference_mode()
 def evaluate(model, dataset: CompositionDataset, store: ImageStore | DeviceStore, batch_size: int = 32,
              workers: int = 2, seed: int = 0, progress: Progress = no_progress,
-             baselines: bool = False) -> dict[str, dict[str, float]]:
+             baselines: bool = False, watch: Watch | None = None) -> dict[str, dict[str, float]]:
     """Test `model` on a split: {"model": {metric: value}}, and with `baselines` three more ways to answer.
 
     "source image alone" ranks by the source image's feature, "text alone" composes every text with the gallery's
     mean feature, "chance" is the expected recall of a random order. Deterministic; the model's mode is restored.
+    watch: called for each query set with it, the gallery's image ids, unit query vectors (Q, D), the unit gallery
+    (N, D), and each judge's (Q,) ranks.
     """
     was_training = model.training
     model.eval()
@@ -147,8 +155,14 @@ def evaluate(model, dataset: CompositionDataset, store: ImageStore | DeviceStore
         gallery = rows(task.gallery)
         average = gallery.mean(0, keepdim=True)
         gallery = F.normalize(gallery, dim=1)
-        ways: dict[str, Callable[[QuerySet, Tensor], dict]] = {"model": lambda asked, source: recalls(
-            compose_queries(model, source, asked.texts), gallery, asked.own, asked.judges)}
+
+        def judged(asked: QuerySet, source: Tensor) -> dict[str, float]:
+            queries = compose_queries(model, source, asked.texts)
+            found = ranks(queries, gallery, asked.own, asked.judges)
+            if watch:
+                watch(asked, task.gallery, queries, gallery, found)
+            return shares(asked.judges, found)
+        ways: dict[str, Callable[[QuerySet, Tensor], dict]] = {"model": judged}
         if baselines:
             ways["source image alone"] = lambda asked, source: recalls(
                 F.normalize(source, dim=1), gallery, asked.own, asked.judges)

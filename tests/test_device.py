@@ -109,7 +109,7 @@ def test_a_store_on_the_device_gives_the_same_pixels(mitstates, tmp_path, worker
 
 
 def logged(run):
-    return {name: values for name, values in run.scalars().items() if name != "queries_per_second"}
+    return {name: values for name, values in run.scalars().items() if "per_second" not in name}
 
 
 def test_images_on_the_device_change_nothing(benchmark_tree, tmp_path):
@@ -154,7 +154,7 @@ def test_a_compiled_step_is_the_same_step(mitstates, tmp_path):
     assert states[0]["model_state_dict"].keys() == states[1]["model_state_dict"].keys()
     eager, fast = (torch.cat([held["momentum_buffer"].flatten()
                               for held in state["optimizer_state_dict"]["state"].values()]) for state in states)
-    assert (fast - eager).norm() < 0.1 * eager.norm()                           # batch norm over 4 images magnifies rounding
+    assert (fast - eager).norm() < 0.1 * eager.norm()                           # rounding, grown in batch norms of 4
 
 
 def test_no_compiler_is_said_in_one_line(mitstates, tmp_path):
