@@ -88,7 +88,8 @@ def feature_map(gallery: np.ndarray, queries: np.ndarray, targets: np.ndarray, s
     draw = ImageDraw.Draw(picture)
     if len(gallery) < 3:
         return picture
-    plane = PCA(2, random_state=0).fit(gallery)
+    with np.errstate(invalid="ignore", divide="ignore"):                        # all features the same: no variance
+        plane = PCA(2, random_state=0).fit(gallery)
     points = [plane.transform(rows) for rows in (gallery, queries, targets)]    # (n, 2) each
     low, high = (edge(np.concatenate(points), axis=0) for edge in (np.min, np.max))
     scale = (size - 80) / np.maximum(high - low, 1e-9).max()
@@ -100,7 +101,7 @@ def feature_map(gallery: np.ndarray, queries: np.ndarray, targets: np.ndarray, s
     for rows, hue in ((placed[2], GREEN), (placed[1], "#1c7ed6")):
         for x, y in rows:
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), hue)
-    share = 100 * plane.explained_variance_ratio_.sum()
+    share = 100 * np.nan_to_num(plane.explained_variance_ratio_).sum()
     draw.text((10, 8), f"grey: gallery, blue: queries, green: their targets; {share:.0f} % of the variance", INK,
               font(15))
     return picture
