@@ -25,6 +25,7 @@ PROGRESS = ["best", "samples", "steps", "sums", "tested"]
 FIXED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "skip_bad_images", "image_size", "model",
                "image_embed_dim", "text_embed_dim", "use_bert", "loss", "batch_size", "learning_rate",
                "learning_rate_decay_frequency", "weight_decay", "seed", "precision", "compile")
+BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False}                    # what older checkpoints' runs did
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,
@@ -92,7 +93,7 @@ def find_run(resume: str, log_dir: Path, comment: str) -> Path | None:
 
 def check_same_run(state: dict, path: Path, flags: dict, samples: int, features: dict | None) -> None:
     """Raise InputError unless a run with these flags, training samples and sentence vectors would be the same one."""
-    theirs, progress = state["opt"], state.get("progress")
+    theirs, progress = {**BEFORE_THEIR_FLAGS, **state["opt"]}, state.get("progress")
     if not progress:
         raise InputError(f"{path} does not say how its run was to go on; start a new one with --model_checkpoint")
     differing = [f"--{name} {theirs.get(name)} (now {flags[name]})" for name in FIXED_FLAGS

@@ -33,8 +33,8 @@ def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 def set_up(device: torch.device, precision: str) -> None:
-    """Threads from the machine, and whether a GPU's float32 products may be rounded to TF32, which torch else leaves
-    on for convolutions. 'bf16' is the model's own affair, see its `bf16`.
+    """Threads from the machine, and with 'tf32' a GPU's convolutions in TF32, which torch would else always do. Matrix
+    products, which make losses and ranks, are never rounded so. 'bf16' is the model's own affair, see its `bf16`.
 
     Raises InputError for a GPU that cannot do what is asked.
     """
@@ -44,7 +44,8 @@ def set_up(device: torch.device, precision: str) -> None:
         log.warning("note: --precision tf32 is a GPU's; on this CPU it is fp32")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise InputError("--precision bf16: this GPU has no bfloat16; pass --precision fp32")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = True                                       # shapes stay the same for hours
 
 

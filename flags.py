@@ -105,8 +105,8 @@ def get_parser() -> Parser:
     add(training, "--seed", 0, "of weights, pairs, order and dropout", type=at_least(0), metavar="N")
     add(training, "--device", "auto", "where the model runs; auto takes a GPU where there is one",
         choices=("auto", "cpu", "cuda"))
-    add(training, "--precision", "fp32", "fp32: as published; tf32: coarser products, faster on a GPU; bf16: the image "
-        "encoder in bfloat16, far faster on GPUs and newer CPUs. Losses and ranks are float32 in each",
+    add(training, "--precision", "fp32", "fp32: as published; tf32: coarser convolutions, faster on a GPU; bf16: the "
+        "image encoder in bfloat16, far faster on GPUs and newer CPUs. Losses and ranks are float32 in each",
         choices=PRECISIONS)
     add(training, "--compile", False, "compile the training step for this machine: a minute or so at start, then "
         "faster, most of all on a GPU")

@@ -126,8 +126,13 @@ def build_model(args: argparse.Namespace, source: str | Path, state: dict | None
         checkpoint.restore(model, state, source)
     else:
         load_image_weights(model.img_model, args.image_weights)
-    model.bf16 = args.precision == "bf16"
-    if args.compile:
+    return ready(model, device, args.precision, args.compile)
+
+
+def ready(model: ImgTextCompositionBase, device: torch.device, precision: str, fast: bool) -> ImgTextCompositionBase:
+    """The model on the device, channels last, in this precision, its training forward compiled if `fast`."""
+    model.bf16 = precision == "bf16"
+    if fast:
         model.features = compiled(model.features)
     return model.to(device, memory_format=torch.channels_last)
 

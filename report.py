@@ -4,7 +4,8 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,8 @@ from datasets import Judge, QuerySet
 from errors import InputError
 from image_store import DeviceStore, ImageStore
 from pictures import Answer, feature_map, sheet
-from test_retrieval import NEVER
+from test_retrieval import NEVER, CorrectImages
+from text_model import spread
 
 
 def check_log_dir(log_dir: str | Path, comment: str) -> None:
@@ -48,60 +50,64 @@ def run_folder(log_dir: str | Path, comment: str) -> Path:
     raise InputError(f"{log_dir} already holds a thousand runs named {name}; choose another --comment")
 
 
-class Sightings:
-    """What is worth looking at in a test of a split: some queries with their results, all ranks, some features.
+@dataclass
+class Sighting:
+    """What is worth looking at in the answers to one query set."""
+    answers: list[Answer]
+    ranks: dict[str, np.ndarray]        # by judge
+    map: Image.Image
 
-    store: gives the pixels. it: half of the queries are the same at each test, the others depend on this.
+
+class Sightings(dict):
+    """Judge name -> Sighting, of each query set of a test of a split, by its first judge: a `watch` for `evaluate`.
+
+    store: gives the pixels. it: half of the queries shown are the same at each test, the others depend on this.
     """
 
     ROWS, RESULTS, POINTS = 8, 8, 1000
 
     def __init__(self, store: ImageStore | DeviceStore, it: int):
+        super().__init__()
         self.store, self.it = store, it
-        self.answers: list[Answer] = []
-        self.ranks: dict[str, np.ndarray] = {}
-        self.map: Image.Image | None = None
 
     def __call__(self, asked: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor,
                  found: list[np.ndarray]) -> None:
-        """See one query set; of several, each is shown with fewer queries."""
-        self.ranks |= {judge.name: ranks for judge, ranks in zip(asked.judges, found, strict=True)}
-        judge, ranks = asked.judges[0], found[0]
-        rows = self.ROWS if judge.name == "correct_composition" else self.ROWS // 2
-        fixed = np.unique(np.linspace(0, len(queries) - 1, rows // 2).astype(int))
-        others = np.random.default_rng(self.it).choice(len(queries), min(rows // 2, len(queries)), replace=False)
-        chosen = np.unique(np.concatenate([fixed, others]))
-        scores = queries[torch.as_tensor(chosen, device=queries.device)] @ gallery.T  # (rows, N)
-        for row, own in enumerate(asked.own[chosen]):
-            if own >= 0:
-                scores[row, own] = -torch.inf
+        count, half = len(queries), self.ROWS // 2
+        others = np.random.default_rng(self.it).choice(count, min(half, count), replace=False)
+        chosen = np.union1d(spread(range(count), half), others)
+        judge = asked.judges[0]
+        ranks = {judge.name: rank for judge, rank in zip(asked.judges, found, strict=True)}
+        self[judge.name] = Sighting(self.answers(asked, ids, queries, gallery, found[0], chosen), ranks,
+                                    self.map(judge, queries, gallery))
+
+    def answers(self, asked: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor, ranks: np.ndarray,
+                chosen: np.ndarray) -> list[Answer]:
+        """The chosen queries with their first results."""
+        judge, own = asked.judges[0], asked.own[chosen]
+        scores = rows_of(queries, chosen) @ gallery.T                           # (rows, N)
+        masked = np.flatnonzero(own >= 0)
+        scores[masked, own[masked]] = -torch.inf
         best = scores.topk(min(self.RESULTS, len(gallery)), dim=1).indices.cpu().numpy()
-        for query, places in zip(chosen, best, strict=True):
-            rank = "none is right" if ranks[query] > len(gallery) else f"first right one: {ranks[query] + 1}"
-            self.answers.append(Answer(self.picture(asked.sources[query]), f"+ {asked.texts[query]}",
-                                       [self.picture(ids[place]) for place in places],
-                                       judge.gallery_labels[places] == judge.query_labels[query], verdict=rank))
-        if self.map is None:
-            targets = first_right(judge, chosen := spread(len(queries), 200))
-            chosen, targets = chosen[targets >= 0], targets[targets >= 0]
-            self.map = feature_map(*(features[torch.as_tensor(rows, device=features.device)].cpu().numpy() for
-                                     features, rows in ((gallery, spread(len(gallery), self.POINTS)), (queries, chosen),
-                                                        (gallery, targets))))
+        return [Answer(self.picture(asked.sources[query]), f"+ {asked.texts[query]}",
+                       [self.picture(ids[place]) for place in places],
+                       judge.gallery_labels[places] == judge.query_labels[query],
+                       verdict="none is right" if ranks[query] == NEVER else f"first right one: {ranks[query] + 1}")
+                for query, places in zip(chosen, best, strict=True)]
+
+    def map(self, judge: Judge, queries: Tensor, gallery: Tensor) -> Image.Image:
+        """Some of the gallery, some queries, and the first correct image of each."""
+        correct = CorrectImages(judge, "cpu")
+        chosen = np.array([query for query in spread(range(len(queries)), 200) if correct.counts[query]], int)
+        targets = correct.columns[correct.first[chosen]].numpy()
+        shown = (gallery, spread(range(len(gallery)), self.POINTS)), (queries, chosen), (gallery, targets)
+        return feature_map(*(rows_of(features, rows).cpu().numpy() for features, rows in shown))
 
     def picture(self, image: int) -> Image.Image:
         return Image.fromarray(self.store.batch([image])[0].permute(1, 2, 0).numpy())
 
 
-def spread(count: int, most: int) -> np.ndarray:
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
-
-
-def first_right(judge: Judge, queries: np.ndarray) -> np.ndarray:
-    """The first correct gallery position of each query, -1 where there is none."""
-    labels, first = np.unique(judge.gallery_labels, return_index=True)
-    wanted = judge.query_labels[queries]
-    place = np.minimum(np.searchsorted(labels, wanted), len(labels) - 1)
-    return np.where(labels[place] == wanted, first[place], -1)
+def rows_of(features: Tensor, rows: Sequence[int]) -> Tensor:
+    return features[torch.as_tensor(np.asarray(rows), device=features.device)]
 
 
 class Report:
@@ -144,13 +150,13 @@ class Report:
         return f"iteration {it}\n{recall_table(shown)}"
 
     def sightings(self, split: str, seen: Sightings, it: int) -> None:
-        """Log the sheet of results, the histograms of ranks (log10: 0 is the first place) and the map of features."""
-        for name, picture in (("retrieval", sheet(seen.answers)), ("features", seen.map)):
-            self.writer.add_image(f"{split} {name}", np.asarray(picture), it, dataformats="HWC")
-        for name, ranks in seen.ranks.items():
-            known = ranks[ranks < NEVER]
-            if len(known):
-                self.writer.add_histogram(f"{split} log10 rank {name}", np.log10(known + 1.0), it)
+        """Log sheets of results, maps of features, and histograms of ranks (log10: 0 is the first place)."""
+        for name, sighting in seen.items():
+            for what, picture in (("results", sheet(sighting.answers)), ("features", sighting.map)):
+                self.writer.add_image(f"{split} {what} {name}", np.asarray(picture), it, dataformats="HWC")
+            for judge, ranks in sighting.ranks.items():
+                if len(known := ranks[ranks != NEVER]):
+                    self.writer.add_histogram(f"{split} log10 rank {judge}", np.log10(known + 1.0), it)
         self.flush()
 
     def on_disk(self, write: Callable, *content) -> None:

@@ -159,7 +159,7 @@ def evaluate(model, dataset: CompositionDataset, store: ImageStore | DeviceStore
         def judged(asked: QuerySet, source: Tensor) -> dict[str, float]:
             queries = compose_queries(model, source, asked.texts)
             found = ranks(queries, gallery, asked.own, asked.judges)
-            if watch:
+            if watch is not None:
                 watch(asked, task.gallery, queries, gallery, found)
             return shares(asked.judges, found)
         ways: dict[str, Callable[[QuerySet, Tensor], dict]] = {"model": judged}

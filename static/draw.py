@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -18,53 +18,29 @@ sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 from datasets import MITStates  # noqa: E402
 from image_store import ImageStore  # noqa: E402
+from pictures import GREEN, INK, PAPER, QUIET, RED, Answer, font, sheet  # noqa: E402
 from test_retrieval import compose_queries, encode_images  # noqa: E402
 
-INK, QUIET, PAPER = "#1f2933", "#7b8794", "white"
-GREEN, RED = "#2f9e44", "#e03131"
 IMAGE_HUE, TEXT_HUE, BOTH_HUE = "#dbe9fb", "#fdebd0", "#e3f5e1"
-TILE, GAP, RESULTS = 116, 14, 6
-
-
-def font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
+RESULTS = 6
 
 
 @torch.no_grad()
 def sample(model, path: Path, rows: int, size: int) -> Image.Image:
-    """Random test queries, one a noun: source image, text, the first six results framed by right and wrong."""
+    """Random test queries, one a noun: source image, text, the first results framed by right and wrong."""
     data = MITStates(path, "test")
     features, queries = encode(model, data, size), one_query_a_noun(data, rows)
     sources, texts = [query.source for query in queries], [query.text for query in queries]
     scores = compose_queries(model, features[sources], texts) @ F.normalize(features, dim=1).T  # (rows, N)
     scores[torch.arange(len(queries)), sources] = -torch.inf
     best = scores.topk(RESULTS, dim=1).indices.tolist()
-    picture = Image.new("RGB", (3 * GAP + (2 + RESULTS) * (TILE + GAP) + 40, 40 + len(queries) * (TILE + GAP)), PAPER)
-    draw = ImageDraw.Draw(picture)
-    for x, title in ((GAP, "query image"), (GAP + TILE + GAP, "+ change"), (column(0), "results, best first")):
-        draw.text((x, 12), title, QUIET, font(15))
-    for row, (query, found) in enumerate(zip(queries, best, strict=True)):
-        y = 40 + row * (TILE + GAP)
-        paste(picture, data.paths[query.source], GAP, y, QUIET)
-        draw.text((GAP + TILE + GAP, y + TILE // 2), f"+ {query.text}", INK, font(20), anchor="lm")
-        draw.text((column(0) - 26, y + TILE // 2), ">", QUIET, font(24), anchor="mm")
-        for place, image in enumerate(found):
-            right = data.captions[image] == data.captions[query.target]
-            paste(picture, data.paths[image], column(place), y, GREEN if right else RED)
-    return picture
 
-
-def column(place: int) -> int:
-    return GAP + 2 * (TILE + GAP) + 40 + place * (TILE + GAP)
-
-
-def paste(picture: Image.Image, path: str, x: int, y: int, frame: str) -> None:
-    with Image.open(path) as image:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        tile = image.convert("RGB").crop((left, top, left + side, top + side)).resize((TILE - 8, TILE - 8))
-    ImageDraw.Draw(picture).rectangle((x, y, x + TILE - 1, y + TILE - 1), frame)
-    picture.paste(tile, (x + 4, y + 4))
+    def picture(image: int) -> Image.Image:
+        with Image.open(data.paths[image]) as opened:
+            return opened.convert("RGB")
+    return sheet([Answer(picture(query.source), f"+ {query.text}", [picture(image) for image in found],
+                         [data.captions[image] == data.captions[query.target] for image in found])
+                  for query, found in zip(queries, best, strict=True)])
 
 
 def encode(model, data: MITStates, size: int) -> torch.Tensor:

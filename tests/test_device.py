@@ -47,10 +47,10 @@ def test_threads_are_the_affinitys_unless_the_user_says():
     assert threads() == 1 and threads(OMP_NUM_THREADS="2") == 2
 
 
-@pytest.mark.parametrize(("precision", "coarse"), [("fp32", False), ("tf32", True), ("bf16", True)])
-def test_only_fp32_keeps_every_product_whole(precision, coarse):
+@pytest.mark.parametrize(("precision", "coarse"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_only_convolutions_are_ever_coarse_and_only_if_asked(precision, coarse):
     device.set_up(torch.device("cpu"), precision)
-    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (coarse, coarse)
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, coarse)
 
 
 @pytest.mark.parametrize("name", MODELS)

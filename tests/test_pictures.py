@@ -12,6 +12,7 @@ from datasets import Judge, QuerySet
 from image_store import DeviceStore
 from pictures import GAP, GREEN, HEAD, QUIET, RED, TILE, WORDS, Answer, feature_map, sheet, wrapped
 from report import Sightings
+from test_retrieval import NEVER
 
 from .conftest import run_main
 
@@ -59,8 +60,9 @@ def hand_made():
 def test_results_are_the_best_and_marked_right_or_wrong():
     store, asked, ids, queries, gallery = hand_made()
     seen = Sightings(store, 0)
-    seen(asked, ids, queries, gallery, [np.array([1, 2**62])])
-    first, second = seen.answers
+    seen(asked, ids, queries, gallery, [np.array([1, NEVER])])
+    (sighting,) = seen.values()
+    first, second = sighting.answers
     def shown(answer):
         return [image.getpixel((0, 0))[0] // 40 for image in answer.results]
     assert shown(first) == [3, 2, 4, 5, 1] and list(first.right) == [False, True, True, False, False]
@@ -68,7 +70,7 @@ def test_results_are_the_best_and_marked_right_or_wrong():
     assert first.source.getpixel((9, 9)) == (0, 0, 0)
     assert shown(second)[:2] == [1, 4] and shown(second)[-1] == 5               # its own image comes last
     assert not any(second.right) and second.verdict == "none is right"
-    assert seen.map.size == (640, 640)
+    assert list(seen) == ["correct_composition"] and sighting.map.size == (640, 640)
 
 
 def test_half_of_the_queries_stay_from_test_to_test():
@@ -81,7 +83,7 @@ def test_half_of_the_queries_stay_from_test_to_test():
     for it in (1000, 1000, 2000):
         seen = Sightings(store, it)
         seen(asked, np.arange(40), queries, gallery, [np.zeros(300, int)])
-        texts.append({answer.text for answer in seen.answers})
+        texts.append({answer.text for answer in seen["correct_composition"].answers})
     assert texts[0] == texts[1] and len(texts[0]) == 8 and 4 <= len(texts[0] & texts[2]) < 8
 
 
@@ -99,9 +101,12 @@ def test_tensorboard_reads_pictures_ranks_and_weights(benchmark_tree, tmp_path):
     dataset, path = benchmark_tree
     run = run_main(dataset, path, tmp_path / "logs", learning_rate=0.0, num_iters=2)
     events = run.events()
+    names = ("dress", "shirt", "toptee") if dataset == "fashionIQ" else ("composition",)
+    sets = [f"correct_{name}" for name in names]
+    assert len(events.Tags()["images"]) == 2 * 2 * len(sets)
     for split in ("train", "test"):
-        for name, least in (("retrieval", 800), ("features", 640)):
-            (image,) = events.Images(f"{split}_{name}")
+        for name, what, least in ((name, *kind) for name in sets for kind in (("results", 800), ("features", 640))):
+            (image,) = events.Images(f"{split}_{what}_{name}")
             picture = Image.open(io.BytesIO(image.encoded_image_string))
             assert image.step == 2 and picture.width >= least
         ranks = [tag for tag in events.Tags()["histograms"] if tag.startswith(f"{split}_log10_rank")]
