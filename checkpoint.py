@@ -37,6 +37,7 @@ def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Opt
     """
     state = {"it": it, "opt": flags, "model_state_dict": model.state_dict(), "progress": progress,
              "optimizer_state_dict": optimizer.state_dict(), "word2id": model.text_model.vocabulary.word2id,
+             "example_texts": list(model.example_texts),
              "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}}
     for name, value in state["model_state_dict"].items():
         if value.is_floating_point() and not value.isfinite().all():
@@ -140,6 +141,8 @@ def load(path: str | Path) -> dict:
     words = state.get("word2id", {})
     well_formed = (isinstance(state["it"], int) and isinstance(state["opt"], dict) and isinstance(words, dict)
                    and isinstance(state.get("sentences", {}), dict)
+                   and isinstance(state.get("example_texts", []), list)
+                   and all(isinstance(text, str) for text in state.get("example_texts", []))
                    and (not state.get("progress") or sorted(state["progress"]) == PROGRESS)
                    and sorted(map(str, words.values())) == sorted(map(str, range(len(words))))
                    and all(isinstance(value, torch.Tensor) for value in state["model_state_dict"].values()))
@@ -183,14 +186,20 @@ def text_dim(state: dict) -> int | None:
 
 def rebuild_model(path: str | Path, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:
     """The model of a checkpoint of ours, in eval mode, from the file alone."""
-    state = load(path)
+    return rebuild(load(path), path, sentence_vectors)
+
+
+def rebuild(state: dict, path: str | Path, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:
+    """The same of a checkpoint's content; `path` is for what is said about it."""
     words = vocabulary(state)
     if state["opt"].get("use_bert") and sentence_vectors is None:
         raise InputError(f"{path} was trained with --use_bert: it needs a sentence service's vectors")
     if words is None or state["opt"].get("model") not in MODELS:
         raise InputError(f"{path} does not say its vocabulary and model: it was not written by this program")
-    image_dim, text_dim = (int(state["model_state_dict"][name].shape[0])
-                           for name in ("img_model.fc.0.bias", "text_model.fc_output.1.bias"))
+    biases = [state["model_state_dict"].get(name) for name in ("img_model.fc.0.bias", "text_model.fc_output.1.bias")]
+    if any(bias is None or bias.ndim != 1 for bias in biases):
+        raise InputError(f"{path} is not a checkpoint of this program: it holds no image or no text encoder")
+    image_dim, text_dim = map(len, biases)
     model = MODELS[state["opt"]["model"]](words, image_dim, text_dim, sentence_vectors=sentence_vectors)
     restore(model, state, path)
     return model.eval()

@@ -4,7 +4,7 @@ Sizes are letters: B rows, D image feature size (image_dim), T text feature size
 Module names are those of the original release, so that its checkpoints load.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torchvision
@@ -66,9 +66,11 @@ class ImgTextCompositionBase(nn.Module):
     vocabulary: of the LSTM. sentence_vectors: texts -> (B, T) without gradient; where given, they are used in place
     of the LSTM, which is still built (at size T) because the original's checkpoints hold it.
     bf16: whether the image encoder, nearly all of the work, computes in bfloat16; the rest stays float32.
+    example_texts: some that it is trained with, for whoever searches with it.
     """
 
     bf16 = False
+    example_texts: Sequence[str] = ()
 
     def __init__(self, vocabulary: SimpleVocab, image_dim: int = 512, text_dim: int = 512,
                  sentence_vectors: SentenceVectors | None = None):

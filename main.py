@@ -30,7 +30,7 @@ from image_store import DeviceStore, ImageStore, normalize_images, prefetch
 from img_text_composition_models import MODELS, ImgTextCompositionBase, load_image_weights
 from stopping import Stopped, Stopping
 from test_retrieval import evaluate
-from text_model import SentenceService, SentenceTable, SimpleVocab
+from text_model import SentenceService, SentenceTable, SimpleVocab, spread
 from torch_function import composition_losses
 
 progress_bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=None)     # disable=None: no bar into a file
@@ -114,6 +114,12 @@ def learn_texts(args: argparse.Namespace, service: SentenceService, splits: dict
     asked += [split.data.task(args.seed).texts for split in splits.values()]
     sentences.prepare(chain.from_iterable(asked), progress_bar)
     return sentences
+
+
+def example_texts(train: CompositionDataset, seed: int, most: int = 8) -> list[str]:
+    """Texts as training draws them."""
+    samples = Epoch(train, seed, 0)
+    return list(dict.fromkeys(text for _, _, text in map(samples.__getitem__, spread(range(len(samples)), most))))
 
 
 def build_model(args: argparse.Namespace, source: str | Path, state: dict | None, texts: list[str],
@@ -357,6 +363,7 @@ def run(args: argparse.Namespace, stopping: Stopping) -> None:
         hold_on_device(splits, device, args.loader_num_workers)
     sentences = learn_texts(args, service, splits) if service else None
     model = build_model(args, source, state, splits["train"].data.training_texts(), sentences, device)
+    model.example_texts = example_texts(splits["train"].data, args.seed)
     log = report.Report(resumed.parent if resumed else report.run_folder(args.log_dir, args.comment), plain(args),
                         state["it"] if resumed else None)
     tqdm.write(f"{args.model} on {args.dataset}, {device}: {samples} training samples, "

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from sklearn.decomposition import PCA
+
+from errors import InputError
 
 INK, QUIET, PAPER = "#1f2933", "#7b8794", "white"
 GREEN, RED = "#2f9e44", "#e03131"
@@ -105,3 +108,15 @@ def feature_map(gallery: np.ndarray, queries: np.ndarray, targets: np.ndarray, s
     draw.text((10, 8), f"grey: gallery, blue: queries, green: their targets; {share:.0f} % of the variance", INK,
               font(15))
     return picture
+
+
+def thumbnail(path: Path, side: int = 256) -> Image.Image:
+    """The picture, upright, no side longer than `side`. Raises InputError where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (side, side))                                    # a JPEG is decoded no finer than needed
+            small = ImageOps.exif_transpose(image).convert("RGB")
+            small.thumbnail((side, side))
+            return small
+    except Exception as error:                                                  # PIL's plugins raise anything at all
+        raise InputError(f"cannot read the image {path} ({error})") from None

@@ -1,0 +1,223 @@
+"""Search any folder of images by a picture plus a change, with a trained model.
+
+    python search.py index --model_checkpoint logs/RUN/best_checkpoint.pth --images FOLDER --out INDEX
+    python search.py query --index INDEX --image dress.jpg --text "is white, with a ribbon"
+    python search.py serve --index INDEX
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import logging
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from device import choose_device, set_up
+from errors import InputError
+from flags import Parser, at_least, port_number
+from gallery import MOST_RESULTS, Gallery, Hit, build
+from pictures import Answer, sheet, thumbnail
+from stopping import Stopped, Stopping
+
+SHOWN_BROKEN = 20
+progress_bar = partial(tqdm, dynamic_ncols=True, disable=None, leave=False)     # disable=None: no bar into a file
+
+
+def get_parser() -> Parser:
+    parser = Parser(prog="search.py", description="Search any folder of images by a picture plus a change, with a "
+                    "trained model. The checkpoint alone says which model, texts and image size.",
+                    epilog="search.py COMMAND --help explains each command's flags.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, help: str) -> Parser:
+        made = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".",
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
+        return made
+
+    def opens_index(made: Parser) -> None:
+        made.add_argument("--index", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+                          help="folder made by search.py index (required)")
+        service = made.add_argument_group("sentence service, for a model trained with --use_bert; where a flag is not "
+                                          "given, as the training had it")
+        for flag, kind, metavar, help in (
+                ("--bert_ip", str, "HOST", "its host (IPv4)"),
+                ("--bert_port", port_number, "PORT", "port it takes texts on"),
+                ("--bert_port_out", port_number, "PORT", "port it answers on"),
+                ("--bert_timeout", at_least(0.1, float, 86400), "SECONDS", "how long to wait for it")):
+            service.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=help)
+
+    index = command("index", "make an index of a folder of images, or bring one up to date; stopped, the same command "
+                    "goes on")
+    index.add_argument("--model_checkpoint", required=True, type=Path, metavar="PATH", default=argparse.SUPPRESS,
+                       help="a run's best_checkpoint.pth (required)")
+    index.add_argument("--images", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+                       help="folder with images, in it and below it (required)")
+    index.add_argument("--out", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+                       help="folder for the index (required)")
+    index.add_argument("--ivf", action="store_true", help="for millions of images: a query is compared with those of "
+                       "the nearest cells of the gallery alone, so that a few of its results may be missed")
+    index.add_argument("--batch_size", type=at_least(1), default=32, metavar="B", help="images encoded at once")
+    index.add_argument("--loader_num_workers", type=at_least(0), default=4, metavar="N", help="threads that read images")
+    query = command("query", "find the images nearest to a picture plus a change")
+    opens_index(query)
+    query.add_argument("--image", required=True, type=Path, metavar="PATH", default=argparse.SUPPRESS,
+                       help="the query's picture, any file (required)")
+    query.add_argument("--text", default="", help="what to change, as the model was trained to be told; empty: images "
+                       "that look like the picture")
+    query.add_argument("-k", type=at_least(1, most=MOST_RESULTS), default=20, metavar="K", help="how many results")
+    query.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    query.add_argument("--html", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
+                       "page that needs no other file")
+    query.add_argument("--png", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
+                       "picture")
+    serve = command("serve", "open a web page to search on, and to go on from what was found")
+    opens_index(serve)
+    serve.add_argument("-k", type=at_least(1, most=100), default=20, metavar="K", help="how many results it shows")
+    serve.add_argument("--host", default="127.0.0.1", help="address it listens on; no password is asked, so name "
+                       "another only in a network you trust")
+    serve.add_argument("--port", type=port_number, default=7860, help="port it listens on")
+    return parser
+
+
+def open_index(args: argparse.Namespace) -> Gallery:
+    where = {name: value for name, value in vars(args).items() if name.startswith("bert_")}
+    return Gallery(args.index, start_device(args), where)
+
+
+def start_device(args: argparse.Namespace):
+    device = choose_device(args.device)
+    set_up(device, "fp32")
+    return device
+
+
+def index(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    built = build(args.model_checkpoint, args.images, args.out, args.ivf, start_device(args), args.batch_size,
+                  args.loader_num_workers, progress_bar)
+    for path, reason in list(built.broken.items())[:SHOWN_BROKEN]:
+        tqdm.write(f"left out {path}: {reason}", file=sys.stderr)
+    if len(built.broken) > SHOWN_BROKEN:
+        tqdm.write(f"... and {len(built.broken) - SHOWN_BROKEN} more", file=sys.stderr)
+    print(f"{args.out}: {built.images} images, {built.new} of them encoded now, {len(built.broken)} left out, "
+          f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {args.out}")
+
+
+def query(args: argparse.Namespace) -> None:
+    gallery = open_index(args)
+    hits, unknown = gallery.search(gallery.picture(args.image), args.text, args.k)
+    if unknown:
+        print(f"note: not known to the model, so read as one unknown word: {', '.join(unknown)}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"image": str(args.image), "text": args.text, "unknown_words": unknown, "results": [
+            {"rank": rank, "score": hit.score, "path": str(gallery.folder / hit.path)}
+            for rank, hit in enumerate(hits, start=1)]}, indent=1))
+    else:
+        print("rank   score  image")
+        for rank, hit in enumerate(hits, start=1):
+            print(f"{rank:4}  {hit.score:6.4f}  {gallery.folder / hit.path}")
+    if "png" in args:
+        notes = [f"{rank}.  {hit.score:.4f}" for rank, hit in enumerate(hits, start=1)]
+        picture = sheet([Answer(thumbnail(args.image), words_of(args.text), [result(gallery, hit) for hit in hits],
+                                notes=notes)])
+        write(args.png, "--png", png(picture))
+    if "html" in args:
+        write(args.html, "--html", page_of(gallery, args, hits).encode("utf-8", "replace"))
+
+
+def words_of(text: str) -> str:
+    return f"+ {text}" if text.strip() else "(no change: images that look like it)"
+
+
+def result(gallery: Gallery, hit: Hit) -> Image.Image:
+    """A result's picture, grey where it cannot be read any more."""
+    try:
+        return thumbnail(gallery.file(hit.image))
+    except InputError as error:
+        logging.warning("%s", error)
+        return Image.new("RGB", (256, 256), "#d0d5da")
+
+
+def png(picture: Image.Image) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, "PNG", optimize=True)
+    return content.getvalue()
+
+
+def page_of(gallery: Gallery, args: argparse.Namespace, hits: list[Hit]) -> str:
+    """The results as HTML with the pictures inside; no text of a user's or a file's is taken for HTML."""
+    def figure(picture: Image.Image, words: str, title: str = "") -> str:
+        content = io.BytesIO()
+        picture.save(content, "JPEG", quality=88)
+        data = base64.b64encode(content.getvalue()).decode()
+        return (f'<figure><img src="data:image/jpeg;base64,{data}" alt="{html.escape(title)}" '
+                f'title="{html.escape(title)}"><figcaption>{html.escape(words)}</figcaption></figure>')
+    results = "\n".join(figure(result(gallery, hit), f"{rank}. {hit.score:.4f}", str(gallery.folder / hit.path))
+                        for rank, hit in enumerate(hits, start=1))
+    return f"""<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{html.escape(words_of(args.text))}</title>
+<style>
+body {{ font: 16px system-ui, sans-serif; color: #1f2933; margin: 2rem auto; max-width: 70rem; padding: 0 1rem }}
+div {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem }}
+figure {{ margin: 0 }} img {{ width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 6px }}
+.query {{ max-width: 12rem }} figcaption {{ color: #52606d; overflow-wrap: anywhere }}
+</style>
+<div class="query">{figure(thumbnail(args.image), words_of(args.text), str(args.image))}</div>
+<h2>{len(hits)} results, best first, with the cosine to the query</h2>
+<div>
+{results}
+</div>
+</html>
+"""
+
+
+def write(path: Path, flag: str, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise InputError(f"cannot write {flag} {path} ({error.strerror or error}); choose another file") from None
+
+
+def serve(args: argparse.Namespace) -> None:
+    gallery = open_index(args)
+    try:
+        import page
+    except ImportError:
+        raise InputError("the page needs Gradio: pip install -r requirements-search.txt") from None
+    page.open_page(gallery, args.k, args.host, args.port)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run with these flags; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="PIL")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")                        # file names may be any bytes
+    try:
+        args = get_parser().parse_args(argv)
+        with Stopping():
+            {"index": index, "query": query, "serve": serve}[args.command](args)
+    except (InputError, OSError) as error:
+        print("search.py: error:", error, file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        print(f"search.py: {stop}", file=sys.stderr)
+        return stop.code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
