@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 
 CACHE = tempfile.mkdtemp(prefix="search-page-")                                 # read by Gradio as it is imported
@@ -28,7 +28,7 @@ from text_model import spread  # noqa: E402
 OFFERED, EXAMPLES, LONGEST_TRAIL = 12, 4, 30
 LARGEST_UPLOAD = "50mb"
 STYLE = """
-.gradio-container { max-width: 1240px !important; margin: auto !important }
+.gradio-container { width: 100% !important; max-width: 1240px !important; margin: auto !important }
 .pictures .grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important; padding: 0 }
 .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) !important; gap: 8px }
 #examples .grid-container, #choice .grid-container
@@ -160,14 +160,18 @@ class Page:
         session.source = session.picture = None
         if path is None:
             return "Choose a picture or drop one in."
-        try:
-            session.take(self.gallery.picture(path), thumbnail(Path(path)))
-        except InputError as error:
-            raise InputError(str(error).replace(path, Path(path).name)) from None
+        session.take(self.dropped(path), thumbnail(Path(path)))
         return "Now say what should change."
 
+    def dropped(self, path: str) -> Source:
+        """A visitor's picture; what is said of it names it as the visitor does."""
+        try:
+            return self.gallery.picture(path)
+        except InputError as error:
+            raise InputError(str(error).replace(path, Path(path).name)) from None
+
     @told
-    def search(self, session: Session, text: str) -> str:
+    def find(self, session: Session, text: str) -> str:
         return self.ask(session, text)
 
     def ask(self, session: Session, text: str) -> str:
@@ -183,11 +187,12 @@ class Page:
                 "the query. Click one to go on from it." + (f" Not known to the model: {', '.join(unknown)}." if unknown else ""))
 
     def search_by_file(self, image: gr.FileData, text: str = "", k: int = 20) -> list[dict]:
-        """The k images nearest to an uploaded picture plus a change: [{"rank", "score", "path"}], best first."""
-        path = Path(str((image or {}).get("path"))).resolve()
+        """The k images nearest to an uploaded picture plus a change: [{"rank", "score", "image"}], best first; image is
+        a path below the gallery's folder."""
+        path = Path(str(image.get("path") if isinstance(image, dict) else None)).resolve()
         if not path.is_relative_to(Path(CACHE).resolve()):
             raise gr.Error("give the picture as a file: gradio_client.handle_file(PATH)", print_exception=False)
-        return self.answer(lambda: self.gallery.picture(path), text, k)
+        return self.answer(partial(self.dropped, str(path)), text, k)
 
     def search_by_path(self, path: str, text: str = "", k: int = 20) -> list[dict]:
         """The same for one of the gallery's own images, named by its path below the gallery's folder."""
@@ -199,11 +204,14 @@ class Page:
         return self.answer(source, text, k)
 
     def answer(self, source: Callable[[], Source], text: str, k: int) -> list[dict]:
+        if not isinstance(text, str) or not isinstance(k, int) or not 1 <= k <= MOST_RESULTS:
+            raise gr.Error(f"text is a string, k a number from 1 to {MOST_RESULTS}", print_exception=False)
         try:
-            hits, _ = self.gallery.search(source(), text, max(1, min(int(k), MOST_RESULTS)))
-        except (InputError, TypeError, ValueError) as error:
+            hits, _ = self.gallery.search(source(), text, k)
+        except InputError as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from None
-        return [{"rank": rank, "score": hit.score, "path": hit.path} for rank, hit in enumerate(hits, start=1)]
+        # Not "path": Gradio's client takes what has one for a file to download.
+        return [{"rank": rank, "score": hit.score, "image": hit.path} for rank, hit in enumerate(hits, start=1)]
 
     def build(self) -> gr.Blocks:
         opt = self.gallery.encoder.opt
@@ -237,7 +245,7 @@ class Page:
             outputs = [session, picture, text, status, results, trail, choice]
             listen = {"outputs": outputs, "api_visibility": "private", "show_progress": "hidden"}
             blocks.load(self.start, session, **listen)
-            gr.on([button.click, text.submit], self.search, [session, text], **listen).then(None, js=TO_RESULTS)
+            gr.on([button.click, text.submit], self.find, [session, text], **listen).then(None, js=TO_RESULTS)
             gr.on([others.click, part.submit], self.offer, [session, part], **listen)
             gr.on([picture.upload, picture.clear], self.upload, [session, picture], **listen)
             for grid, handler in ((choice, self.choose_offered), (results, self.go_on), (trail, self.reopen),
