@@ -1,5 +1,5 @@
-# make demo: toy data, a short training, its recall table.  make bert-demo: the same with vectors of a sentence service.
-# make test: the test suite.  Each installs what it needs.
+# make demo: toy data, a short training, its recall table.  make page: a web page to search on with that model.
+# make bert-demo: the demo with vectors of a sentence service.  make test: the test suite.  Each installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --dataset mitstates --dataset_path data/toy/mitstates --model composeAE --loss batch_based_classification \
@@ -10,11 +10,11 @@ BERT_PORTS := 15555 15556
 BERT_DEMO := $(DEMO:_demo=_bert_demo) --use_bert True --bert_port $(word 1,$(BERT_PORTS)) \
 	--bert_port_out $(word 2,$(BERT_PORTS)) --bert_timeout 60
 
-.PHONY: install demo bert-demo test torture lint bench clean
+.PHONY: install demo page bert-demo browser test torture lint bench clean
 
 install: .venv/installed
 
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: requirements.txt requirements-search.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
@@ -27,6 +27,15 @@ data/toy/complete: data/make_toy.py | install
 demo: install data/toy/complete
 	$(BIN)/python main.py $(DEMO)
 	@echo "To look at the run: $(BIN)/tensorboard --logdir logs, then open http://localhost:6006"
+	@echo "To search with the model, on a web page: make page, then open http://127.0.0.1:7860"
+
+# With the newest demo's model, on all toy pictures of its kind.
+page: install data/toy/complete
+	ls logs/*_demo/best_checkpoint.pth >/dev/null 2>&1 || $(MAKE) demo
+	run=$$(dirname "$$(ls -t logs/*_demo/best_checkpoint.pth | head -1)") && \
+	$(BIN)/python search.py index --model_checkpoint "$$run/best_checkpoint.pth" --images data/toy/mitstates/images \
+		--out "$$run/index" && \
+	$(BIN)/python search.py serve --index "$$run/index"
 
 # The server is stopped whichever way the training ends; the training waits until it answers.
 bert-demo: install data/toy/complete
@@ -34,6 +43,11 @@ bert-demo: install data/toy/complete
 	{ $(BIN)/python bert_server.py --model_dir "$$model" -port $(word 1,$(BERT_PORTS)) -port_out $(word 2,$(BERT_PORTS)) & \
 	server=$$!; trap 'kill $$server; wait $$server' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; \
 	$(BIN)/python main.py $(BERT_DEMO); }
+
+# Chromium, as root on Debian or Ubuntu: where there is none, `make test` leaves out the tests that look at pages.
+browser:
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	{ apt-get update && apt-get install -y --no-install-recommends chromium; }
 
 test: install
 	$(BIN)/python -m pytest

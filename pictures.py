@@ -12,7 +12,8 @@ from errors import InputError
 
 INK, QUIET, PAPER = "#1f2933", "#7b8794", "white"
 GREEN, RED = "#2f9e44", "#e03131"
-TILE, GAP, WORDS, HEAD = 132, 12, 210, 40                                       # pixels; WORDS: the column of texts
+# In pixels. TensorBoard shows a picture 350 wide: a sheet of eight results at half its size, where TEXT is still read.
+TILE, GAP, LINE, TEXT, NOTE = 72, 8, 30, 24, 16
 
 
 @dataclass
@@ -23,54 +24,55 @@ class Answer:
     results: list[Image.Image]
     right: Sequence[bool | None] = field(default_factory=list)
     notes: Sequence[str] = ()                                                   # one a result, under its picture
-    verdict: str = ""                                                           # under the query's text
+    verdict: str = ""                                                           # at the end of the query's text
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def sheet(answers: Sequence[Answer], per_row: int = 8) -> Image.Image:
-    """A row a query: its image, its text, its results in frames: green for right ones, red for wrong."""
+def sheet(answers: Sequence[Answer], per_row: int = 8, tile: int = TILE) -> Image.Image:
+    """A row a query: its text, below it its image, then its results in frames: green for right ones, red for wrong."""
     shown = min(per_row, max((len(answer.results) for answer in answers), default=1))
-    tall = TILE + GAP + 16 * any(answer.notes for answer in answers)
-    heights = [tall * max(1, -(-len(answer.results) // shown)) for answer in answers]
-    first = GAP + TILE + GAP + WORDS                                            # where the results begin
-    picture = Image.new("RGB", (first + shown * (TILE + GAP), HEAD + sum(heights)), PAPER)
-    draw = ImageDraw.Draw(picture)
-    for x, title in ((GAP, "query image"), (GAP + TILE + GAP, "+ change"), (first, "results, best first")):
-        draw.text((x, 12), title, QUIET, font(17))
-    y = HEAD
-    for answer, height in zip(answers, heights, strict=True):
-        if answer.source is not None:
-            framed(picture, answer.source, GAP, y, QUIET, 2)
-        lines = wrapped(answer.text, WORDS - 2 * GAP, 20)
+    first = 4 * GAP + tile                                                      # where the results begin
+    width = max(first + shown * (tile + GAP), 4 * tile)
+    texts = [wrapped(answer.text, int(width - 4 * GAP - font(TEXT).getlength(answer.verdict)), TEXT)
+             for answer in answers]
+    rows = [tile + GAP + (NOTE + GAP) * bool(answer.notes) for answer in answers]
+    heights = [LINE * max(1, len(lines)) + row * max(1, -(-len(answer.results) // shown)) + GAP
+               for answer, row, lines in zip(answers, rows, texts, strict=True)]
+    picture = Image.new("RGB", (width, GAP + sum(heights)), PAPER)
+    draw, y = ImageDraw.Draw(picture), GAP
+    for answer, row, lines, height in zip(answers, rows, texts, heights, strict=True):
         for number, line in enumerate(lines):
-            draw.text((GAP + TILE + GAP, y + 4 + 24 * number), line, INK, font(20))
-        draw.text((GAP + TILE + GAP, y + 10 + 24 * len(lines)), answer.verdict, QUIET, font(16))
+            draw.text((GAP, y + LINE * number), line, INK, font(TEXT))
+        draw.text((width - GAP, y), answer.verdict, QUIET, font(TEXT), anchor="ra")
+        top = y + LINE * max(1, len(lines))
+        if answer.source is not None:
+            framed(picture, answer.source, (GAP, top), tile, QUIET, 2)
         for place, image in enumerate(answer.results):
             right = answer.right[place] if len(answer.right) else None
             hue = QUIET if right is None else GREEN if right else RED
-            x, top = first + place % shown * (TILE + GAP), y + place // shown * tall
-            framed(picture, image, x, top, hue, 2 if right is None else 6)
+            corner = first + place % shown * (tile + GAP), top + place // shown * row
+            framed(picture, image, corner, tile, hue, 2 if right is None else 2 + tile // 24)
             if answer.notes:
-                draw.text((x, top + TILE + 2), answer.notes[place], QUIET, font(13))
+                draw.text((corner[0], corner[1] + tile + 2), answer.notes[place], QUIET, font(NOTE))
         y += height
     return picture
 
 
-def framed(picture: Image.Image, image: Image.Image, x: int, y: int, hue: str, width: int) -> None:
-    """The centre square of an image, in a frame."""
+def framed(picture: Image.Image, image: Image.Image, corner: tuple[int, int], tile: int, hue: str, width: int) -> None:
+    """The centre square of an image, in a frame `width` thick, `tile` wide."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    inner = TILE - 2 * width
-    tile = image.convert("RGB").resize((inner, inner), Image.Resampling.BILINEAR,
-                                       (left, top, left + side, top + side))
-    ImageDraw.Draw(picture).rectangle((x, y, x + TILE - 1, y + TILE - 1), hue)
-    picture.paste(tile, (x + width, y + width))
+    x, y = corner
+    small = image.convert("RGB").resize((tile - 2 * width,) * 2, Image.Resampling.BILINEAR,
+                                        (left, top, left + side, top + side))
+    ImageDraw.Draw(picture).rectangle((x, y, x + tile - 1, y + tile - 1), hue)
+    picture.paste(small, (x + width, y + width))
 
 
-def wrapped(text: str, width: int, size: int, most: int = 4) -> list[str]:
+def wrapped(text: str, width: int, size: int, most: int = 2) -> list[str]:
     """The text in lines of at most `width` pixels, cut with dots after `most` of them."""
     letters, lines = font(size), [""]
     for word in text[:1000].split():
@@ -95,18 +97,18 @@ def feature_map(gallery: np.ndarray, queries: np.ndarray, targets: np.ndarray, s
         plane = PCA(2, random_state=0).fit(gallery)
     points = [plane.transform(rows) for rows in (gallery, queries, targets)]    # (n, 2) each
     low, high = (edge(np.concatenate(points), axis=0) for edge in (np.min, np.max))
-    scale = (size - 80) / np.maximum(high - low, 1e-9).max()
-    placed = [40 + (rows - low) * scale for rows in points]
+    scale = (size - 160) / np.maximum(high - low, 1e-9).max()
+    placed = [(40, 120) + (rows - low) * scale for rows in points]
     for x, y in placed[0]:
-        draw.ellipse((x - 2, y - 2, x + 2, y + 2), "#c3ccd5")
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), "#c3ccd5")
     for query, target in zip(placed[1], placed[2], strict=True):
-        draw.line((*query, *target), "#dbe9fb")
+        draw.line((*query, *target), "#cfe2fa", 2)
     for rows, hue in ((placed[2], GREEN), (placed[1], "#1c7ed6")):
         for x, y in rows:
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), hue)
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), hue)
     share = 100 * np.nan_to_num(plane.explained_variance_ratio_).sum()
-    draw.text((10, 8), f"grey: gallery, blue: queries, green: their targets; {share:.0f} % of the variance", INK,
-              font(15))
+    draw.text((10, 8), f"grey: gallery, blue: queries,\ngreen: their targets; {share:.0f} % of the variance", INK,
+              font(TEXT))
     return picture
 
 

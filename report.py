@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
+from checkpoint import FIXED_FLAGS
 from datasets import Judge, QuerySet
 from errors import InputError
 from image_store import DeviceStore, ImageStore
@@ -172,11 +173,11 @@ class Report:
         self.on_disk(self.writer.flush)
 
     def close(self) -> None:
-        """Flags beside final recalls, for TensorBoard's HPARAMS tab, and the end of the event file."""
+        """Flags that make a difference beside final recalls, for TensorBoard's HPARAMS tab; the event file's end."""
         self.flush()
         if self.results:
             plain = {name: value if isinstance(value, bool | int | float | str) else str(value)
-                     for name, value in self.flags.items()}
+                     for name, value in self.flags.items() if name in (*FIXED_FLAGS, "num_iters")}
             final = {f"final {split} {name}": value for split, values in self.results.items()
                      for name, value in values.items()}
             self.writer.add_hparams(plain, final, name="hparams")

@@ -66,7 +66,8 @@ def get_parser() -> Parser:
     index.add_argument("--ivf", action="store_true", help="for millions of images: a query is compared with those of "
                        "the nearest cells of the gallery alone, so that a few of its results may be missed")
     index.add_argument("--batch_size", type=at_least(1), default=32, metavar="B", help="images encoded at once")
-    index.add_argument("--loader_num_workers", type=at_least(0), default=4, metavar="N", help="threads that read images")
+    index.add_argument("--loader_num_workers", type=at_least(0), default=4, metavar="N", help="threads that read "
+                       "images")
     query = command("query", "find the images nearest to a picture plus a change")
     opens_index(query)
     query.add_argument("--image", required=True, type=Path, metavar="PATH", default=argparse.SUPPRESS,
@@ -127,7 +128,7 @@ def query(args: argparse.Namespace) -> None:
     if "png" in args:
         notes = [f"{rank}.  {hit.score:.4f}" for rank, hit in enumerate(hits, start=1)]
         picture = sheet([Answer(thumbnail(args.image), words_of(args.text), [result(gallery, hit) for hit in hits],
-                                notes=notes)])
+                                notes=notes)], tile=128)
         write(args.png, "--png", png(picture))
     if "html" in args:
         write(args.html, "--html", page_of(gallery, args, hits).encode("utf-8", "replace"))

@@ -40,7 +40,7 @@ def sample(model, path: Path, rows: int, size: int) -> Image.Image:
             return opened.convert("RGB")
     return sheet([Answer(picture(query.source), f"+ {query.text}", [picture(image) for image in found],
                          [data.captions[image] == data.captions[query.target] for image in found])
-                  for query, found in zip(queries, best, strict=True)])
+                  for query, found in zip(queries, best, strict=True)], tile=128)
 
 
 def encode(model, data: MITStates, size: int) -> torch.Tensor:

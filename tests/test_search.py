@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import faiss
 import numpy as np
@@ -22,12 +21,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import checkpoint
-import gallery
-import main
 import search
 from errors import InputError
 from gallery import Gallery, ImageList, build, rank, read_picture
-from image_store import ImageStore, decode, normalize_images
+from image_store import decode, normalize_images
 from stopping import Stopped
 
 from .conftest import picture, run_main, write_mitstates
