@@ -25,7 +25,7 @@ from gallery import MOST_RESULTS, Gallery, Hit, Source  # noqa: E402
 from pictures import thumbnail  # noqa: E402
 from text_model import spread  # noqa: E402
 
-OFFERED, EXAMPLES, LONGEST_TRAIL = 12, 4, 30
+OFFERED, EXAMPLES, LONGEST_TRAIL = 12, 6, 30
 LARGEST_UPLOAD = "50mb"
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 1240px !important; margin: auto !important }
