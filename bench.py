@@ -62,11 +62,16 @@ def seconds(call: Callable, device: torch.device = CPU) -> float:
     return time.perf_counter() - start
 
 
-def compare(what: str, ways: dict, repetitions: int, device: torch.device = CPU, warm: bool = False) -> dict:
-    """Median seconds of each way; each is run once to warm up, if it is not `warm`, then they take turns."""
+def compare(what: str, ways: dict, repetitions: int, device: torch.device = CPU, warm: bool = False,
+            before: Callable = lambda: None) -> dict:
+    """Median seconds of each way; each is run once to warm up, if it is not `warm`, then they take turns.
+
+    before: called before each, off the clock.
+    """
     times: dict = {name: [] for name in ways}
     for repetition in tqdm(range(int(warm), repetitions + 1), desc=what):
         for name in list(ways)[::-1 if repetition % 2 else 1]:                  # the one that comes later is the slower
+            before()
             taken = seconds(ways[name], device)
             if repetition:
                 times[name].append(taken)
@@ -350,7 +355,6 @@ def store_row(folder: Path, count: int, repetitions: int) -> dict:
         Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
 
     def fill() -> None:
-        shutil.rmtree(folder / "filled", ignore_errors=True)
         store = ImageStore(paths, 224, folder / "filled")
         if store.unreadable():
             raise RuntimeError("a picture just written cannot be read")
@@ -358,7 +362,8 @@ def store_row(folder: Path, count: int, repetitions: int) -> dict:
     parts = [paths[core::cores] for core in range(cores)]
     with multiprocessing.get_context("spawn").Pool(cores) as pool:              # started before the clock
         ways = {"floor": lambda: pool.map(plain_decode, parts, chunksize=1), "ours": fill}
-        times = compare("filling the store", ways, repetitions)
+        times = compare("filling the store", ways, repetitions,
+                        before=lambda: shutil.rmtree(folder / "filled", ignore_errors=True))
     return row(f"filling the image store, {count} pictures", times["ours"], times["floor"], 1 / 0.9)
 
 

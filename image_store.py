@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -139,6 +140,8 @@ class PixelFile:
             slot_of = self.register(listing, paths)
             self.record_file = self.grown(records, len(slot_of) * RECORD.itemsize)
             self.pixel_file = self.grown(pixels, len(slot_of) * self.stride)
+        for descriptor in (self.record_file, self.pixel_file):
+            weakref.finalize(self, os.close, descriptor)
         self.records = np.memmap(records, RECORD, "r", shape=len(slot_of))
         self.pixels = np.asarray(np.memmap(pixels, np.uint8, "r", shape=(len(slot_of), *self.shape)))
         self.verified = np.zeros(len(slot_of), bool)                            # checksums are looked at once a process
@@ -221,18 +224,22 @@ class ImageStore:
 
     def load(self, index: int, row: np.ndarray) -> None:
         """Put one image's pixels into `row` (S, S, 3). Raises InputError for an image that cannot be read."""
-        if self.file and self.file.read(index, self.versions[index], row):
-            return
+        if not self.file or not self.file.read(index, self.versions[index], row):
+            row[:] = self.decode(index)
+
+    def decode(self, index: int) -> np.ndarray:
+        """One image's pixels (S, S, 3) from its file, kept in the cache. Raises InputError."""
         try:
-            row[:] = decode(self.paths[index], self.size)
+            pixels = decode(self.paths[index], self.size)
         except InputError as error:
             raise InputError(f"{error}; replace it, or pass --skip_bad_images True to leave such images out") from None
         if self.file and self.writable:
             try:
-                self.file.write(index, self.versions[index], row)
+                self.file.write(index, self.versions[index], pixels)
             except OSError as error:
                 self.writable = False
                 log.warning("the image cache takes no more (%s): further images are decoded each time", error)
+        return pixels
 
     def batch(self, ids: Sequence[int], device: torch.device = CPU) -> Tensor:
         """(B, 3, S, S) uint8, channels last, on the device."""
@@ -247,17 +254,22 @@ class ImageStore:
 
     def unreadable(self, progress=lambda items, **_: items) -> dict[int, str]:
         """Image id -> what is wrong, for every image that cannot be decoded; all others are in the cache afterwards."""
-        def attempt(index: int) -> str | None:
-            if self.file and self.file.holds(index, self.versions[index]):
-                return None
-            try:
-                self.load(index, np.empty((self.size, self.size, 3), np.uint8))
-            except InputError as error:
-                return str(error)
-        with ThreadPoolExecutor(usable_cores()) as pool:                        # PIL decodes without Python's lock
-            complaints = pool.map(attempt, range(len(self)))
-            return {index: complaint for index, complaint in
-                    enumerate(progress(complaints, desc="checking images", total=len(self))) if complaint}
+        def attempt(part: range) -> dict[int, str]:
+            complaints = {}
+            for index in part:
+                try:
+                    if not self.file or not self.file.holds(index, self.versions[index]):
+                        self.decode(index)
+                except InputError as error:
+                    complaints[index] = str(error)
+            return complaints
+        # PIL decodes without Python's lock; a task an image would spend a fifth of the time on handing over tasks.
+        parts = [range(start, min(start + 8, len(self))) for start in range(0, len(self), 8)]
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            found = {}
+            for complaints in progress(pool.map(attempt, parts), desc="checking images", total=len(parts)):
+                found |= complaints
+            return found
 
 
 class DeviceStore:
