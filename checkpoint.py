@@ -16,16 +16,23 @@ from pathlib import Path
 import torch
 
 from errors import InputError
-from img_text_composition_models import MODELS, ImgTextCompositionBase, SentenceVectors
+from img_text_composition_models import (
+    ENCODERS,
+    MODELS,
+    ImgTextCompositionBase,
+    SentenceVectors,
+    encoder_head,
+)
 from text_model import SimpleVocab
 
 LATEST, BEST = "latest_checkpoint.pth", "best_checkpoint.pth"
 PROGRESS = ["best", "samples", "steps", "sums", "tested"]
 # A run goes on only with the values of these that it was started with: others would give other results.
 FIXED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "skip_bad_images", "image_size", "model",
-               "image_embed_dim", "text_embed_dim", "use_bert", "loss", "batch_size", "learning_rate",
+               "image_encoder", "image_embed_dim", "text_embed_dim", "use_bert", "loss", "batch_size", "learning_rate",
                "learning_rate_decay_frequency", "weight_decay", "seed", "precision", "compile")
-BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False}                    # what older checkpoints' runs did
+# What older checkpoints' runs did.
+BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18"}
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,
@@ -196,10 +203,14 @@ def rebuild(state: dict, path: str | Path, sentence_vectors: SentenceVectors | N
         raise InputError(f"{path} was trained with --use_bert: it needs a sentence service's vectors")
     if words is None or state["opt"].get("model") not in MODELS:
         raise InputError(f"{path} does not say its vocabulary and model: it was not written by this program")
-    biases = [state["model_state_dict"].get(name) for name in ("img_model.fc.0.bias", "text_model.fc_output.1.bias")]
+    opt = {"image_encoder": "resnet18", "image_size": 224, **state["opt"]}
+    if opt["image_encoder"] not in ENCODERS or not isinstance(opt["image_size"], int):
+        raise InputError(f"{path} is not a checkpoint of this program: its encoder is {opt['image_encoder']!r}")
+    biases = [state["model_state_dict"].get(name) for name in
+              (f"img_model.{encoder_head(opt['image_encoder'])[0]}.0.bias", "text_model.fc_output.1.bias")]
     if any(bias is None or bias.ndim != 1 for bias in biases):
         raise InputError(f"{path} is not a checkpoint of this program: it holds no image or no text encoder")
     image_dim, text_dim = map(len, biases)
-    model = MODELS[state["opt"]["model"]](words, image_dim, text_dim, sentence_vectors=sentence_vectors)
+    model = MODELS[opt["model"]](words, image_dim, text_dim, sentence_vectors, opt["image_encoder"], opt["image_size"])
     restore(model, state, path)
     return model.eval()

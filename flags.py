@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import DATASETS, FashionIQ
 from device import PRECISIONS
-from img_text_composition_models import MODELS
+from img_text_composition_models import ENCODERS, MODELS
 from torch_function import LOSSES
 
 DESCRIPTION = "Train and test composed image retrieval: a source image plus a text finds the target image."
@@ -80,12 +80,14 @@ def get_parser() -> Parser:
 
     model = parser.add_argument_group("model")
     add(model, "--model", "composeAE", "composer of image and text", choices=MODELS)
-    add(model, "--image_embed_dim", 512, "size of image features and of the composed query", type=at_least(1),
-        metavar="D")
+    add(model, "--image_encoder", "resnet18", "torchvision's model that encodes images; its last layer becomes "
+        "Linear(width, D). Published: resnet18", choices=ENCODERS, metavar="NAME")
+    add(model, "--image_embed_dim", 0, "size of image features and of the composed query; 0 for the encoder's own "
+        "width, 512 for resnet18", type=at_least(0), metavar="D")
     add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; with --use_bert the service decides",
         type=at_least(1), metavar="T")
-    add(model, "--image_weights", "imagenet", "ResNet-18 to start from: 'imagenet' (downloaded once by torchvision), "
-        "'none' (random), or a file saved from torchvision's resnet18", metavar="imagenet|none|PATH")
+    add(model, "--image_weights", "imagenet", "weights of the encoder to start from: 'imagenet' (downloaded once by "
+        "torchvision), 'none' (random), or a file saved from torchvision's model", metavar="imagenet|none|PATH")
     add(model, "--use_bert", False, "sentence vectors from a running BERT-as-service in place of the LSTM")
     add(model, "--bert_ip", "localhost", "host of the sentence service (IPv4)", metavar="HOST")
     add(model, "--bert_port", 5555, "port the service takes texts on", type=port_number, metavar="PORT")

@@ -5,6 +5,7 @@ Module names are those of the original release, so that its checkpoints load.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torchvision
@@ -31,30 +32,56 @@ class Concat(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-def resnet18_encoder(image_dim: int) -> nn.Module:
-    """torchvision's ResNet-18 with its classifier replaced by Linear(512, image_dim)."""
-    encoder = torchvision.models.resnet18(weights=None)
-    encoder.fc = nn.Sequential(nn.Linear(512, image_dim))
-    return encoder
+# Of torchvision's classifiers, those that end in one linear layer and answer a tensor in training too.
+ENCODERS = [name for name in torchvision.models.list_models(module=torchvision.models)
+            if not name.startswith(("squeezenet", "inception", "googlenet"))]
 
 
-def load_image_weights(encoder: nn.Module, weights: str) -> None:
-    """Put `weights` ('imagenet', 'none' or a file of torchvision's resnet18) into the encoder; `fc` stays as it is.
+@cache
+def encoder_head(name: str) -> tuple[str, int]:
+    """The name of a torchvision classifier's last linear layer, and its width: ('fc', 512) for resnet18."""
+    with torch.device("meta"):                                                  # shapes alone
+        layers = list(torchvision.models.get_model(name, weights=None).named_modules())
+    return next((layer, module.in_features) for layer, module in reversed(layers) if isinstance(module, nn.Linear))
 
-    Raises InputError when the download fails or the file does not hold a ResNet-18.
+
+def image_encoder(name: str, image_dim: int, image_size: int) -> nn.Module:
+    """torchvision's model of this name, its last linear layer replaced by Linear(width, image_dim).
+
+    Raises InputError where it cannot take images of this size.
+    """
+    sized = {"image_size": image_size} if name.startswith("vit_") else {}
+    head, width = encoder_head(name)
+    try:
+        encoder = torchvision.models.get_model(name, weights=None, **sized)
+        encoder.set_submodule(head, nn.Sequential(nn.Linear(width, image_dim)))
+        if name != "resnet18":                                                  # which takes any
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                encoder.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise InputError(f"--image_encoder {name} takes no images of {image_size} pixels "
+                         f"({str(error).splitlines()[0]}); pass another --image_size") from None
+    return encoder.train()
+
+
+def load_image_weights(encoder: nn.Module, weights: str, name: str = "resnet18") -> None:
+    """Put `weights` ('imagenet', 'none' or a file of torchvision's model `name`) into the encoder, but for its head.
+
+    Raises InputError when the download fails or the file holds another model.
     """
     if weights == "none":
         return
-    elsewhere = "pass --image_weights PATH (a file saved from torchvision's resnet18) or --image_weights none"
+    head = f"{encoder_head(name)[0]}."
+    elsewhere = f"pass --image_weights PATH (a file saved from torchvision's {name}) or --image_weights none"
     try:
         if weights == "imagenet":
-            state = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
+            state = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        backbone = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        backbone = {weight: value for weight, value in state.items() if not weight.startswith(head)}
         missing, unexpected = encoder.load_state_dict(backbone, strict=False)
-        if unexpected or any(not name.startswith("fc.") for name in missing):
-            raise InputError(f"the tensors in {weights} are not those of a ResNet-18")
+        if unexpected or any(not weight.startswith(head) for weight in missing):
+            raise InputError(f"the tensors in {weights} are not those of a {name}")
     except Exception as error:                                                  # torch.load raises a dozen types
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"cannot load the image weights {weights!r} ({reason}); {elsewhere}") from None
@@ -65,6 +92,7 @@ class ImgTextCompositionBase(nn.Module):
 
     vocabulary: of the LSTM. sentence_vectors: texts -> (B, T) without gradient; where given, they are used in place
     of the LSTM, which is still built (at size T) because the original's checkpoints hold it.
+    encoder: a torchvision classifier's name, of ENCODERS; image_size: S, which some of them are built for.
     bf16: whether the image encoder, nearly all of the work, computes in bfloat16; the rest stays float32.
     example_texts: some that it is trained with, for whoever searches with it.
     """
@@ -73,11 +101,11 @@ class ImgTextCompositionBase(nn.Module):
     example_texts: Sequence[str] = ()
 
     def __init__(self, vocabulary: SimpleVocab, image_dim: int = 512, text_dim: int = 512,
-                 sentence_vectors: SentenceVectors | None = None):
+                 sentence_vectors: SentenceVectors | None = None, encoder: str = "resnet18", image_size: int = 224):
         super().__init__()
         self.image_dim, self.text_dim, self.sentence_vectors = image_dim, text_dim, sentence_vectors
         self.normalization_layer = NormalizationLayer()
-        self.img_model = resnet18_encoder(image_dim)
+        self.img_model, self.image_head = image_encoder(encoder, image_dim, image_size), encoder_head(encoder)[0]
         self.text_model = TextLSTMModel(vocabulary, text_dim)
         self.a = nn.Parameter(torch.tensor([1.0, 10.0, 1.0, 1.0]))              # weights of a composer's two branches
 

@@ -27,7 +27,7 @@ from device import choose_device, compiled, set_up
 from errors import InputError
 from flags import get_parser
 from image_store import DeviceStore, ImageStore, normalize_images, prefetch
-from img_text_composition_models import MODELS, ImgTextCompositionBase, load_image_weights
+from img_text_composition_models import MODELS, ImgTextCompositionBase, encoder_head, load_image_weights
 from stopping import Stopped, Stopping
 from test_retrieval import evaluate
 from text_model import SentenceService, SentenceTable, SimpleVocab, spread
@@ -127,11 +127,11 @@ def build_model(args: argparse.Namespace, source: str | Path, state: dict | None
     """The composer with a checkpoint's, ImageNet's or random weights, channels last, on the device."""
     words = (state and checkpoint.vocabulary(state, lstm_used=sentences is None)) or SimpleVocab.from_texts(texts)
     text_dim = sentences.dim if sentences else args.text_embed_dim
-    model = MODELS[args.model](words, args.image_embed_dim, text_dim, sentence_vectors=sentences)
+    model = MODELS[args.model](words, args.image_embed_dim, text_dim, sentences, args.image_encoder, args.image_size)
     if state:
         checkpoint.restore(model, state, source)
     else:
-        load_image_weights(model.img_model, args.image_weights)
+        load_image_weights(model.img_model, args.image_weights, args.image_encoder)
     return ready(model, device, args.precision, args.compile)
 
 
@@ -146,7 +146,9 @@ def ready(model: ImgTextCompositionBase, device: torch.device, precision: str, f
 def parameter_groups(model: ImgTextCompositionBase, rate: float) -> list[dict]:
     """Every weight in one of three groups: the encoder's new last layer, its pretrained rest (0.1 x), all others."""
     def group(name: str) -> str:
-        return "head" if name.startswith("img_model.fc.") else "backbone" if name.startswith("img_model.") else "rest"
+        if name.startswith(f"img_model.{model.image_head}."):
+            return "head"
+        return "backbone" if name.startswith("img_model.") else "rest"
     named = list(model.named_parameters())
     return [{"params": [weight for name, weight in named if group(name) == key], "lr": factor * rate}
             for key, factor in (("head", 1.0), ("backbone", 0.1), ("rest", 1.0))]
@@ -342,6 +344,7 @@ def run(args: argparse.Namespace, stopping: Stopping) -> None:
         raise InputError("--test_only needs the checkpoint to test: pass --model_checkpoint PATH")
     if args.test_only and args.resume:
         raise InputError("--test_only tests --model_checkpoint and resumes nothing: drop --resume")
+    args.image_embed_dim = args.image_embed_dim or encoder_head(args.image_encoder)[1]
     device = choose_device(args.device)
     set_up(device, args.precision)
     seed_everything(args.seed)

@@ -266,3 +266,16 @@ def test_a_gpu_layout_changes_nothing_but_rounding():
     found = model(images.contiguous(memory_format=torch.channels_last), ["a", "b", "c", "a b"], images.flip(0))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("encoder", "width"), [("resnet50", 2048), ("resnet34", 512)])
+def test_other_encoders_train_and_are_rebuilt_from_the_checkpoint_alone(mitstates, tmp_path, encoder, width):
+    run = run_main("mitstates", mitstates, tmp_path / "logs", image_encoder=encoder, image_embed_dim=0, image_size=64)
+    model = checkpoint.rebuild_model(run.checkpoint)
+    assert model.image_dim == width and checkpoint.load(run.checkpoint)["opt"]["image_embed_dim"] == width
+    data = main.DATASETS["mitstates"](mitstates, "test")
+    assert evaluate(model, data, ImageStore(data.paths, 64))["model"] == pytest.approx(run.metrics["test"])
+    groups = main.parameter_groups(model, 1.0)
+    assert [weight.shape[0] for weight in groups[0]["params"]] == [width, width]
+    again = flags("mitstates", mitstates, tmp_path / "logs", resume=run.checkpoint, image_embed_dim=0, image_size=64)
+    assert main.main(again) == 2

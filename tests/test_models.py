@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from errors import InputError
-from img_text_composition_models import MODELS, load_image_weights, resnet18_encoder
+from img_text_composition_models import MODELS, encoder_head, image_encoder, load_image_weights
 from main import parameter_groups
 from text_model import SimpleVocab
 from torch_function import composition_losses
@@ -106,18 +106,37 @@ def test_turning_by_the_conjugate_undoes_the_rotation():
 def test_image_weights_come_from_a_file_and_leave_the_last_layer(tmp_path):
     state = torchvision.models.resnet18(weights=None).state_dict()
     torch.save(state, tmp_path / "resnet18.pth")
-    encoder = resnet18_encoder(24)
+    encoder = image_encoder("resnet18", 24, 224)
     last = encoder.fc[0].weight.clone()
     load_image_weights(encoder, str(tmp_path / "resnet18.pth"))
     assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items() if "fc." not in name)
     assert torch.equal(encoder.fc[0].weight, last) and encoder.fc[0].weight.shape == (24, 512)
     torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "resnet34.pth")
-    with pytest.raises(InputError, match="not those of a ResNet-18"):
-        load_image_weights(resnet18_encoder(24), str(tmp_path / "resnet34.pth"))
+    with pytest.raises(InputError, match="not those of a resnet18"):
+        load_image_weights(image_encoder("resnet18", 24, 224), str(tmp_path / "resnet34.pth"))
 
 
 def test_a_failed_download_says_what_to_pass_instead(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")                     # nobody listens there
     with pytest.raises(InputError, match=r"--image_weights PATH .* or --image_weights none"):
-        load_image_weights(resnet18_encoder(24), "imagenet")
+        load_image_weights(image_encoder("resnet18", 24, 224), "imagenet")
+
+
+@pytest.mark.parametrize(("name", "head", "width", "size"), [
+    ("resnet18", "fc", 512, 40), ("resnet50", "fc", 2048, 64), ("vit_b_32", "heads.head", 768, 64),
+    ("mobilenet_v3_small", "classifier.3", 1024, 64), ("swin_t", "head", 768, 64)])
+def test_encoders_by_torchvisions_name_answer_features_of_the_size_asked_for(name, head, width, size):
+    encoder = image_encoder(name, 24, size)
+    assert encoder_head(name) == (head, width) and encoder.training
+    assert encoder.eval()(torch.zeros(2, 3, size, size)).shape == (2, 24)
+    plain = torchvision.models.get_model(name, weights=None, **({"image_size": size} if "vit" in name else {}))
+    ours = {weight for weight in encoder.state_dict() if not weight.startswith(f"{head}.")}
+    assert ours == {weight for weight in plain.state_dict() if not weight.startswith(f"{head}.")}
+
+
+def test_an_encoder_that_cannot_take_the_size_says_so():
+    with pytest.raises(InputError, match="vit_b_16 takes no images of 40 pixels"):
+        image_encoder("vit_b_16", 24, 40)
+    with pytest.raises(InputError, match="alexnet takes no images of 32 pixels"):
+        image_encoder("alexnet", 24, 32)
