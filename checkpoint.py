@@ -151,6 +151,7 @@ def load(path: str | Path) -> dict:
                    and isinstance(state.get("example_texts", []), list)
                    and all(isinstance(text, str) for text in state.get("example_texts", []))
                    and (not state.get("progress") or sorted(state["progress"]) == PROGRESS)
+                   and all(isinstance(word, str) for word in words)
                    and sorted(map(str, words.values())) == sorted(map(str, range(len(words))))
                    and all(isinstance(value, torch.Tensor) for value in state["model_state_dict"].values()))
     if not well_formed:
@@ -205,7 +206,8 @@ def rebuild(state: dict, path: str | Path, sentence_vectors: SentenceVectors | N
         raise InputError(f"{path} does not say its vocabulary and model: it was not written by this program")
     opt = {"image_encoder": "resnet18", "image_size": 224, **state["opt"]}
     if opt["image_encoder"] not in ENCODERS or not isinstance(opt["image_size"], int):
-        raise InputError(f"{path} is not a checkpoint of this program: its encoder is {opt['image_encoder']!r}")
+        raise InputError(f"{path} is not a checkpoint of this program: its image encoder is {opt['image_encoder']!r}, "
+                         f"for images of {opt['image_size']!r} pixels")
     biases = [state["model_state_dict"].get(name) for name in
               (f"img_model.{encoder_head(opt['image_encoder'])[0]}.0.bias", "text_model.fc_output.1.bias")]
     if any(bias is None or bias.ndim != 1 for bias in biases):

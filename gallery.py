@@ -154,7 +154,8 @@ class ImageList:
         return os.fsdecode(found[0][0]) if found else None
 
     def id_of(self, path: str) -> int | None:
-        found = self.ask("SELECT id FROM images WHERE path = ?", (os.fsencode(path),))
+        """Of the image of this path; one that is no text has none that a program could ask for."""
+        found = self.ask("SELECT id FROM images WHERE path = ?", (path.encode("utf-8", "surrogatepass"),))
         return found[0][0] if found else None
 
     def some(self, count: int, part: str = "") -> list[int]:
@@ -426,7 +427,7 @@ def rank(images: ImageList, out: Path, dim: int, ivf: bool, progress: Callable) 
     if ivf:
         cells = max(1, min(int(4 * count**0.5), count // 39))                   # FAISS asks for 39 images a cell
         ranking = library.IndexIVFScalarQuantizer(library.IndexFlatIP(dim), dim, cells, half, product)
-        ranking.nprobe = max(1, cells // 16)
+        ranking.nprobe, ranking.cp.min_points_per_centroid = max(1, cells // 16), 1        # 1: no warning of few
         sample = np.concatenate([features for _, features in images.all_features(max(1, count // (64 * cells)))])
         ranking.train(unit(sample))
     else:
@@ -440,6 +441,12 @@ def rank(images: ImageList, out: Path, dim: int, ivf: bool, progress: Callable) 
         os.replace(out / f"{RANKING}.unfinished", out / RANKING)
     except (OSError, RuntimeError) as error:
         raise InputError(f"cannot write {out / RANKING} ({first_line(error)}); make room, then run it again") from None
+
+
+def printable(text: str) -> str:
+    """Text that can be shown and sent: a file's name may be any bytes, and a visitor's text may hold halves of
+    characters."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def first_line(error: Exception) -> str:

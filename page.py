@@ -21,7 +21,7 @@ import gradio as gr  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from errors import InputError  # noqa: E402
-from gallery import MOST_RESULTS, Gallery, Hit, Source  # noqa: E402
+from gallery import MOST_RESULTS, Gallery, Hit, Source, printable  # noqa: E402
 from pictures import thumbnail  # noqa: E402
 from text_model import spread  # noqa: E402
 
@@ -77,9 +77,9 @@ def told(handler: Callable) -> Callable:
     @wraps(handler)
     def handled(page: "Page", session: Session, *inputs):
         try:
-            message = handler(page, session, *inputs)
+            message = printable(handler(page, session, *inputs))
         except InputError as error:
-            message = str(error)
+            message = printable(str(error))
             gr.Warning(html.escape(message), title="Sorry")
         return page.shown(session, message)
     return handled
@@ -118,10 +118,11 @@ class Page:
         return "Choose a picture or drop one in, then say what should change."
 
     @told
-    def offer(self, session: Session, part: str) -> str:
+    def offer(self, session: Session, part: str | None) -> str:
         """Other images to choose from, whose paths hold this text."""
-        session.offered = self.gallery.images.some(OFFERED, part.strip())
-        return "" if session.offered else f"no picture of the gallery has {part.strip()[:100]!r} in its path"
+        part = (part or "").strip()
+        session.offered = self.gallery.images.some(OFFERED, part)
+        return "" if session.offered else f"no picture of the gallery has {part[:100]!r} in its path"
 
     def choose(self, session: Session, image: int) -> str:
         session.take(self.gallery.own_picture(image), self.small(image))
@@ -163,8 +164,8 @@ class Page:
             raise InputError(str(error).replace(path, Path(path).name)) from None
 
     @told
-    def find(self, session: Session, text: str) -> str:
-        return self.ask(session, text)
+    def find(self, session: Session, text: str | None) -> str:
+        return self.ask(session, printable(text or ""))
 
     def ask(self, session: Session, text: str) -> str:
         session.text = text
@@ -190,7 +191,7 @@ class Page:
     def search_by_path(self, path: str, text: str = "", k: int = 20) -> list[dict]:
         """The same for one of the gallery's own images, named by its path below the gallery's folder."""
         def source() -> Source:
-            image = self.gallery.images.id_of(path)
+            image = self.gallery.images.id_of(str(path))
             if image is None:
                 raise InputError("the gallery has no image of this path")
             return self.gallery.own_picture(image)
@@ -200,11 +201,12 @@ class Page:
         if not isinstance(text, str) or not isinstance(k, int) or not 1 <= k <= MOST_RESULTS:
             raise gr.Error(f"text is a string, k a number from 1 to {MOST_RESULTS}", print_exception=False)
         try:
-            hits, _ = self.gallery.search(source(), text, k)
+            hits, _ = self.gallery.search(source(), printable(text), k)
         except InputError as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+            raise gr.Error(html.escape(printable(str(error))), print_exception=False) from None
         # Not "path": Gradio's client takes what has one for a file to download.
-        return [{"rank": rank, "score": hit.score, "image": hit.path} for rank, hit in enumerate(hits, start=1)]
+        return [{"rank": rank, "score": hit.score, "image": printable(hit.path)}
+                for rank, hit in enumerate(hits, start=1)]
 
     def build(self) -> gr.Blocks:
         opt = self.gallery.encoder.opt

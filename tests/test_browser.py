@@ -97,6 +97,7 @@ def gallery(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gallery")
     for number in range(12):
         picture(folder / "<b>x" / f"{number}.jpg")
+    (folder / "<b>x" / "11.jpg").rename(folder / "<b>x" / os.fsdecode(b"11\xe9.jpg"))       # a name that is no text
     return folder
 
 
@@ -132,7 +133,7 @@ def ask(tab, text):
 def test_pick_type_search_click_a_result_search_again_and_go_back(tab, address):
     opened(tab, address)
     grid(tab, "choice").nth(3).click()
-    says(tab, r"picture is <b>x/\d+\.jpg")
+    says(tab, "picture is <b>x/11\ufffd.jpg")
     ask(tab, "wet")
     expect(grid(tab, "results")).to_have_count(8)
     says(tab, "best 8 of 12 images")
@@ -253,9 +254,15 @@ def test_nothing_outside_the_gallery_is_served(address, gallery, tmp_path):
     for given in ({"path": secret}, {"path": secret, "meta": {"_type": "gradio.FileData"}}, secret, [secret]):
         answer = post(address, "search", given, "", 3)
         assert "event: error" in answer and "rank" not in answer
-    for path in ("../secret.jpg", secret, "/etc/passwd", "<b>x/../<b>x/5.jpg", ""):
+    for path in ("../secret.jpg", secret, "/etc/passwd", "<b>x/../<b>x/5.jpg", "", "\ud800", 5, None, ["<b>x/5.jpg"]):
         answer = post(address, "search_gallery", path, "", 3)
         assert "event: error" in answer and "no image of this path" in answer
+
+
+def test_what_only_a_program_can_send_is_answered_too(address):
+    hits = json.loads(post(address, "search_gallery", "<b>x/5.jpg", "wet \ud800", 12).split("data: ")[1])
+    assert "<b>x/11\ufffd.jpg" in [hit["image"] for hit in hits[0]]
+    assert "knows none of these words" in post(address, "search_gallery", "<b>x/5.jpg", "\ud800", 12)
 
 
 def test_a_port_in_use_is_one_line_and_nothing_is_left_behind(address, run, gallery, tmp_path):
