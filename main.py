@@ -8,6 +8,7 @@ import logging
 import math
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -229,6 +230,7 @@ class Training:
         self.epoch_steps = len(split.data) // args.batch_size
         self.schedule = checkpoint.Schedule(args.save_frequency)
         self.it, self.tested, self.best, self.meter = 0, False, -math.inf, LossMeter()
+        self.clock = 0, time.perf_counter()                                     # steps since then, and when that was
 
     def go_on(self, state: dict) -> None:
         """From where a checkpoint's run stood."""
@@ -257,10 +259,11 @@ class Training:
             score = show_results(self.log, results, self.it)["test"][self.args.best_metric]
             self.tested, best, self.best = True, score > self.best, max(score, self.best)
             self.save(best)
+        self.clock = 0, time.perf_counter()                                     # a test is no training
 
     def step(self, batch: tuple[Tensor, list[str], Tensor], bar: tqdm) -> None:
         losses = train_step(self.model, self.optimizer, self.args.loss, *batch)
-        self.it, self.tested = self.it + 1, False
+        self.it, self.tested, self.clock = self.it + 1, False, (self.clock[0] + 1, self.clock[1])
         if self.it % self.args.learning_rate_decay_frequency == 0:
             for group in self.optimizer.param_groups:
                 group["lr"] *= 0.1
@@ -268,7 +271,8 @@ class Training:
         if self.it % self.args.log_frequency == 0 or self.it == self.args.num_iters:
             means = self.meter.read(self.it)
             bar.set_postfix(loss=f"{means['total training loss']:.4f}", refresh=False)
-            rate = self.args.batch_size * (bar.format_dict["rate"] or 0)
+            rate = self.args.batch_size * self.clock[0] / (time.perf_counter() - self.clock[1])
+            self.clock = 0, time.perf_counter()
             self.log.scalars({**means, **self.state(), "queries per second": rate, "images per second": 2 * rate},
                              self.it)
         show(bar, losses)

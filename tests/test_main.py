@@ -53,6 +53,7 @@ def test_every_composer_and_loss_trains_on_every_benchmark(benchmark_tree, tmp_p
              "composeAE": ["L2_loss", "L2_loss_text", "rot_sym_loss"]}[model]
     for loss_name in [loss, *extra, "total_training_loss"]:                     # tensorboardX puts _ for a space
         assert [step for step, _ in logged[loss_name]] == [1, 2, 3]
+    assert all(value > 0 for _, value in logged["queries_per_second"])
     for split in ("train", "test"):
         for metric, value in run.metrics[split].items():
             assert logged[f"{split}_{metric}"][-1] == (3, pytest.approx(value))
