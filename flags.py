@@ -82,8 +82,8 @@ def get_parser() -> Parser:
     add(model, "--model", "composeAE", "composer of image and text", choices=MODELS)
     add(model, "--image_encoder", "resnet18", "torchvision's model that encodes images; its last layer becomes "
         "Linear(width, D). Published: resnet18", choices=ENCODERS, metavar="NAME")
-    add(model, "--image_embed_dim", 0, "size of image features and of the composed query; 0 for the encoder's own "
-        "width, 512 for resnet18", type=at_least(0), metavar="D")
+    add(model, "--image_embed_dim", 512, "size of image features and of the composed query; 0 for the encoder's own "
+        "width, which is 512 for resnet18", type=at_least(0), metavar="D")
     add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; with --use_bert the service decides",
         type=at_least(1), metavar="T")
     add(model, "--image_weights", "imagenet", "weights of the encoder to start from: 'imagenet' (downloaded once by "
