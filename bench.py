@@ -129,7 +129,7 @@ def our_step(split: main.Split, kind: tuple[str, str], batch: int, device: torch
         for epoch in range(10**6):
             yield from main.batches(split, 0, epoch, batch, 4, device)
     batches = forever()
-    return lambda: main.train_step(model, optimizer, kind[1], *next(batches))
+    return lambda: main.train_step(model, optimizer, kind[1], next(batches))
 
 
 def step_rows(split: main.Split, batch: int, size: int, repetitions: int) -> list[dict]:

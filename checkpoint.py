@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import distributed
 from errors import InputError
 from img_text_composition_models import (
     ENCODERS,
@@ -30,9 +31,11 @@ PROGRESS = ["best", "samples", "steps", "sums", "tested"]
 # A run goes on only with the values of these that it was started with: others would give other results.
 FIXED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "skip_bad_images", "image_size", "model",
                "image_encoder", "image_embed_dim", "text_embed_dim", "use_bert", "loss", "batch_size", "learning_rate",
-               "learning_rate_decay_frequency", "weight_decay", "seed", "precision", "compile")
+               "learning_rate_decay_frequency", "weight_decay", "seed", "precision", "compile", "accumulate", "gather",
+               "sync_bn")
 # What older checkpoints' runs did.
-BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18"}
+BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18", "accumulate": 1,
+                      "gather": True, "sync_bn": False}
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,
@@ -44,8 +47,9 @@ def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Opt
     """
     state = {"it": it, "opt": flags, "model_state_dict": model.state_dict(), "progress": progress,
              "optimizer_state_dict": optimizer.state_dict(), "word2id": model.text_model.vocabulary.word2id,
-             "example_texts": list(model.example_texts),
-             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}}
+             "example_texts": list(model.example_texts), "launch": distributed.launch(),
+             "random": {"cpu": torch.get_rng_state(),
+                        "cuda": [torch.cuda.get_rng_state()] if model.a.device.type == "cuda" else []}}
     for name, value in state["model_state_dict"].items():
         if value.is_floating_point() and not value.isfinite().all():
             raise FloatingPointError(f"the weight {name} is not finite at iteration {it}, so nothing was saved; go on "
@@ -90,13 +94,17 @@ class Schedule:
         return True
 
 
-def find_run(resume: str, log_dir: Path, comment: str) -> Path | None:
+def find_run(resume: str, log_dir: Path, comment: str, launch: str | None = None) -> Path | None:
     """The checkpoint to go on from: that of a path to it or its folder, or with 'auto' the newest run's with the
-    same comment, None where there is none."""
+    same comment, None where there is none. launch: that runs must have, if given."""
     if resume != "auto":
         return Path(resume) / LATEST if Path(resume).is_dir() else Path(resume)
     found = sorted(Path(log_dir).glob(f"*{glob.escape(comment)}*/{LATEST}"), key=os.path.getmtime, reverse=True)
-    return next((path for path in found if load(path)["opt"].get("comment") == comment), None)
+    for path in found:
+        state = load(path)
+        if state["opt"].get("comment") == comment and launch in (None, state.get("launch")):
+            return path
+    return None
 
 
 def check_same_run(state: dict, path: Path, flags: dict, samples: int, features: dict | None) -> None:
@@ -120,8 +128,8 @@ def resume(state: dict, optimizer: torch.optim.Optimizer, device: torch.device) 
     try:
         optimizer.load_state_dict(state["optimizer_state_dict"])
         torch.set_rng_state(state["random"]["cpu"])
-        if device.type == "cuda" and len(state["random"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        if device.type == "cuda" and state["random"]["cuda"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"][0])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"the checkpoint's run cannot go on: its optimizer or random numbers do not fit ({error!r}); "
                          "start a new one with --model_checkpoint") from None

@@ -83,6 +83,7 @@ class CompositionDataset:
     """
 
     images: list[str]                   # paths below `root`, by image id
+    together = 1                        # consecutive samples of an epoch that belong in one batch
     best_metric = "recall_top10_correct_composition"  # by which a run's best checkpoint is chosen
 
     def __init__(self, path: str | Path, split: str, complete_text: bool = False, category: str = "all",
@@ -199,6 +200,8 @@ sand shell sky smoke steel stream table tea tomato vacuum wax wheel window wool
 
 class MITStates(CaptionedDataset):
     """images/<adjective> <noun>/*.jpg; the text is the target's adjective, the split goes by noun."""
+
+    together = 2                        # one source, two targets
 
     def read(self) -> None:
         self.images, self.captions = [], []

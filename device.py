@@ -15,11 +15,19 @@ log = logging.getLogger(__name__)
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
-def choose_device(name: str) -> torch.device:
-    """'auto' takes a GPU where there is one. Raises InputError where there is none and one is asked for."""
+def choose_device(name: str, number: int | None = None) -> torch.device:
+    """'auto' takes a GPU where there is one; number: which one, where each process has its own.
+
+    Raises InputError where there is none and one is asked for.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no usable CUDA GPU; pass --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if number is not None and number >= torch.cuda.device_count():
+        raise InputError(f"this machine has {torch.cuda.device_count()} GPUs and each process takes one: lower "
+                         "torchrun's --nproc_per_node, or pass --device cpu")
+    return torch.device("cuda", number)
 
 
 def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -32,14 +40,16 @@ def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return cores
 
 
-def set_up(device: torch.device, precision: str) -> None:
-    """Threads from the machine, and with 'tf32' a GPU's convolutions in TF32, which torch would else always do. Matrix
-    products, which make losses and ranks, are never rounded so. 'bf16' is the model's own affair, see its `bf16`.
+def set_up(device: torch.device, precision: str, processes: int = 1) -> None:
+    """Threads from the machine, which so many processes share, and with 'tf32' a GPU's convolutions in TF32, which
+    torch would else always do. Matrix products, which make losses and ranks, are never rounded so. 'bf16' is the
+    model's own affair, see its `bf16`.
 
     Raises InputError for a GPU that cannot do what is asked.
     """
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(usable_cores())
+    # torchrun sets it to 1 for several processes where the user has not set it.
+    if os.environ.get("OMP_NUM_THREADS") in (None, "1" if processes > 1 else None):
+        torch.set_num_threads(max(1, usable_cores() // processes))
     if precision == "tf32" and device.type == "cpu":
         log.warning("note: --precision tf32 is a GPU's; on this CPU it is fp32")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():

@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import distributed
 from datasets import DATASETS, FashionIQ
 from device import PRECISIONS
 from img_text_composition_models import ENCODERS, MODELS
@@ -17,7 +18,8 @@ class Parser(argparse.ArgumentParser):
     """Wrong flags end in one line and exit code 2."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        line = f"{self.prog}: error: {message}; see --help\n"
+        self.exit(2, line if distributed.first_to_say(line) else None)
 
 
 def true_or_false(text: str) -> bool:
@@ -98,7 +100,8 @@ def get_parser() -> Parser:
     training = parser.add_argument_group("training")
     add(training, "--loss", "soft_triplet", "metric loss between query and target", choices=LOSSES)
     add(training, "--num_iters", 160000, "training steps", type=at_least(1), metavar="N")
-    add(training, "--batch_size", 32, "queries a step, each with its target", type=at_least(2), metavar="B")
+    add(training, "--batch_size", 32, "queries a step, each with its target; several processes share them",
+        type=at_least(2), metavar="B")
     add(training, "--learning_rate", 1e-2, "SGD's rate; the image encoder's pretrained layers learn at a tenth of it",
         type=at_least(0, float, 1e30), metavar="RATE")
     add(training, "--learning_rate_decay_frequency", 9999999, "steps after which all rates are multiplied by 0.1",
@@ -112,6 +115,14 @@ def get_parser() -> Parser:
         choices=PRECISIONS)
     add(training, "--compile", False, "compile the training step for this machine: a minute or so at start, then "
         "faster, most of all on a GPU")
+
+    several = parser.add_argument_group("several processes (torchrun) and large batches, see docs/distributed.md")
+    add(several, "--gather", True, "each query meets the targets of the whole batch; False: only those of its own "
+        "process, as in plain data-parallel training")
+    add(several, "--accumulate", 1, "parts in which a batch goes through the model, for less memory; a query meets the "
+        "targets of its own part alone, and so does batch norm", type=at_least(1), metavar="N")
+    add(several, "--sync_bn", False, "on GPUs, batch norm takes the statistics of the whole batch, else of each "
+        "process's share")
 
     testing = parser.add_argument_group("testing and logs")
     add(testing, "--test_only", False, "no training: test --model_checkpoint on both splits")

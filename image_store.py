@@ -252,8 +252,11 @@ class ImageStore:
         """Paths that do not exist or are empty, found without opening anything."""
         return [path for path, (length, _) in zip(self.paths, self.versions, strict=True) if length == 0]
 
-    def unreadable(self, progress=lambda items, **_: items) -> dict[int, str]:
-        """Image id -> what is wrong, for every image that cannot be decoded; all others are in the cache afterwards."""
+    def unreadable(self, progress=lambda items, **_: items, share=lambda items: items) -> dict[int, str]:
+        """Image id -> what is wrong, for every image that cannot be decoded; all others are in the cache afterwards.
+
+        share: this process's part of the work, of a list.
+        """
         def attempt(part: range) -> dict[int, str]:
             complaints = {}
             for index in part:
@@ -264,7 +267,7 @@ class ImageStore:
                     complaints[index] = str(error)
             return complaints
         # PIL decodes without Python's lock; a task an image would spend a fifth of the time on handing over tasks.
-        parts = [range(start, min(start + 8, len(self))) for start in range(0, len(self), 8)]
+        parts = share([range(start, min(start + 8, len(self))) for start in range(0, len(self), 8)])
         with ThreadPoolExecutor(usable_cores()) as pool:
             found = {}
             for complaints in progress(pool.map(attempt, parts), desc="checking images", total=len(parts)):
@@ -290,9 +293,10 @@ class DeviceStore:
         return cls(pixels)
 
     @staticmethod
-    def fits(stores: Iterable[ImageStore], device: torch.device) -> bool:
-        """Whether these take at most half of what is free: the rest is for training."""
-        return sum(3 * len(store) * store.size**2 for store in stores) <= free_memory(device) / 2
+    def fits(stores: Iterable[ImageStore], device: torch.device, processes: int = 1) -> bool:
+        """Whether these take at most half of what is free, as so many processes each hold them: the rest is for
+        training."""
+        return processes * sum(3 * len(store) * store.size**2 for store in stores) <= free_memory(device) / 2
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -106,7 +106,7 @@ class ImgTextCompositionBase(nn.Module):
         self.image_dim, self.text_dim, self.sentence_vectors = image_dim, text_dim, sentence_vectors
         self.normalization_layer = NormalizationLayer()
         self.img_model, self.image_head = image_encoder(encoder, image_dim, image_size), encoder_head(encoder)[0]
-        self.text_model = TextLSTMModel(vocabulary, text_dim)
+        self.text_model = TextLSTMModel(vocabulary, text_dim).requires_grad_(sentence_vectors is None)
         self.a = nn.Parameter(torch.tensor([1.0, 10.0, 1.0, 1.0]))              # weights of a composer's two branches
 
     def encode_image(self, images: Tensor) -> Tensor:

@@ -9,19 +9,22 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import checkpoint
+import distributed
 import report
 from datasets import DATASETS, CompositionDataset, Epoch
 from device import choose_device, compiled, set_up
@@ -34,7 +37,14 @@ from test_retrieval import evaluate
 from text_model import SentenceService, SentenceTable, SimpleVocab, spread
 from torch_function import composition_losses
 
-progress_bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=None)     # disable=None: no bar into a file
+NO_BAR = None if distributed.first() else True                                  # None: where it would go into a file
+progress_bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=NO_BAR)
+
+
+def say(text: str) -> None:
+    """Print beside the bars, of several processes in the first."""
+    if distributed.first():
+        tqdm.write(text)
 
 
 @dataclass
@@ -42,6 +52,13 @@ class Split:
     """A dataset with the pixels of its images."""
     data: CompositionDataset
     store: ImageStore | DeviceStore
+
+
+class Part(NamedTuple):
+    """What of a batch goes through the model at once, in this process: (B, 3, S, S) uint8 images, and B texts."""
+    source: Tensor
+    texts: list[str]
+    target: Tensor
 
 
 @dataclass
@@ -64,10 +81,10 @@ def open_split(args: argparse.Namespace, split: str) -> Split:
     data = read(without=frozenset() if args.skip_bad_images else None)
     store = ImageStore(data.paths, args.image_size, cache_folder(args))
     if args.skip_bad_images:
-        bad = store.unreadable(progress_bar)
+        bad = distributed.union(store.unreadable(progress_bar, distributed.machines_share))
         data = read(without=frozenset(data.images[index] for index in bad))
         gone = ", ".join(f"{count} {what}" for what, count in data.dropped.items() if count)
-        tqdm.write(f"{split} split: left out {gone or 'nothing'}")
+        say(f"{split} split: left out {gone or 'nothing'}")
         store = ImageStore(data.paths, args.image_size, cache_folder(args))
     elif missing := store.missing():
         raise InputError(f"{len(missing)} of the {split} split's {len(store)} images are missing or empty, first "
@@ -77,7 +94,8 @@ def open_split(args: argparse.Namespace, split: str) -> Split:
 
 def hold_on_device(splits: dict[str, Split], device: torch.device, workers: int) -> None:
     """Move the splits' pixels into the device's memory, where there is room for them."""
-    if not DeviceStore.fits([split.store for split in splits.values()], device):
+    copies = distributed.local_world() if device.type == "cpu" else 1           # a GPU has one process
+    if not DeviceStore.fits([split.store for split in splits.values()], device, copies):
         logging.warning("note: the images would take more than half of the memory free on the %s; they are read from "
                         "the cache folder, as with --image_cache auto", device)
         return
@@ -113,8 +131,14 @@ def learn_texts(args: argparse.Namespace, service: SentenceService, splits: dict
     sentences = SentenceTable(service, cache_folder(args))
     asked = [splits["train"].data.sample_texts(args.seed, 0)] if not args.test_only else []
     asked += [split.data.task(args.seed).texts for split in splits.values()]
-    sentences.prepare(chain.from_iterable(asked), progress_bar)
+    prepare(sentences, chain.from_iterable(asked))
     return sentences
+
+
+def prepare(sentences: SentenceTable, texts: Iterable[str]) -> None:
+    """Have the vectors of these texts, from the service or, in all processes but one of a machine, from its disk."""
+    with distributed.a_machines_first_goes_first():
+        sentences.prepare(texts, progress_bar)
 
 
 def example_texts(train: CompositionDataset, seed: int, most: int = 8) -> list[str]:
@@ -131,7 +155,7 @@ def build_model(args: argparse.Namespace, source: str | Path, state: dict | None
     model = MODELS[args.model](words, args.image_embed_dim, text_dim, sentences, args.image_encoder, args.image_size)
     if state:
         checkpoint.restore(model, state, source)
-    else:
+    elif distributed.first():                                                   # whose weights all take in `averaging`
         load_image_weights(model.img_model, args.image_weights, args.image_encoder)
     return ready(model, device, args.precision, args.compile)
 
@@ -165,26 +189,52 @@ def make_optimizer(model: ImgTextCompositionBase, rate: float, weight_decay: flo
     return torch.optim.SGD(parameter_groups(model, rate), momentum=0.9, weight_decay=weight_decay, fused=True)
 
 
-def batches(train: Split, seed: int, epoch: int, size: int, workers: int, device: torch.device,
-            done: int = 0) -> Iterator[tuple[Tensor, list[str], Tensor]]:
-    """An epoch's whole batches but the first `done`: (B, 3, S, S) uint8 source images, B texts, and target images,
-    the images on their way to the device."""
-    samples = Epoch(train.data, seed, epoch)
+def check_shares(batch_size: int, parts: int, together: int) -> None:
+    """Raise InputError unless a batch falls into equal shares of whole groups of `together` samples."""
+    shares = distributed.world() * parts
+    unit, least = shares * together, 2 * shares                                 # batch norm needs two samples
+    if shares > 1 and (batch_size % unit or batch_size < least):
+        fits = max(least, batch_size // unit * unit)
+        raise InputError(f"--batch_size {batch_size} is the whole batch, and cannot be shared by {distributed.world()} "
+                         f"processes with --accumulate {parts}: pass {fits} or a larger multiple of {unit}")
 
-    def batch(start: int) -> tuple[Tensor, list[str], Tensor]:
-        sources, targets, texts = zip(*(samples[i] for i in range(start, start + size)), strict=True)
-        return train.store.batch(sources, device), list(texts), train.store.batch(targets, device)
+
+def batches(train: Split, seed: int, epoch: int, size: int, workers: int, device: torch.device, done: int = 0,
+            parts: int = 1) -> Iterator[list[Part]]:
+    """An epoch's whole batches but the first `done`, of each this process's share, in so many parts; the images are on
+    their way to the device. Which samples a batch has does not depend on how many processes share it."""
+    samples = Epoch(train.data, seed, epoch)
+    length = size // parts // distributed.world()                               # of a process's share of a part
+
+    def share(start: int) -> Part:
+        sources, targets, texts = zip(*(samples[i] for i in range(start, start + length)), strict=True)
+        return Part(train.store.batch(sources, device), list(texts), train.store.batch(targets, device))
+
+    def batch(start: int) -> list[Part]:
+        starts = range(start, start + size, length)                             # by part, and in it by process
+        return [share(own) for own in starts[distributed.rank()::distributed.world()]]
     return prefetch(batch, range(done * size, len(samples) - size + 1, size), workers)
 
 
-def train_step(model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, loss: str, source: Tensor,
-               texts: list[str], target: Tensor) -> dict[str, Tensor]:
-    """One update on uint8 images and texts, without waiting for the device. Returns {name: detached scalar} on it."""
-    losses = composition_losses(model(normalize_images(source), texts, normalize_images(target)), loss)
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: str, parts: list[Part],
+               gather: bool = True) -> dict[str, Tensor]:
+    """One update on a batch, without waiting for the device. Returns {name: detached scalar}, the means over its parts
+    and the processes.
+
+    model: as `distributed.averaging` gives it. Each part's queries meet the targets of that part alone, with `gather`
+    those of all processes, else of this one.
+    """
     optimizer.zero_grad()
-    losses["total training loss"].backward()
+    means: dict[str, Tensor] = {}
+    for number, part in enumerate(parts, start=1):
+        with distributed.exchanging(model, now=number == len(parts)):
+            features = model(normalize_images(part.source), part.texts, normalize_images(part.target))
+            with distributed.same_random_numbers(part.source.device) if gather else nullcontext():
+                losses = composition_losses(features, loss, distributed.gather if gather else lambda own: own)
+            (losses["total training loss"] / len(parts)).backward()
+        means = {name: value.detach() / len(parts) + means.get(name, 0) for name, value in losses.items()}
     optimizer.step()
-    return {name: value.detach() for name, value in losses.items()}
+    return distributed.mean(means)
 
 
 class LossMeter:
@@ -226,10 +276,12 @@ class Training:
                  judge: Callable[[int], dict[str, Tested]], stopping: Stopping):
         self.args, self.model, self.split, self.log = args, model, split, log
         self.judge, self.stopping = judge, stopping
+        self.shared = distributed.averaging(model, args.sync_bn)                # the same weights, trained by several
         self.optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
         self.epoch_steps = len(split.data) // args.batch_size
         self.schedule = checkpoint.Schedule(args.save_frequency)
         self.it, self.tested, self.best, self.meter = 0, False, -math.inf, LossMeter()
+        self.whole = True                                                       # not while several are in a step
         self.clock = 0, time.perf_counter()                                     # steps since then, and when that was
 
     def go_on(self, state: dict) -> None:
@@ -241,6 +293,8 @@ class Training:
 
     def save(self, best: bool = False) -> None:
         """All that was logged, then the checkpoint: what a checkpoint's run has logged is on disk."""
+        if not distributed.first():
+            return
         self.meter.check(self.it)                                               # nothing that is not finite is saved
         self.log.flush()
         progress = {"tested": self.tested, "best": self.best, "sums": self.meter.sums, "steps": self.meter.steps,
@@ -254,6 +308,7 @@ class Training:
 
     def test(self) -> None:
         """Test, keep the best checkpoint, and the latest."""
+        distributed.same_buffers(self.model)
         results = self.judge(self.it)
         with self.stopping.held():
             score = show_results(self.log, results, self.it)["test"][self.args.best_metric]
@@ -261,13 +316,17 @@ class Training:
             self.save(best)
         self.clock = 0, time.perf_counter()                                     # a test is no training
 
-    def step(self, batch: tuple[Tensor, list[str], Tensor], bar: tqdm) -> None:
-        losses = train_step(self.model, self.optimizer, self.args.loss, *batch)
+    def step(self, parts: list[Part], bar: tqdm) -> None:
+        distributed.meet()                                                      # who has left was not in this step
+        self.whole = distributed.world() == 1
+        distributed.own_random_numbers(self.args.seed, self.it)
+        losses = train_step(self.shared, self.optimizer, self.args.loss, parts, self.args.gather)
         self.it, self.tested, self.clock = self.it + 1, False, (self.clock[0] + 1, self.clock[1])
         if self.it % self.args.learning_rate_decay_frequency == 0:
             for group in self.optimizer.param_groups:
                 group["lr"] *= 0.1
         self.meter.add(losses)
+        self.whole = True
         if self.it % self.args.log_frequency == 0 or self.it == self.args.num_iters:
             means = self.meter.read(self.it)
             bar.set_postfix(loss=f"{means['total training loss']:.4f}", refresh=False)
@@ -289,9 +348,9 @@ class Training:
         """What is left of the epoch the run stands in."""
         number, done = divmod(self.it, self.epoch_steps)
         if self.model.sentence_vectors:                                         # new ones: Fashion200k's modifications
-            self.model.sentence_vectors.prepare(self.split.data.sample_texts(self.args.seed, number), progress_bar)
+            prepare(self.model.sentence_vectors, self.split.data.sample_texts(self.args.seed, number))
         for batch in batches(self.split, self.args.seed, number, self.args.batch_size, self.args.loader_num_workers,
-                             self.model.a.device, done):
+                             self.model.a.device, done, self.args.accumulate):
             with self.stopping.held():
                 self.step(batch, bar)
             if self.it == self.args.num_iters:
@@ -302,16 +361,18 @@ class Training:
     def run(self) -> None:
         """To the end, or to where it is stopped or cannot go on: there too all is saved, and the reason raised."""
         self.model.train()
-        with tqdm(total=self.args.num_iters, initial=self.it, unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
+        with progress_bar(total=self.args.num_iters, initial=self.it, unit="step", smoothing=0.05, leave=True) as bar:
             try:
-                while self.it < self.args.num_iters or not self.tested:
-                    if self.test_is_due() and not self.tested:
-                        self.test()
-                    else:
-                        self.epoch(bar)
-            except (Stopped, InputError, OSError) as reason:
-                self.save()
-                reason.add_note(f"saved at iteration {self.it}, go on with --resume '{self.log.folder}'")
+                with distributed.noticing():
+                    while self.it < self.args.num_iters or not self.tested:
+                        if self.test_is_due() and not self.tested:
+                            self.test()
+                        else:
+                            self.epoch(bar)
+            except (Stopped, InputError, OSError, distributed.PeerLost) as reason:
+                if self.whole and distributed.first():
+                    self.save()
+                    reason.add_note(f"saved at iteration {self.it}, go on with --resume '{self.log.folder}'")
                 raise
 
 
@@ -319,7 +380,7 @@ def show_results(log: report.Report, tested: dict[str, Tested], it: int) -> dict
     """Print and log a test. Returns the model's results, {split: {metric: value}}."""
     results = {name: split.ways["model"] for name, split in tested.items()}
     baselines = {way: metrics for way, metrics in tested["test"].ways.items() if way != "model"}
-    tqdm.write(log.metrics(results, baselines, it))
+    say(log.metrics(results, baselines, it))
     for name, split in tested.items():
         log.sightings(name, split.seen, it)
     return results
@@ -342,20 +403,31 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def run(args: argparse.Namespace, stopping: Stopping) -> None:
+def find_start(args: argparse.Namespace) -> tuple[Path | None, str | Path, dict | None]:
+    """The checkpoint of the run to go on with, if there is one; the one to start from, which may be another run's; its
+    content."""
+    resume, launch = args.resume, None
+    if distributed.restarted() and not (args.resume or args.test_only):         # what this launch itself has begun
+        resume, launch = "auto", distributed.launch()
+    resumed = checkpoint.find_run(resume, args.log_dir, args.comment, launch) if resume else None
+    source = resumed or args.model_checkpoint
+    return resumed, source, checkpoint.load(source) if source else None
+
+
+def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> None:
     """The whole program, in order."""
     if args.test_only and not args.model_checkpoint:
         raise InputError("--test_only needs the checkpoint to test: pass --model_checkpoint PATH")
     if args.test_only and args.resume:
         raise InputError("--test_only tests --model_checkpoint and resumes nothing: drop --resume")
     args.image_embed_dim = args.image_embed_dim or encoder_head(args.image_encoder)[1]
-    device = choose_device(args.device)
-    set_up(device, args.precision)
+    if args.sync_bn and device.type == "cpu":
+        raise InputError("--sync_bn True: torch's synchronized batch norm is for GPUs alone; drop it")
+    set_up(device, args.precision, distributed.local_world())
     seed_everything(args.seed)
-    report.check_log_dir(args.log_dir, args.comment)
-    resumed = checkpoint.find_run(args.resume, args.log_dir, args.comment) if args.resume else None
-    source = resumed or args.model_checkpoint
-    state = checkpoint.load(source) if source else None
+    if distributed.first():
+        report.check_log_dir(args.log_dir, args.comment)
+    resumed, source, state = distributed.from_first(partial(find_start, args))
     if state and not resumed:
         check_against_checkpoint(args, source, state["opt"])
     service = find_service(args, source, state) if args.use_bert else None
@@ -363,6 +435,7 @@ def run(args: argparse.Namespace, stopping: Stopping) -> None:
     samples = len(splits["train"].data)
     if samples < args.batch_size and not args.test_only:
         raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; lower it")
+    check_shares(args.batch_size, args.accumulate, splits["train"].data.together)
     args.best_metric = choose_metric(args.best_metric, splits["test"].data)
     if resumed:
         checkpoint.check_same_run(state, resumed, plain(args), samples, service and service.features)
@@ -371,11 +444,13 @@ def run(args: argparse.Namespace, stopping: Stopping) -> None:
     sentences = learn_texts(args, service, splits) if service else None
     model = build_model(args, source, state, splits["train"].data.training_texts(), sentences, device)
     model.example_texts = example_texts(splits["train"].data, args.seed)
-    log = report.Report(resumed.parent if resumed else report.run_folder(args.log_dir, args.comment), plain(args),
-                        state["it"] if resumed else None)
-    tqdm.write(f"{args.model} on {args.dataset}, {device}: {samples} training samples, "
-               f"{len(splits['test'].data.images)} test images; logs in {log.folder}"
-               + (f", going on after iteration {state['it']}" if resumed else ""))
+    folder = resumed.parent if resumed else distributed.from_first(
+        partial(report.run_folder, args.log_dir, args.comment))
+    first = distributed.first()
+    log = (report.Report if first else report.Silence)(folder, plain(args), state["it"] if resumed else None)
+    say(f"{args.model} on {args.dataset}, {device}: {samples} training samples, {len(splits['test'].data.images)} test "
+        f"images; logs in {folder}" + (f", going on after iteration {state['it']}" if resumed else "")
+        + (f"; {distributed.world()} processes" if distributed.world() > 1 else ""))
 
     def judge(it: int) -> dict[str, Tested]:
         tested = {}
@@ -383,7 +458,7 @@ def run(args: argparse.Namespace, stopping: Stopping) -> None:
             seen = report.Sightings(split.store, it)
             tested[name] = Tested(evaluate(
                 model, split.data, split.store, args.test_batch_size or encoder_batch(device), args.loader_num_workers,
-                args.seed, progress_bar, args.baselines and name == "test", seen), seen)
+                args.seed, progress_bar, args.baselines and name == "test", seen if first else None), seen)
         return tested
     if args.test_only:
         show_results(log, judge(state["it"]), state["it"])
@@ -397,20 +472,30 @@ def run(args: argparse.Namespace, stopping: Stopping) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run with these flags; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if distributed.local_rank() == 0 else logging.ERROR)
     try:
         with Stopping() as stopping:
-            run(get_parser().parse_args(argv), stopping)
-    except (InputError, OSError, FloatingPointError) as error:
-        print("main.py: error:", "; ".join([str(error), *getattr(error, "__notes__", ())]), file=sys.stderr)
+            args = get_parser().parse_args(argv)
+            device = choose_device(args.device, distributed.local_rank() if distributed.launched() else None)
+            with distributed.job(device):
+                run(args, stopping, device)
+    except (InputError, OSError, FloatingPointError, distributed.PeerLost) as error:
+        complain(error, "main.py: error:")
         return 2
     except Stopped as stop:
-        print("main.py:", "; ".join([str(stop), *getattr(stop, "__notes__", ())]), file=sys.stderr)
+        complain(stop, "main.py:")
         return stop.code
     except KeyboardInterrupt:
-        print("main.py: stopped at once; a run's folder holds its last whole checkpoint", file=sys.stderr)
+        complain(KeyboardInterrupt("stopped at once; a run's folder holds its last whole checkpoint"), "main.py:")
         return 130
     return 0
+
+
+def complain(reason: BaseException, before: str) -> None:
+    """Say in one line why the program ends; of several processes one says it."""
+    follows = isinstance(reason, Stopped | distributed.PeerLost)                # from what others say too
+    if distributed.first() if follows else distributed.first_to_say(str(reason)):
+        print(before, "; ".join([str(reason), *getattr(reason, "__notes__", ())]), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -184,6 +184,28 @@ class Report:
         self.writer.close()
 
 
+class Silence(Report):
+    """Logs nothing: the report of every process but the first."""
+
+    def __init__(self, folder: Path, *_):
+        self.folder = folder
+
+    def scalars(self, *_) -> None:
+        pass
+
+    def metrics(self, *_) -> str:
+        return ""
+
+    def sightings(self, *_) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def recall_table(results: dict[str, dict[str, float]]) -> str:
     """Rows split and judge, columns R@K in percent."""
     rows: dict[str, dict[int, float]] = {}

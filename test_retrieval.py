@@ -2,6 +2,8 @@
 
 Every image is encoded once. A query's rank is one plus the number of gallery images that score above its best
 correct one, so nothing is sorted and the queries x gallery table is only ever held a few rows at a time.
+Where several processes test together, each takes its share of the batches, which are the same batches, so that all
+numbers are those of one process.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import distributed
 from datasets import CompositionDataset, Judge, QuerySet
 from image_store import DeviceStore, ImageStore, normalize_images, prefetch
 
+COMPOSED_AT_ONCE = 1024                 # texts encoded, or queries composed
 QUERIES_AT_ONCE = 512                   # fewer make slower products
 SCORES_AT_ONCE = 2**24                  # of the queries x gallery table, at most: 64 MiB
 NEVER = torch.iinfo(torch.long).max     # the rank of a query without a correct image: no hit at any K
@@ -32,21 +36,27 @@ def encode_images(model, store: ImageStore | DeviceStore, ids: Sequence[int], ba
     """Features of the images with these ids, each read and encoded once: (len(ids), D)."""
     device = model.a.device
     batches = [ids[start:start + batch_size] for start in range(0, len(ids), batch_size)]
-    pixels = prefetch(partial(store.batch, device=device), batches, workers)
-    return torch.cat([model.encode_image(normalize_images(batch))
-                      for batch in progress(pixels, desc="encoding images", total=len(batches))])
+    mine = distributed.share(batches)
+    pixels = prefetch(partial(store.batch, device=device), mine, workers)
+    encoded = [model.encode_image(normalize_images(batch))
+               for batch in progress(pixels, desc="encoding images", total=len(mine))]
+    return distributed.collect(torch.cat([model.a.new_empty(0, model.image_dim), *encoded]), [*map(len, batches)])
 
 
-def compose_queries(model, images: Tensor, texts: list[str], batch_size: int = 1024) -> Tensor:
+def compose_queries(model, images: Tensor, texts: list[str]) -> Tensor:
     """(Q, D) source features, Q texts -> (Q, D) unit query vectors; each distinct text is encoded once."""
+    def in_batches(make: Callable[[slice], Tensor], count: int, size: int) -> Tensor:
+        """(count, size), each process making its share of the batches."""
+        starts = range(0, count, COMPOSED_AT_ONCE)
+        made = [make(slice(start, start + COMPOSED_AT_ONCE)) for start in distributed.share(starts)]
+        lengths = [min(COMPOSED_AT_ONCE, count - start) for start in starts]
+        return distributed.collect(torch.cat([images.new_empty(0, size), *made]), lengths)
     distinct = list(dict.fromkeys(texts))
-    vectors = torch.cat([model.encode_text(distinct[start:start + batch_size])
-                         for start in range(0, len(distinct), batch_size)])     # (distinct texts, T)
+    vectors = in_batches(lambda part: model.encode_text(distinct[part]), len(distinct), model.text_dim)
     row = {text: i for i, text in enumerate(distinct)}
     rows = torch.tensor([row[text] for text in texts], device=vectors.device)
-    composed = [model.compose(images[start:start + batch_size], vectors[rows[start:start + batch_size]])
-                for start in range(0, len(texts), batch_size)]
-    return F.normalize(torch.cat(composed), dim=1)
+    composed = in_batches(lambda part: model.compose(images[part], vectors[rows[part]]), len(texts), model.image_dim)
+    return F.normalize(composed, dim=1)
 
 
 class CorrectImages:
@@ -107,11 +117,12 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
     if not all(part.isfinite().all() for rows in (queries, gallery) for part in rows.split(1024)):  # whole: a copy more
         raise FloatingPointError("the model's features are not finite, so nothing can be ranked: the training diverged")
     correct = [CorrectImages(judge, queries.device) for judge in judges]
-    found: list[list[Tensor]] = [[] for _ in judges]
     own = torch.as_tensor(own, device=queries.device)
+    found: list[list[Tensor]] = [[own.new_empty(0)] for _ in judges]
     step = max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // len(gallery)))
     table, room = queries.new_empty(step, len(gallery)), queries.new_empty(step * len(gallery))
-    for start in range(0, len(queries), step):
+    starts = range(0, len(queries), step)
+    for start in distributed.share(starts):
         chunk = slice(start, start + step)
         scores = torch.mm(queries[chunk], gallery.T, out=table[:len(queries[chunk])])  # (q, N)
         masked = (own[chunk] >= 0).nonzero()[:, 0]
@@ -119,7 +130,8 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
         for judge_ranks, images in zip(found, correct, strict=True):
             ranked = scores if images.among is None else scores[:, images.among]
             judge_ranks.append(rank_of_best(ranked, *images.pairs(chunk), room))
-    return [torch.cat(parts).cpu().numpy() for parts in found]
+    lengths = [min(step, len(queries) - start) for start in starts]
+    return [distributed.collect(torch.cat(parts), lengths).cpu().numpy() for parts in found]
 
 
 def shares(judges: Sequence[Judge], found: Sequence[np.ndarray]) -> dict[str, float]:

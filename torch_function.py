@@ -1,5 +1,7 @@
 """Losses over features: feature normalization, the two metric losses, and their weighted sum with a composer's own."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,13 +54,16 @@ def batch_based_classification_loss(query: Tensor, target: Tensor) -> Tensor:
 LOSSES = {"soft_triplet": soft_triplet_loss, "batch_based_classification": batch_based_classification_loss}
 
 
-def composition_losses(features: dict[str, Tensor], loss: str) -> dict[str, Tensor]:
+def composition_losses(features: dict[str, Tensor], loss: str,
+                       gather: Callable[[Tensor], Tensor] = lambda own: own) -> dict[str, Tensor]:
     """{logged name: scalar} for what a composer's forward gave; a term is there when its two features are.
 
     `loss` names the metric loss, which judges query against target (weight 1) and, for ComposeAE, the conjugate
     composition against the source (0.01); the two reconstructions weigh 0.1 each (ComposeAE eq. 9 to 12).
+    gather: (B, D) of this process -> (all, D): where several share a batch, every query meets the targets of all.
     """
-    metric_loss = LOSSES[loss]
+    def metric_loss(query: Tensor, target: Tensor) -> Tensor:
+        return LOSSES[loss](gather(query), gather(target))
     terms = {
         loss: (1.0, metric_loss, "query", "target"),
         "L2_loss": (0.1, F.mse_loss, "decoded_image", "image"),

@@ -89,11 +89,12 @@ def test_a_step_asks_nothing_of_the_device(name, loss):
     """No operation whose result the host must know, which on a GPU would wait for all that was started."""
     model = MODELS[name](SimpleVocab.from_texts(TEXTS), 24, 16).train()
     optimizer, images = main.make_optimizer(model, 0.01, 1e-6), torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    main.train_step(model, optimizer, loss, images, TEXTS, images)              # the optimizer's state is made
+    parts = [main.Part(images, TEXTS, images)]
+    main.train_step(model, optimizer, loss, parts)                              # the optimizer's state is made
     meter = main.LossMeter()
     with Operations() as seen:
         for _ in range(2):
-            meter.add(main.train_step(model, optimizer, loss, images, TEXTS, images))
+            meter.add(main.train_step(model, optimizer, loss, parts))
     assert {"convolution", "_fused_sgd_"} <= seen.names
     assert not {"_local_scalar_dense", "nonzero", "multinomial", "unique_dim", "_unique2"} & seen.names
 

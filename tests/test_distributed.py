@@ -1,0 +1,245 @@
+"""Several processes, started by torchrun as a user starts them: the same losses, gradients, samples and metrics as one
+process has, and jobs that lose a process."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import distributed
+import main
+from datasets import DATASETS
+from errors import InputError
+from img_text_composition_models import MODELS
+from torch_function import LOSSES
+
+from . import together
+from .conftest import WRITERS, Run, flags
+from .test_resume import assert_same_run, saved_at, wait_for
+
+ROOT = Path(main.__file__).parent
+KINDS = [(name, loss) for name in MODELS for loss in LOSSES]
+
+
+def torchrun(processes, *words, restarts=0):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+            f"--max-restarts={restarts}", *map(str, words)]
+
+
+def run(*command, code=0):
+    """What the program's own lines on standard error say."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert bool(done.returncode) == bool(code), done.stderr
+    return [line for line in done.stderr.splitlines() if line.startswith("main.py:")]
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trees")
+    for name, write in WRITERS.items():
+        write(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(trees):
+    return together.steps(trees)
+
+
+def results(processes, what, trees, out):
+    """What each process found."""
+    run(*torchrun(processes, "-m", "tests.together", what, trees, out))
+    return [torch.load(out / f"{what}{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def assert_same_step(found, expected):
+    for what in ("losses", "gradients", "weights"):
+        assert found[what].keys() == expected[what].keys()
+        for name, value in expected[what].items():
+            torch.testing.assert_close(found[what][name], value, rtol=1e-4, atol=1e-6,
+                                       msg=lambda message, name=name: f"{name}: {message}")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_losses_gradients_and_samples_are_those_of_one_process(trees, alone, tmp_path, processes):
+    """For each composer and loss, batch norm's statistics held fixed."""
+    found = results(processes, "steps", trees, tmp_path)
+    samples = [sample for each in found for sample in each["samples"]]
+    assert [text for text, *_ in samples] == [text for text, *_ in alone["samples"]]
+    for (_, *ours), (_, *theirs) in zip(samples, alone["samples"], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for each in found:
+        sources = [source for _, source, _ in each["samples"]]
+        assert len(sources) == 8 // processes
+        assert all(torch.equal(a, b) for a, b in zip(sources[::2], sources[1::2], strict=True))     # pairs are whole
+        for kind in KINDS:
+            assert_same_step(each[kind], alone[kind])
+    assert all(alone[kind]["gradients"]["img_model.conv1.weight"].norm() > 0 for kind in KINDS)
+
+
+def halves(trees):
+    """The mean over two half batches of what each gives by itself, of the loss that draws no random numbers."""
+    split = together.open_split(trees, "mitstates", "train")
+    found = {}
+    for name in MODELS:
+        parts = []
+        for half in next(main.batches(split, 5, 0, 8, 0, together.CPU, parts=2)):
+            model = together.a_model(name, split.data).eval()
+            losses = main.train_step(model, main.make_optimizer(model, 0, 0), "batch_based_classification", [half])
+            parts.append((losses, {key: weight.grad for key, weight in model.named_parameters()}))
+        found[name] = [{key: (first[key] + second[key]) / 2 for key in first}
+                       for first, second in zip(*parts, strict=True)]
+    return found
+
+
+def test_without_gather_each_process_has_its_own_negatives(trees, alone, tmp_path):
+    expected = halves(trees)
+    for each in results(2, "apart", trees, tmp_path):
+        for name in MODELS:
+            kind = name, "batch_based_classification"
+            assert_same_step({**each[kind], "weights": {}},
+                             {"losses": expected[name][0], "gradients": expected[name][1], "weights": {}})
+            assert each[kind]["losses"]["total training loss"] < 0.9 * alone[kind]["losses"]["total training loss"]
+
+
+def test_accumulated_parts_are_as_steps_of_their_own(trees, alone):
+    expected, found = halves(trees), together.steps(trees, parts=2)
+    assert [text for text, *_ in found["samples"]] == [text for text, *_ in alone["samples"]]
+    for name in MODELS:
+        assert_same_step({**found[name, "batch_based_classification"], "weights": {}},
+                         {"losses": expected[name][0], "gradients": expected[name][1], "weights": {}})
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_tests_give_exactly_one_processs_metrics_and_decode_each_image_once(trees, tmp_path, processes):
+    (tmp_path / "one").mkdir()
+    expected = together.tests(trees, tmp_path / "one" / "cache")
+    for each in results(processes, "tests", trees, tmp_path):
+        for key, value in expected.items():
+            if key not in ("composed",) and key[-1] != "queries":
+                assert each[key] == value, key
+        for name in DATASETS:
+            for mine, theirs in zip(each[name, "test", "queries"], expected[name, "test", "queries"], strict=True):
+                assert torch.equal(mine, theirs)
+        assert len(each["decoded"]) == len(set(each["decoded"]))
+        assert sum(each["composed"]) == expected["composed"][0] and min(each["composed"]) > 0
+
+
+def test_what_does_not_fall_into_equal_shares_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    main.check_shares(32, 1, 2)
+    main.check_shares(32, 4, 2)
+    main.check_shares(12, 1, 1)
+    for batch, parts, group, fits in ((32, 3, 2, 24), (36, 2, 2, 32), (4, 1, 1, 8), (30, 1, 2, 24)):
+        with pytest.raises(InputError, match=f"pass {fits} or"):
+            main.check_shares(batch, parts, group)
+    monkeypatch.setattr(distributed, "world", lambda: 1)
+    main.check_shares(33, 1, 2)                                                 # as ever
+
+
+def workers(process):
+    """{rank: process id} of a job's processes."""
+    found = {}
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        try:
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        found |= {int(entry[5:]): int(child) for entry in environment if entry.startswith(b"RANK=")}
+    return found
+
+
+SETTINGS = {"num_iters": 24, "save_frequency": 4, "eval_frequency": 7, "loader_num_workers": 2, "model": "composeAE"}
+
+
+def start(command):
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def only_run(log_dir):
+    (folder,) = log_dir.iterdir()
+    return Run(folder)
+
+
+def test_a_job_that_loses_a_process_starts_again_and_ends_as_if_it_had_not(mitstates, tmp_path):
+    """kill -9 of each process in turn; dropout is on, and batch norm each process's own."""
+    run(*torchrun(2, "main.py", *flags("mitstates", mitstates, tmp_path / "whole", **SETTINGS)))
+    words = flags("mitstates", mitstates, tmp_path / "killed", **SETTINGS)
+    job = start(torchrun(2, "main.py", *words, restarts=2))
+    for rank, it in ((1, 4), (0, 12)):
+        wait_for(lambda it=it: saved_at(tmp_path / "killed") >= it, job)
+        os.kill(workers(job)[rank], signal.SIGKILL)
+    said = job.communicate(timeout=120)[1]
+    assert job.returncode == 0, said
+    assert_same_run(only_run(tmp_path / "killed"), only_run(tmp_path / "whole"))
+
+
+def test_a_run_goes_on_with_more_and_with_fewer_processes(mitstates, tmp_path):
+    settings = {**SETTINGS, "model": "tirg", "batch_size": 8, "eval_frequency": 0, "resume": "auto"}
+    for processes, num_iters in ((2, 3), (4, 6), (1, 9)):
+        words = flags("mitstates", mitstates, tmp_path / "logs", **settings | {"num_iters": num_iters})
+        run(*torchrun(processes, "main.py", *words))
+    found = only_run(tmp_path / "logs")
+    assert found.metrics["it"] == 9
+    assert [step for step, _ in found.scalars()["soft_triplet"]] == list(range(1, 10))
+
+
+def test_a_lost_process_ends_the_job_with_its_reason(mitstates, tmp_path):
+    job = start(torchrun(2, "main.py", *flags("mitstates", mitstates, tmp_path / "logs", **SETTINGS | {
+        "num_iters": 100_000})))
+    wait_for(lambda: saved_at(tmp_path / "logs") >= 4, job)
+    lost = workers(job)[1]
+    began = time.monotonic()
+    os.kill(lost, signal.SIGKILL)
+    said = job.communicate(timeout=60)[1]
+    assert time.monotonic() - began < 60 and job.returncode != 0
+    assert f"Signal 9 (SIGKILL) received by PID {lost}" in said
+    assert "main.py: error: another process of the job ended" in said
+    assert checkpoint.load(next((tmp_path / "logs").iterdir()) / checkpoint.LATEST)["it"] >= 4
+
+
+def test_asked_to_stop_all_stop_in_one_step_and_one_saves(mitstates, tmp_path):
+    words = flags("mitstates", mitstates, tmp_path / "logs", **SETTINGS | {"num_iters": 100_000})
+    job = start(torchrun(2, "main.py", *words))
+    wait_for(lambda: saved_at(tmp_path / "logs") >= 4, job)
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=60)[1]
+    lines = [line for line in said.splitlines() if line.startswith("main.py:")]
+    assert len(lines) == 1 and re.fullmatch(r"main.py: .*; saved at iteration (\d+), go on with --resume .*", lines[0])
+    assert f"saved at iteration {saved_at(tmp_path / 'logs')}," in lines[0]
+
+
+def test_bad_input_is_said_once(mitstates, tmp_path):
+    words = flags("mitstates", mitstates, tmp_path / "logs", image_cache="none")
+    assert len(run(*torchrun(2, "main.py", *words, "--loss=none"), code=2)) == 1
+    assert len(run(*torchrun(2, "main.py", *words, "--batch_size=6", "--gather=False"), code=2)) == 1
+    (tmp_path / "empty").mkdir()
+    assert len(run(*torchrun(2, "main.py", *words, f"--dataset_path={tmp_path / 'empty'}"), code=2)) == 1
+
+
+def test_a_broken_image_ends_a_job_in_its_line_after_a_checkpoint(mitstates, tmp_path):
+    (mitstates / "images" / "old dog" / "1.jpg").write_bytes(b"no image")
+    words = flags("mitstates", mitstates, tmp_path / "logs", image_cache="none", num_iters=100, eval_frequency=0)
+    lines = run(*torchrun(2, "main.py", *words), code=2)
+    assert sum("cannot read the image" in line for line in lines) == 1 and len(lines) <= 2
+    assert sum("saved at iteration" in line for line in lines) == 1
+    assert checkpoint.load(next((tmp_path / "logs").iterdir()) / checkpoint.LATEST)["it"] >= 0
+    lines = run(*torchrun(2, "main.py", *words, "--skip_bad_images", "--num_iters=2", "--comment=_s"))
+    assert lines == []
+
+
+def test_the_machines_cores_are_shared(mitstates, tmp_path):
+    program = tmp_path / "threads.py"
+    program.write_text("import torch, device, distributed, sys\n"
+                       "device.set_up(torch.device('cpu'), 'fp32', distributed.local_world())\n"
+                       "print(torch.get_num_threads())")
+    done = subprocess.run(torchrun(2, program), cwd=ROOT, capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout.split() == [str(max(1, len(os.sched_getaffinity(0)) // 2))] * 2

@@ -1,0 +1,87 @@
+"""What each process of a job does for test_distributed.py; called in one process it gives what they are compared with.
+
+    torchrun --nproc_per_node=2 -m tests.together steps|tests TREES OUT
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import distributed
+import image_store
+import main
+import test_retrieval
+from datasets import DATASETS
+from img_text_composition_models import MODELS
+from text_model import SimpleVocab
+from torch_function import LOSSES
+
+CPU = torch.device("cpu")
+
+
+def a_model(name, data):
+    torch.manual_seed(3)
+    return MODELS[name](SimpleVocab.from_texts(data.training_texts()), 24, 16)
+
+
+def open_split(trees, name, split, cache=None):
+    data = DATASETS[name](trees / name, split)
+    return main.Split(data, image_store.ImageStore(data.paths, 32, cache))
+
+
+def steps(trees, gather=True, parts=1):
+    """For each composer and loss the losses, gradients and weights of one step, batch norm's statistics held fixed; and
+    the samples it was made on."""
+    split = open_split(trees, "mitstates", "train")
+    batch = next(main.batches(split, 5, 0, 8, 0, CPU, parts=parts))
+    found = {"samples": [(text, part.source[i], part.target[i])
+                         for part in batch for i, text in enumerate(part.texts)]}
+    for name in MODELS:
+        for loss in LOSSES:
+            model = a_model(name, split.data).eval()
+            optimizer = main.make_optimizer(model, 0.1, 1e-3)
+            torch.manual_seed(7 + 100 * distributed.rank())                     # of the negatives: the first's count
+            losses = main.train_step(distributed.averaging(model, False), optimizer, loss, batch, gather)
+            found[name, loss] = {
+                "losses": losses, "weights": model.state_dict(),
+                "gradients": {key: weight.grad for key, weight in model.named_parameters()}}
+    return found
+
+
+def tests(trees, cache):
+    """Metrics on each benchmark's splits, in batches so small that every process has some; how many images were
+    decoded, and how often a composed query was made, in all processes together."""
+    test_retrieval.QUERIES_AT_ONCE, test_retrieval.COMPOSED_AT_ONCE = 3, 2
+    decoded, composed = [], []
+    decode, compose = image_store.decode, MODELS["composeAE"].compose
+    image_store.decode = lambda path, *size: decoded.append(path) or decode(path, *size)
+    MODELS["composeAE"].compose = lambda model, image, text: composed.append(len(image)) or compose(model, image, text)
+    try:
+        found = {}
+        for name in DATASETS:
+            for split in ("train", "test"):
+                opened = open_split(trees, name, split, cache / name)
+                watched = []
+                metrics = test_retrieval.evaluate(a_model("composeAE", opened.data), opened.data, opened.store, 2, 1,
+                                                  baselines=True, watch=lambda *seen, into=watched: into.append(seen))
+                found[name, split] = metrics
+                found[name, split, "ranks"] = [[rank.tolist() for rank in ranks] for *_, ranks in watched]
+                found[name, split, "queries"] = [queries for _, _, queries, *_ in watched]
+    finally:
+        image_store.decode, MODELS["composeAE"].compose = decode, compose
+    everyone = distributed.union({distributed.rank(): (decoded, sum(composed))})
+    found["decoded"] = sorted(path for paths, _ in everyone.values() for path in paths)
+    found["composed"] = [count for _, count in everyone.values()]
+    return found
+
+
+if __name__ == "__main__":
+    what, trees, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    make = {"steps": partial(steps, trees), "apart": partial(steps, trees, gather=False),
+            "tests": partial(tests, trees, out / "cache")}[what]
+    with distributed.job(CPU):
+        result = make()
+    torch.save(result, out / f"{what}{distributed.rank()}.pt")
