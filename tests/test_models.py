@@ -60,7 +60,18 @@ def test_eval_features_are_the_originals(case):
         close(model.compose(image, text, sign=-1.0), expected[f"{case}/eval/conjugate_repres"])
 
 
+@pytest.fixture
+def one_thread():
+    """Where the golden losses agree to 1e-6; two add up in another order, which four steps of batch norm over six rows
+    make a difference of 3e-3, on some processors and not on others. So does float64."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("one_thread")
 def test_losses_over_four_steps_and_first_gradients_are_the_originals(case):
     expected = golden.VALUES["cases"][case]
     model = golden_model(case).train()

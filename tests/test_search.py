@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
     """A short run with the LSTM, long enough to tell pictures apart; it knows 'old', 'wet', 'young', 'dog', 'bus'."""
     root = tmp_path_factory.mktemp("search")
     return run_main("mitstates", write_mitstates(root / "data"), root / "logs", num_iters=30,
-                    eval_frequency=0).checkpoint
+                    learning_rate=0.003, eval_frequency=0).checkpoint
 
 
 @pytest.fixture(scope="module")
