@@ -8,6 +8,8 @@ a test's batches are dealt out by `share` and put together again by `collect`. T
 """
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -22,6 +24,7 @@ CPU = torch.device("cpu")
 PATIENCE = timedelta(minutes=30)        # for a process that is alive and does not come; of a dead one all hear at once
 
 
+rounds = 1                              # how often the job's processes were started, as far as its store knows
 hosts: dist.ProcessGroup | None = None  # all processes, meeting without their GPUs; log2(world) rounds a barrier
 
 
@@ -65,8 +68,8 @@ def first() -> bool:
 
 
 def restarted() -> bool:
-    """Whether torchrun started the job's processes again, as one of them had ended."""
-    return told("TORCHELASTIC_RESTART_COUNT", 0) > 0
+    """Whether torchrun started the job's processes again, as one of them had ended; the first process knows."""
+    return rounds > 1 or told("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def launch() -> str:
@@ -87,11 +90,37 @@ def job(device: torch.device) -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(device)
     with noticing():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(this_round(store), store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank(), world_size=world(),
+                                timeout=PATIENCE)
         global hosts
         hosts = dist.new_group(backend="gloo")
         yield
         dist.destroy_process_group()                                            # after an error it could wait for ever
+
+
+def this_round(store: dist.Store) -> str:
+    """A name for this start of the job's processes, the same in all of them and never used before.
+
+    torchrun's store outlives a restart, and with it the addresses of processes that are gone, to which a new one would
+    wait to connect; and its count of restarts may differ by machine. So the first process answers every other by a name
+    that only the living can know, until all have taken its answer.
+    """
+    if first():
+        global rounds
+        rounds = store.add("rounds", 1)
+        made = uuid.uuid4().hex
+        while store.add(f"taken {made}", 0) < world() - 1:
+            for each in range(1, world()):
+                store.set(f"round for {store.get(f'process {each}').decode()}", made)
+            time.sleep(0.05)
+        return made
+    own = uuid.uuid4().hex
+    store.set(f"process {rank()}", own)
+    made = store.get(f"round for {own}").decode()                               # waits for it
+    store.add(f"taken {made}", 1)
+    return made
 
 
 @contextmanager
