@@ -370,6 +370,7 @@ class Training:
                         else:
                             self.epoch(bar)
             except (Stopped, InputError, OSError, distributed.PeerLost) as reason:
+                self.stopping.ending()
                 if self.whole and distributed.first():
                     self.save()
                     reason.add_note(f"saved at iteration {self.it}, go on with --resume '{self.log.folder}'")
@@ -492,10 +493,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def complain(reason: BaseException, before: str) -> None:
-    """Say in one line why the program ends; of several processes one says it."""
+    """Say in one line why the program ends, of several processes one, and what the first of them has saved."""
     follows = isinstance(reason, Stopped | distributed.PeerLost)                # from what others say too
-    if distributed.first() if follows else distributed.first_to_say(str(reason)):
-        print(before, "; ".join([str(reason), *getattr(reason, "__notes__", ())]), file=sys.stderr)
+    new = distributed.first() if follows else distributed.first_to_say(str(reason))
+    if line := [str(reason)] * new + getattr(reason, "__notes__", []):
+        print(before, "; ".join(line), file=sys.stderr)
 
 
 if __name__ == "__main__":

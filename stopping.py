@@ -44,6 +44,10 @@ class Stopping:
         if not self.is_held:
             raise Stopped(number)
 
+    def ending(self) -> None:
+        """From here on signals raise nothing, but for a second Ctrl-C: what is left to do is done."""
+        self.is_held = True
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """What is begun here is finished first."""

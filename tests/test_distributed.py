@@ -4,6 +4,7 @@ process has, and jobs that lose a process."""
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -159,8 +160,8 @@ def workers(process):
 SETTINGS = {"num_iters": 24, "save_frequency": 4, "eval_frequency": 7, "loader_num_workers": 2, "model": "composeAE"}
 
 
-def start(command):
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(command, **how):
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **how)
 
 
 def only_run(log_dir):
@@ -179,6 +180,24 @@ def test_a_job_that_loses_a_process_starts_again_and_ends_as_if_it_had_not(mitst
     said = job.communicate(timeout=120)[1]
     assert job.returncode == 0, said
     assert_same_run(only_run(tmp_path / "killed"), only_run(tmp_path / "whole"))
+
+
+def test_two_machines_find_together_again(mitstates, tmp_path):
+    """Two torchruns as on two machines, of which one loses its process: their counts of restarts then differ."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1",
+               "--rdzv_backend=c10d", "--rdzv_id=two", f"--rdzv_endpoint={endpoint}", "main.py",
+               *flags("mitstates", mitstates, tmp_path / "logs", **SETTINGS)]
+    machines = [start(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    wait_for(lambda: saved_at(tmp_path / "logs") >= 4, machines[0])
+    (lost,) = [found[0] for found in map(workers, machines) if 0 in found]
+    os.kill(lost, signal.SIGKILL)
+    said = [machine.communicate(timeout=150)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    found = only_run(tmp_path / "logs")
+    assert found.metrics["it"] == 24
+    assert [step for step, _ in found.scalars()["soft_triplet"]] == list(range(1, 25))
 
 
 def test_a_run_goes_on_with_more_and_with_fewer_processes(mitstates, tmp_path):
