@@ -436,7 +436,8 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> N
     samples = len(splits["train"].data)
     if samples < args.batch_size and not args.test_only:
         raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; lower it")
-    check_shares(args.batch_size, args.accumulate, splits["train"].data.together)
+    if not args.test_only:
+        check_shares(args.batch_size, args.accumulate, splits["train"].data.together)
     args.best_metric = choose_metric(args.best_metric, splits["test"].data)
     if resumed:
         checkpoint.check_same_run(state, resumed, plain(args), samples, service and service.features)

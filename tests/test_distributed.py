@@ -22,7 +22,7 @@ from img_text_composition_models import MODELS
 from torch_function import LOSSES
 
 from . import together
-from .conftest import WRITERS, Run, flags
+from .conftest import WRITERS, Run, flags, run_main
 from .test_resume import assert_same_run, saved_at, wait_for
 
 ROOT = Path(main.__file__).parent
@@ -131,6 +131,30 @@ def test_tests_give_exactly_one_processs_metrics_and_decode_each_image_once(tree
                 assert torch.equal(mine, theirs)
         assert len(each["decoded"]) == len(set(each["decoded"]))
         assert sum(each["composed"]) == expected["composed"][0] and min(each["composed"]) > 0
+
+
+def test_a_trained_model_is_tested_by_several_as_by_one(benchmark_tree, tmp_path):
+    """Through the program, where the batch size need not suit the processes."""
+    name, path = benchmark_tree
+    trained = run_main(name, path, tmp_path / "one", num_iters=2)
+    words = flags(name, path, tmp_path / "two", test_only=True, model_checkpoint=trained.checkpoint, batch_size=5,
+                  test_batch_size=3)
+    one = run_main(name, path, tmp_path / "three", test_only=True, model_checkpoint=trained.checkpoint,
+                   test_batch_size=3)
+    run(*torchrun(2, "main.py", *words))
+    assert only_run(tmp_path / "two").metrics == one.metrics
+
+
+def test_several_processes_train_on_sentence_vectors(fashion200k, tmp_path, minilm):
+    """Of modifications, which are new in each epoch, kept in one file; nothing trains the LSTM."""
+    words = flags("fashion200k", fashion200k, tmp_path / "logs", **minilm.flags, num_iters=3, batch_size=8,
+                  learning_rate=0.001)
+    run(*torchrun(2, "main.py", *words))
+    found = only_run(tmp_path / "logs")
+    assert found.metrics["it"] == 3 and len(list((fashion200k / "image_cache").glob("sentences_*.sqlite"))) == 1
+    trained = checkpoint.load(found.checkpoint)["optimizer_state_dict"]["state"]
+    names = [name for name, _ in checkpoint.rebuild_model(found.checkpoint, lambda texts: None).named_parameters()]
+    assert len(trained) == sum(not name.startswith("text_model.") for name in names)
 
 
 def test_what_does_not_fall_into_equal_shares_is_refused(monkeypatch):
