@@ -238,7 +238,7 @@ def shared_step(folder: Path, device: torch.device, batch: int, size: int, repet
     data = MITStates(folder / "mitstates", "train")
     split = main.Split(data, ImageStore(data.paths, size, folder / "cache"))
     step = our_step(split, COMPOSEAE, batch, device)
-    for _ in range(3):                                                          # until memory is no longer fetched anew
+    for _ in range(2):                                                          # until memory is no longer fetched anew
         step()
     distributed.meet()
     before, times = sent(), []
@@ -253,20 +253,24 @@ def shared_step(folder: Path, device: torch.device, batch: int, size: int, repet
 
 
 def scaling_rows(folder: Path, batch: int, size: int, repetitions: int) -> list[dict]:
-    """One process on one core beside two on two, of the same batch."""
+    """Two processes on a core each beside one on one: sharing its batch, and each with as many queries as it has."""
     cores = sorted(os.sched_getaffinity(0))[:2]
-    found = {}
-    for processes in tqdm((1, 2), desc="steps by several processes"):
+    found: dict = {}
+    for processes, queries in tqdm([(1, batch), (2, batch), (2, 2 * batch), (1, batch)], desc="several processes"):
         done = subprocess.run([
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__,
-            "--shared_step", folder, str(batch), str(size), str(repetitions)], check=True, stdout=subprocess.PIPE,
+            "--shared_step", folder, str(queries), str(size), str(repetitions)], check=True, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, preexec_fn=lambda taken=processes: os.sched_setaffinity(0, cores[:taken]))
-        found[processes] = json.loads(done.stdout.splitlines()[-1])
-    times = {processes: each["seconds"] for processes, each in found.items()}
+        found.setdefault((processes, queries), []).append(json.loads(done.stdout.splitlines()[-1]))
+    times = {kind: statistics.mean(each["seconds"] for each in parts) for kind, parts in found.items()}
+    alone, (shared,) = times[1, batch], found[2, batch]
     what = "cpu, a step by 2 processes, a core each"
-    return [row(f"{what} (floor: half of 1 process's on 1; goal: 1.8 x as fast)", times[2], times[1] / 2, 2 / 1.8),
-            row(f"{what}: sent by each (floor: an all-reduce of the gradients)", found[2]["MB"],
-                found[2]["least MB"], 1.05, "MB")]
+    return [row(f"{what}, of {batch} queries (floor: half of 1 process's on 1; goal: 1.8 x as fast)",
+                times[2, batch], alone / 2, 2 / 1.8),
+            row(f"{what}, of {2 * batch} queries (floor: 1 process's of {batch}; goal: 1.8 x the throughput)",
+                times[2, 2 * batch], alone, 2 / 1.8),
+            row(f"{what}: sent by each (floor: an all-reduce of the gradients)", shared["MB"], shared["least MB"], 1.05,
+                "MB")]
 
 
 # Test and retrieval
@@ -698,7 +702,7 @@ def cpu_rows(folder: Path, quick: bool) -> list[dict]:
     batch, size, repetitions = (4, 32, 1) if quick else (32, 224, 3)
     splits = toy_splits(folder, size)
     rows = step_rows(splits["train"], batch, size, repetitions)
-    rows += scaling_rows(folder, batch, size, 5 * repetitions // 3)
+    rows += scaling_rows(folder, batch, size, repetitions)
     rows.append(sentence_step_row(splits["train"], folder / "bert", min(batch, 8), repetitions))
     rows.append(test_row(splits["test"], min(repetitions, 2), CPU, 16 if quick else 64))
     few = some_nouns(folder, 1, 1 if quick else 2, size)

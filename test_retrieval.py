@@ -97,9 +97,11 @@ def rank_of_best(scores: Tensor, rows: Tensor, columns: Tensor, room: Tensor) ->
     correct = scores[rows, columns]
     best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, correct, "amax")
     above = count(torch.gt, scores, best, room)
-    shared = (count(torch.ge, scores, best, room) - above > 1).nonzero()[:, 0]  # rows where others score the same: rare
+    is_shared = count(torch.ge, scores, best, room) - above > 1                 # others score the same: rare
+    shared = is_shared.nonzero()[:, 0]
     if len(shared):
-        width = scores.shape[1]
+        width, held = scores.shape[1], is_shared[rows].nonzero()[:, 0]
+        rows, columns, correct = rows[held], columns[held], correct[held]       # of those rows alone
         leading = torch.where(correct == best[rows], columns, width)            # of equally good ones the first
         first = torch.full_like(best, width, dtype=torch.long).scatter_reduce(0, rows, leading, "amin")[shared, None]
         tied = scores[shared] == best[shared, None]
@@ -107,6 +109,7 @@ def rank_of_best(scores: Tensor, rows: Tensor, columns: Tensor, room: Tensor) ->
     return torch.where(best == -torch.inf, NEVER, above)
 
 
+@torch.inference_mode()
 def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Judge]) -> list[np.ndarray]:
     """For each judge, the (Q,) 0-based rank of every query's best correct image.
 
