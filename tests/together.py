@@ -53,6 +53,7 @@ def steps(trees, gather=True, parts=1):
 def tests(trees, cache):
     """Metrics on each benchmark's splits, in batches so small that every process has some; how many images were
     decoded, and how often a composed query was made, in all processes together."""
+    sizes = test_retrieval.QUERIES_AT_ONCE, test_retrieval.COMPOSED_AT_ONCE
     test_retrieval.QUERIES_AT_ONCE, test_retrieval.COMPOSED_AT_ONCE = 3, 2
     decoded, composed = [], []
     decode, compose = image_store.decode, MODELS["composeAE"].compose
@@ -71,6 +72,7 @@ def tests(trees, cache):
                 found[name, split, "queries"] = [queries for _, _, queries, *_ in watched]
     finally:
         image_store.decode, MODELS["composeAE"].compose = decode, compose
+        test_retrieval.QUERIES_AT_ONCE, test_retrieval.COMPOSED_AT_ONCE = sizes
     everyone = distributed.union({distributed.rank(): (decoded, sum(composed))})
     found["decoded"] = sorted(path for paths, _ in everyone.values() for path in paths)
     found["composed"] = [count for _, count in everyone.values()]
