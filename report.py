@@ -97,9 +97,9 @@ class Sightings(dict):
 
     def map(self, judge: Judge, queries: Tensor, gallery: Tensor) -> Image.Image:
         """Some of the gallery, some queries, and the first correct image of each."""
-        correct = CorrectImages(judge, "cpu")
+        correct = CorrectImages(judge)
         chosen = np.array([query for query in spread(range(len(queries)), 200) if correct.counts[query]], int)
-        targets = correct.columns[correct.first[chosen]].numpy()
+        targets = correct.places[correct.first[chosen]]
         shown = (gallery, spread(range(len(gallery)), self.POINTS)), (queries, chosen), (gallery, targets)
         return feature_map(*(rows_of(features, rows).cpu().numpy() for features, rows in shown))
 

@@ -6,9 +6,11 @@ Where several processes test together, each takes its share of the batches, whic
 numbers are those of one process.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
+import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,12 +18,13 @@ from torch import Tensor
 
 import distributed
 from datasets import CompositionDataset, Judge, QuerySet
+from device import send
 from image_store import DeviceStore, ImageStore, normalize_images, prefetch
 
 COMPOSED_AT_ONCE = 1024                 # texts encoded, or queries composed
-QUERIES_AT_ONCE = 512                   # fewer make slower products
-SCORES_AT_ONCE = 2**24                  # of the queries x gallery table, at most: 64 MiB
-NEVER = torch.iinfo(torch.long).max     # the rank of a query without a correct image: no hit at any K
+QUERIES_AT_ONCE = {"cpu": 256, "cuda": 4096}    # ranked by one of a CPU's threads, or by a GPU; and of their table
+SCORES_AT_ONCE = {"cpu": 2**23, "cuda": 2**25}  # with the gallery at most so much: 32 MiB a thread, 128 on a GPU
+NEVER = np.iinfo(np.int64).max          # the rank of a query without a correct image: no hit at any K
 
 Progress = Callable
 Watch = Callable[[QuerySet, np.ndarray, Tensor, Tensor, list[np.ndarray]], None]
@@ -43,98 +46,137 @@ def encode_images(model, store: ImageStore | DeviceStore, ids: Sequence[int], ba
     return distributed.collect(torch.cat([model.a.new_empty(0, model.image_dim), *encoded]), [*map(len, batches)])
 
 
-def compose_queries(model, images: Tensor, texts: list[str]) -> Tensor:
+def compose_queries(model, images: Tensor, texts: list[str], progress: Progress = no_progress) -> Tensor:
     """(Q, D) source features, Q texts -> (Q, D) unit query vectors; each distinct text is encoded once."""
-    def in_batches(make: Callable[[slice], Tensor], count: int, size: int) -> Tensor:
+    def in_batches(make: Callable[[slice], Tensor], count: int, size: int, what: str) -> Tensor:
         """(count, size), each process making its share of the batches."""
         starts = range(0, count, COMPOSED_AT_ONCE)
-        made = [make(slice(start, start + COMPOSED_AT_ONCE)) for start in distributed.share(starts)]
+        mine = distributed.share(starts)
+        made = [make(slice(start, start + COMPOSED_AT_ONCE)) for start in progress(mine, desc=what, total=len(mine))]
         lengths = [min(COMPOSED_AT_ONCE, count - start) for start in starts]
         return distributed.collect(torch.cat([images.new_empty(0, size), *made]), lengths)
     distinct = list(dict.fromkeys(texts))
-    vectors = in_batches(lambda part: model.encode_text(distinct[part]), len(distinct), model.text_dim)
+    vectors = in_batches(lambda part: model.encode_text(distinct[part]), len(distinct), model.text_dim,
+                         "encoding texts")
     row = {text: i for i, text in enumerate(distinct)}
     rows = torch.tensor([row[text] for text in texts], device=vectors.device)
-    composed = in_batches(lambda part: model.compose(images[part], vectors[rows[part]]), len(texts), model.image_dim)
+    composed = in_batches(lambda part: model.compose(images[part], vectors[rows[part]]), len(texts), model.image_dim,
+                          "composing queries")
     return F.normalize(composed, dim=1)
 
 
 class CorrectImages:
-    """For a judge: which gallery positions are correct for a query, as flat (row, column) pairs of a chunk."""
+    """For a judge: which images are correct for a query, as places among those it looks at."""
 
-    def __init__(self, judge: Judge, device):
-        self.among = None if judge.among is None else torch.as_tensor(judge.among, device=device)
+    def __init__(self, judge: Judge):
+        self.among = judge.among
         labels = judge.gallery_labels if judge.among is None else judge.gallery_labels[judge.among]
-        self.columns = torch.as_tensor(np.argsort(labels, kind="stable"), device=device)
-        ordered = np.sort(labels, kind="stable")
+        self.places = np.argsort(labels, kind="stable")
+        ordered = labels[self.places]
         self.first = np.searchsorted(ordered, judge.query_labels, "left")       # (Q,) where a query's correct ones
         self.counts = np.searchsorted(ordered, judge.query_labels, "right") - self.first  # begin, and how many they are
 
-    def pairs(self, chunk: slice) -> tuple[Tensor, Tensor]:
-        first, counts = self.first[chunk], self.counts[chunk]
-        rows = np.repeat(np.arange(len(counts)), counts)
-        offsets = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        places = torch.as_tensor(np.repeat(first, counts) + offsets, device=self.columns.device)
-        return torch.as_tensor(rows, device=self.columns.device), self.columns[places]
 
+@numba.njit(nogil=True)
+def rank_rows(scores, among, places, first, counts):
+    """0-based rank of each row's best correct image, ties going to the earlier one: (q, N) -> (q,) ints.
 
-def count(compare: Callable, scores: Tensor, threshold: Tensor, room: Tensor) -> Tensor:
-    """How many of each row's scores compare so with the row's threshold: (q, N), (q,) -> (q,) ints.
-
-    Written as floats into `room` and summed by a matrix product: ten times as fast as summing booleans, exact to 2^24.
+    Of row q it looks at `among`, or at all; its correct images are places[first[q]:][:counts[q]] there, ascending.
+    A row with none, or with none but masked ones, gets NEVER.
     """
-    flags = room[:scores.numel()].view_as(scores)
-    compare(scores, threshold[:, None], out=flags)
-    return (flags @ flags.new_ones(scores.shape[1])).long()
+    found = np.full(len(scores), NEVER)
+    for q in range(len(scores)):
+        row = scores[q] if among is None else scores[q][among]
+        best, leader = np.float32(-np.inf), 0
+        for place in places[first[q]:first[q] + counts[q]]:
+            if row[place] > best:
+                best, leader = row[place], place
+        if best > -np.inf:
+            above = 0
+            # Unsigned: places that might count from the end would keep vector instructions out.
+            for place in range(np.uintp(leader)):
+                above += row[place] >= best
+            for place in range(np.uintp(leader), np.uintp(len(row))):
+                above += row[place] > best
+            found[q] = above
+    return found
 
 
-def rank_of_best(scores: Tensor, rows: Tensor, columns: Tensor, room: Tensor) -> Tensor:
-    """0-based rank of each row's best correct image, ties going to the earlier column: (q, N) -> (q,) ints.
-
-    rows, columns: the correct images as pairs. A row with none, or with none but masked ones, gets NEVER.
-    room: scratch of at least q * N floats.
-    """
-    correct = scores[rows, columns]
+def rank_table(scores: Tensor, among, places, first, counts) -> Tensor:
+    """What `rank_rows` finds, by operations on the whole table, for a GPU: (q, N) -> (q,) ints."""
+    device = scores.device
+    if among is not None:
+        scores = scores[:, send(torch.as_tensor(among), device)]
+    rows = np.repeat(np.arange(len(counts)), counts)                            # (P,) the correct images as pairs
+    nth = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    rows, places = (send(torch.as_tensor(part), device) for part in (rows, places[np.repeat(first, counts) + nth]))
+    correct, width = scores[rows, places], scores.shape[1]
     best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, correct, "amax")
-    above = count(torch.gt, scores, best, room)
-    is_shared = count(torch.ge, scores, best, room) - above > 1                 # others score the same: rare
-    shared = is_shared.nonzero()[:, 0]
-    if len(shared):
-        width, held = scores.shape[1], is_shared[rows].nonzero()[:, 0]
-        rows, columns, correct = rows[held], columns[held], correct[held]       # of those rows alone
-        leading = torch.where(correct == best[rows], columns, width)            # of equally good ones the first
-        first = torch.full_like(best, width, dtype=torch.long).scatter_reduce(0, rows, leading, "amin")[shared, None]
-        tied = scores[shared] == best[shared, None]
-        above[shared] += (tied & (torch.arange(width, device=scores.device) < first)).sum(1)
+    leader = torch.full_like(best, width, dtype=torch.long).scatter_reduce(
+        0, rows, torch.where(correct == best[rows], places, width), "amin")     # of equally good ones the first
+    is_before = torch.arange(width, device=device) < leader[:, None]
+    above = torch.where(is_before, scores >= best[:, None], scores > best[:, None]).sum(1)
     return torch.where(best == -torch.inf, NEVER, above)
 
 
+def rank_of_best(scores: Tensor, images: CorrectImages, chunk: slice) -> Tensor:
+    """Each row's rank, the rows being the queries of `chunk`: (q, N) -> (q,) ints."""
+    asked = images.among, images.places, images.first[chunk], images.counts[chunk]
+    if scores.device.type == "cpu":
+        return torch.from_numpy(rank_rows(scores.numpy(), *asked))
+    return rank_table(scores, *asked)
+
+
+def on_each_core(make: Callable, items: Iterable) -> Iterator:
+    """make(item) for each item, in order; as many at a time as torch has threads, each computed by one.
+
+    Faster than one at a time computed by all, which would wait for each other after every operation.
+    """
+    threads = torch.get_num_threads()
+
+    @torch.inference_mode()
+    def alone(item):
+        torch.set_num_threads(1)                                                # this thread's
+        return make(item)
+    try:
+        yield from prefetch(alone, items, threads)
+    finally:
+        torch.set_num_threads(threads)                                          # of threads that start from now on
+
+
 @torch.inference_mode()
-def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Judge]) -> list[np.ndarray]:
+def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Judge],
+          progress: Progress = no_progress) -> list[np.ndarray]:
     """For each judge, the (Q,) 0-based rank of every query's best correct image.
 
     queries: (Q, D), gallery: (N, D), unit rows. own: (Q,) gallery position left out of a query's ranking, -1 for none.
     Raises FloatingPointError where features are not finite: every comparison with NaN is false, which would count
     as a perfect rank.
     """
-    if not all(part.isfinite().all() for rows in (queries, gallery) for part in rows.split(1024)):  # whole: a copy more
+    if not (queries.sum() + gallery.sum()).isfinite():
         raise FloatingPointError("the model's features are not finite, so nothing can be ranked: the training diverged")
-    correct = [CorrectImages(judge, queries.device) for judge in judges]
+    kind = queries.device.type
+    correct = [CorrectImages(judge) for judge in judges]
     own = torch.as_tensor(own, device=queries.device)
-    found: list[list[Tensor]] = [[own.new_empty(0)] for _ in judges]
-    step = max(1, min(QUERIES_AT_ONCE, SCORES_AT_ONCE // len(gallery)))
-    table, room = queries.new_empty(step, len(gallery)), queries.new_empty(step * len(gallery))
-    starts = range(0, len(queries), step)
-    for start in distributed.share(starts):
+    step = max(1, min(QUERIES_AT_ONCE[kind], SCORES_AT_ONCE[kind] // len(gallery)))
+    tables: deque = deque()                                                     # those that are not in use
+
+    def rank(start: int) -> Tensor:
+        """(q, judges) ranks of a chunk of queries."""
         chunk = slice(start, start + step)
+        table = tables.pop() if tables else queries.new_empty(step, len(gallery))
         scores = torch.mm(queries[chunk], gallery.T, out=table[:len(queries[chunk])])  # (q, N)
         masked = (own[chunk] >= 0).nonzero()[:, 0]
         scores[masked, own[chunk][masked]] = -torch.inf
-        for judge_ranks, images in zip(found, correct, strict=True):
-            ranked = scores if images.among is None else scores[:, images.among]
-            judge_ranks.append(rank_of_best(ranked, *images.pairs(chunk), room))
+        found = [rank_of_best(scores, images, chunk) for images in correct]
+        tables.append(table)
+        return torch.stack(found, 1)
+    starts = range(0, len(queries), step)
+    mine = distributed.share(starts)
+    parts = progress((on_each_core if kind == "cpu" else map)(rank, mine), desc="ranking", total=len(mine))
     lengths = [min(step, len(queries) - start) for start in starts]
-    return [distributed.collect(torch.cat(parts), lengths).cpu().numpy() for parts in found]
+    found = distributed.collect(torch.cat([own.new_empty(0, len(judges)), *parts]), lengths)
+    return [*found.T.cpu().numpy()]
 
 
 def shares(judges: Sequence[Judge], found: Sequence[np.ndarray]) -> dict[str, float]:
@@ -143,9 +185,10 @@ def shares(judges: Sequence[Judge], found: Sequence[np.ndarray]) -> dict[str, fl
             for judge, rank in zip(judges, found, strict=True) for k in judge.ks}
 
 
-def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Judge]) -> dict[str, float]:
+def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Judge],
+            progress: Progress = no_progress) -> dict[str, float]:
     """Recall@K of unit query vectors (Q, D) against a gallery of unit rows (N, D)."""
-    return shares(judges, ranks(queries, gallery, own, judges))
+    return shares(judges, ranks(queries, gallery, own, judges, progress))
 
 
 @torch.inference_mode()
@@ -172,17 +215,18 @@ def evaluate(model, dataset: CompositionDataset, store: ImageStore | DeviceStore
         gallery = F.normalize(gallery, dim=1)
 
         def judged(asked: QuerySet, source: Tensor) -> dict[str, float]:
-            queries = compose_queries(model, source, asked.texts)
-            found = ranks(queries, gallery, asked.own, asked.judges)
+            queries = compose_queries(model, source, asked.texts, progress)
+            found = ranks(queries, gallery, asked.own, asked.judges, progress)
             if watch is not None:
                 watch(asked, task.gallery, queries, gallery, found)
             return shares(asked.judges, found)
         ways: dict[str, Callable[[QuerySet, Tensor], dict]] = {"model": judged}
         if baselines:
-            ways["source image alone"] = lambda asked, source: recalls(
-                F.normalize(source, dim=1), gallery, asked.own, asked.judges)
-            ways["text alone"] = lambda asked, source: recalls(
-                compose_queries(model, average.expand_as(source), asked.texts), gallery, asked.own, asked.judges)
+            def recalled(asked: QuerySet, queries: Tensor) -> dict[str, float]:
+                return recalls(queries, gallery, asked.own, asked.judges, progress)
+            ways["source image alone"] = lambda asked, source: recalled(asked, F.normalize(source, dim=1))
+            ways["text alone"] = lambda asked, source: recalled(
+                asked, compose_queries(model, average.expand_as(source), asked.texts, progress))
             ways["chance"] = lambda asked, source: chance(asked)
         return {way: dataset.with_means({name: value for asked in task.query_sets
                                          for name, value in answer(asked, rows(asked.sources)).items()})
@@ -195,7 +239,7 @@ def chance(asked: QuerySet) -> dict[str, float]:
     """Expected recalls of a random order: 1 - C(N - m, K) / C(N, K) for a query with m correct among N."""
     values = {}
     for judge in asked.judges:
-        images = CorrectImages(judge, "cpu")
+        images = CorrectImages(judge)
         own = asked.own
         total = len(judge.gallery_labels if judge.among is None else judge.among) - (own >= 0)
         own_is_correct = (own >= 0) & (judge.gallery_labels[own] == judge.query_labels)

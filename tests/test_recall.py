@@ -10,7 +10,7 @@ import test_retrieval
 from datasets import DATASETS, Judge, QuerySet, integer_labels
 from image_store import ImageStore
 from img_text_composition_models import MODELS
-from test_retrieval import chance, evaluate, ranks, recalls
+from test_retrieval import CorrectImages, chance, evaluate, rank_table, ranks, recalls
 from text_model import SimpleVocab
 
 from . import golden
@@ -62,15 +62,38 @@ def sorted_ranks(scores, own, judge):
 @pytest.mark.parametrize("seed", range(12))
 def test_counting_matches_a_full_sort_with_ties_and_masked_sources(seed, monkeypatch):
     rng = np.random.default_rng(seed)
-    monkeypatch.setattr(test_retrieval, "SCORES_AT_ONCE", int(rng.integers(1, 400)))
+    monkeypatch.setitem(test_retrieval.SCORES_AT_ONCE, "cpu", int(rng.integers(1, 400)))
     n, q = int(rng.integers(1, 40)), int(rng.integers(1, 60))
     gallery, queries = (torch.tensor(rng.integers(-1, 2, (size, 3)), dtype=torch.float32) for size in (n, q))
     own = rng.integers(-1, n, q)
     everything = Judge("all", rng.integers(0, 6, q), rng.integers(0, 5, n))     # label 5 has no correct image
     part = Judge("part", rng.integers(0, 6, q), rng.integers(0, 5, n), among=np.flatnonzero(rng.random(n) < 0.7))
     judges = [everything, part] if len(part.among) else [everything]
-    for judged, found in zip(judges, ranks(queries, gallery, own, judges), strict=True):
-        assert found.tolist() == sorted_ranks((queries @ gallery.T).numpy(), own, judged)
+    scores = queries @ gallery.T
+    expected = [sorted_ranks(scores.numpy(), own, judged) for judged in judges]
+    assert [found.tolist() for found in ranks(queries, gallery, own, judges)] == expected
+    asking = np.flatnonzero(own >= 0)
+    scores[asking, own[asking]] = -torch.inf                                    # and as a GPU does it
+    for images, wanted in zip(map(CorrectImages, judges), expected, strict=True):
+        assert rank_table(scores, images.among, images.places, images.first, images.counts).tolist() == wanted
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_number_of_threads_gives_the_same_ranks_and_is_left_as_it_was(threads):
+    torch.manual_seed(0)
+    gallery, queries = F.normalize(torch.randn(200, 16), dim=1), F.normalize(torch.randn(1500, 16), dim=1)
+    asked = Judge("x", np.arange(1500) % 40, np.arange(200) % 40)
+    expected = sorted_ranks((queries @ gallery.T).numpy(), np.full(1500, -1), asked)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert ranks(queries, gallery, np.full(1500, -1), [asked])[0].tolist() == expected
+        assert torch.get_num_threads() == threads
+        with pytest.raises(IndexError):                                         # of a query that is not there
+            ranks(queries, gallery, np.full(1500, 200), [asked])
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_counting_matches_scikit_learn():
