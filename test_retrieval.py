@@ -159,12 +159,12 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
     correct = [CorrectImages(judge) for judge in judges]
     own = torch.as_tensor(own, device=queries.device)
     step = max(1, min(QUERIES_AT_ONCE[kind], SCORES_AT_ONCE[kind] // len(gallery)))
-    tables: deque = deque()                                                     # those that are not in use
+    at_once, each_part = (torch.get_num_threads(), on_each_core) if kind == "cpu" else (1, map)
+    tables = deque(queries.new_empty(step, len(gallery)) for _ in range(at_once))   # those not in use
 
     def rank(start: int) -> Tensor:
         """(q, judges) ranks of a chunk of queries."""
-        chunk = slice(start, start + step)
-        table = tables.pop() if tables else queries.new_empty(step, len(gallery))
+        chunk, table = slice(start, start + step), tables.pop()
         scores = torch.mm(queries[chunk], gallery.T, out=table[:len(queries[chunk])])  # (q, N)
         masked = (own[chunk] >= 0).nonzero()[:, 0]
         scores[masked, own[chunk][masked]] = -torch.inf
@@ -173,7 +173,7 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
         return torch.stack(found, 1)
     starts = range(0, len(queries), step)
     mine = distributed.share(starts)
-    parts = progress((on_each_core if kind == "cpu" else map)(rank, mine), desc="ranking", total=len(mine))
+    parts = progress(each_part(rank, mine), desc="ranking", total=len(mine))
     lengths = [min(step, len(queries) - start) for start in starts]
     found = distributed.collect(torch.cat([own.new_empty(0, len(judges)), *parts]), lengths)
     return [*found.T.cpu().numpy()]
