@@ -174,6 +174,7 @@ class SentenceService:
             while self.started == asked_of:
                 left = deadline - time.monotonic()
                 client.receiver.rcvtimeo = 1 + int(1000 * min(1.0, max(left, 0)))
+                client.pending_request.add(number)                              # which a wait in vain has it forget
                 try:
                     return np.array(client._recv_ndarray(number).embedding, dtype=np.float32)  # a copy: it is read-only
                 except zmq.Again:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,11 +97,14 @@ def serving(model, *words, **how):
 
 class Misbehaving:
     """Speaks the protocol on free ports, and answers each encode request with the next of `answers`: a function of
-    the texts that returns an array, raw frames, or None for no answer. The last one is used again."""
+    the texts that returns an array, raw frames, or None for no answer. The last one is used again.
 
-    def __init__(self, answers, config=None):
+    seconds: that it works on a request, meanwhile telling its configuration to who asks."""
+
+    def __init__(self, answers, config=None, seconds=0.0):
         self.port, self.port_out = free_ports()
         self.answers, self.asked = list(answers), []
+        self.seconds, self.late = seconds, deque()
         self.config = {"server_version": "1.10.0", "max_seq_len": 25, "show_tokens_to_client": False,
                        "model_dir": "m", **(config or {})}
         self.context, self.done = zmq.Context(), False
@@ -112,6 +117,8 @@ class Misbehaving:
     def serve(self):
         subscribed = set()
         while not self.done:
+            while self.late and self.late[0][0] <= time.monotonic():
+                self.replies.send_multipart(self.late.popleft()[1])
             if not self.requests.poll(20):
                 continue
             client, payload, number, _ = self.requests.recv_multipart()
@@ -125,11 +132,11 @@ class Misbehaving:
             self.asked.append(texts)
             answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
             answer = answer(texts) if callable(answer) else answer
-            if isinstance(answer, list):
-                self.replies.send_multipart([client, *answer, number])
-            elif answer is not None:
+            if isinstance(answer, np.ndarray):
                 info = {"dtype": "float32", "shape": answer.shape, "tokens": ""}
-                self.replies.send_multipart([client, json.dumps(info).encode(), answer.tobytes(), number])
+                answer = [json.dumps(info).encode(), answer.tobytes()]
+            if answer is not None:
+                self.late.append((time.monotonic() + self.seconds, [client, *answer, number]))
 
     def __enter__(self):
         return self

@@ -126,6 +126,13 @@ def test_each_distinct_text_is_asked_once_in_large_requests():
     np.testing.assert_array_equal(found[:9000].numpy(), hashed(texts[:9000]))
 
 
+def test_a_question_that_takes_seconds_is_asked_once():
+    with Misbehaving([hashed], seconds=2.5) as service:
+        found = table_of(service, timeout=20.0)(["a", "b"])
+        assert service.asked == [["size"], ["a", "b"]]
+    np.testing.assert_array_equal(found.numpy(), hashed(["a", "b"]))
+
+
 @pytest.mark.parametrize("blank", ["", " ", "\t\n", "\u3000"])
 def test_a_blank_text_is_the_zero_vector_and_never_asked(blank):
     with Misbehaving([hashed]) as service:
