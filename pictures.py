@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from sklearn.decomposition import PCA
 
 from errors import InputError
 
@@ -89,6 +88,8 @@ def wrapped(text: str, width: int, size: int, most: int = 2) -> list[str]:
 def feature_map(gallery: np.ndarray, queries: np.ndarray, targets: np.ndarray, size: int = 640) -> Image.Image:
     """Gallery features (N, D), query features (Q, D) and, joined to each, its target's (Q, D), in the gallery's two
     principal directions."""
+    from sklearn.decomposition import PCA  # only here: it takes a second, and most starts of the program draw nothing
+
     picture = Image.new("RGB", (size, size), PAPER)
     draw = ImageDraw.Draw(picture)
     if len(gallery) < 3:
