@@ -281,7 +281,8 @@ class Server:
         poller.register(self.answers, zmq.POLLIN)
         poller.register(self.requests, zmq.POLLIN)
         while not self.stopping:
-            timeout = 0 if self.waiting else 50 if self.held else None          # ms
+            # In ms. Never without end: a signal that comes just before the wait is only acted on after it.
+            timeout = 0 if self.waiting else 50 if self.held else 500
             ready = dict(poller.poll(timeout))
             if self.answers in ready:
                 self.note_subscriptions()
