@@ -69,7 +69,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)                       # glibc's; others have none
     if mallopt:
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)                                    # the most it takes
+        mallopt(M_TRIM_THRESHOLD, -1)                                           # never, mallopt(3)
 
 
 def free_memory(device: torch.device) -> int:
