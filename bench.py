@@ -194,6 +194,7 @@ def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int
         "--dataset=mitstates", f"--dataset_path={folder}", "--model=tirg", "--loss=soft_triplet", "--weight_decay=5e-5",
         "--learning_rate_decay_frequency=50000", "--num_iters=160000", "--image_weights=none", "--image_cache=device",
         "--precision=bf16", f"--compile={fast}", f"--image_size={size}",
+        "--learning_rate=1e-4",                                                 # noise in place of images can diverge
         *([] if images > 1000 else ["--batch_size=4"])])
     args.best_metric = MITStates.best_metric
     set_up(device, args.precision)

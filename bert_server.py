@@ -33,8 +33,6 @@ import transformers
 import zmq
 from torch import Tensor
 
-from device import keep_freed_memory
-
 VERSION = "1.10.0"                      # the protocol's: the client refuses any other
 LARGEST_FRAME = 64 * 2**20              # bytes; ZeroMQ closes the connection of who sends more
 LARGEST_ANSWER = 2**30                  # bytes of vectors in one answer; a request for more is ignored
@@ -500,7 +498,6 @@ def main(argv: list[str] | None = None) -> int:
         args = get_parser().parse_args(argv)
         log.info("loading %s", args.model_dir)
         device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        keep_freed_memory()
         encoder = SentenceEncoder(args.model_dir, args.pooling_layer, args.pooling_strategy, args.max_seq_len, device)
         config = {**vars(args), "device": device, "server_version": VERSION, "dim": encoder.dim,
                   "fingerprint": encoder.fingerprint, "server_start_time": time.strftime("%Y-%m-%d %H:%M:%S"),
