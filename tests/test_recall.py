@@ -1,5 +1,7 @@
 """Recall@K by counting against the original's recalls, a full sort, and scikit-learn's neighbours."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,11 @@ def test_counting_matches_a_full_sort_with_ties_and_masked_sources(seed, monkeyp
         assert rank_table(scores, images.among, images.places, images.first, images.counts).tolist() == wanted
 
 
+def threads_of_a_new_thread():
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_every_number_of_threads_gives_the_same_ranks_and_is_left_as_it_was(threads):
     torch.manual_seed(0)
@@ -88,10 +95,10 @@ def test_every_number_of_threads_gives_the_same_ranks_and_is_left_as_it_was(thre
     try:
         torch.set_num_threads(threads)
         assert ranks(queries, gallery, np.full(1500, -1), [asked])[0].tolist() == expected
-        assert torch.get_num_threads() == threads
-        with pytest.raises(IndexError):                                         # of a query that is not there
+        assert torch.get_num_threads() == threads_of_a_new_thread() == threads
+        with pytest.raises(IndexError):                                         # of an image that is not there
             ranks(queries, gallery, np.full(1500, 200), [asked])
-        assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == threads_of_a_new_thread() == threads
     finally:
         torch.set_num_threads(before)
 
