@@ -381,9 +381,9 @@ def growth_rows(queries: int, images: int, device: torch.device) -> list[dict]:
         rows.append(row(f"{device.type}, retrieval, a query against {factor * images} images", ours, floor, 1.6, "ms"))
         rows.append(row(f"{device.type}, retrieval, memory a query, {factor * images} images (floor: a row of scores)",
                         1e3 * peaks[factor] / queries, 4e-3 * factor * images, 1.0, "kB"))
-    *_, more = measure(16 * queries, 4 * images)
-    what = f"{device.type}, retrieval, memory at {16 * queries} queries beside {queries}, {4 * images} images"
-    return [*rows, row(what, max(more, 1), max(peaks[4], 1), 1.25, "MB")]
+    *_, more = measure(16 * queries, images)
+    return [*rows, row(f"{device.type}, retrieval, memory at {16 * queries} queries beside {queries}, {images} images",
+                       max(more, 1), max(peaks[1], 1), 1.25, "MB")]
 
 
 # Files

@@ -22,8 +22,8 @@ from device import send
 from image_store import DeviceStore, ImageStore, normalize_images, prefetch
 
 COMPOSED_AT_ONCE = 1024                 # texts encoded, or queries composed
-QUERIES_AT_ONCE = {"cpu": 256, "cuda": 4096}    # ranked by one of a CPU's threads, or by a GPU; and of their table
-SCORES_AT_ONCE = {"cpu": 2**23, "cuda": 2**25}  # with the gallery at most so much: 32 MiB a thread, 128 on a GPU
+# Ranked at once by each of a CPU's threads, or by a GPU, and at most so many scores: 32 MiB a thread, or 128 in all.
+QUERIES_AT_ONCE, SCORES_AT_ONCE = {"cpu": 256, "cuda": 4096}, {"cpu": 2**23, "cuda": 2**25}
 NEVER = np.iinfo(np.int64).max          # the rank of a query without a correct image: no hit at any K
 
 Progress = Callable
