@@ -111,8 +111,12 @@ class ImgTextCompositionBase(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) float, normalized -> (B, D)."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+        with self.rounding(images.device):
             return self.img_model(images).to(self.a.dtype)
+
+    def rounding(self, device: torch.device) -> torch.autocast:
+        """What images are encoded in: bfloat16 with `bf16`. Weights are rounded once in each outermost one."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """B texts -> (B, T)."""
@@ -130,9 +134,10 @@ class ImgTextCompositionBase(nn.Module):
 
     def features(self, source: Tensor, text: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The same of encoded texts, (B, T): tensors alone, so this is what can be compiled."""
-        image = self.encode_image(source)                                       # (B, D)
+        with self.rounding(source.device):
+            image = self.encode_image(source)                                   # (B, D)
+            goal = self.encode_image(target)                                    # (B, D): batch norm sees it apart
         composed = self.compose(image, text)                                    # (B, D)
-        goal = self.encode_image(target)                                        # (B, D): batch norm sees it apart
         return {"query": self.normalization_layer(composed), "target": self.normalization_layer(goal),
                 **self.further_features(image, text, composed, goal)}
 

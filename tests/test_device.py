@@ -72,15 +72,30 @@ def test_bfloat16_is_near_float32_and_leaves_it_to_the_encoder(name):
 
 
 class Operations(TorchDispatchMode):
-    """Names of the operations done inside."""
+    """Names of the operations done inside, each with its first argument's shape."""
 
     def __init__(self):
         super().__init__()
-        self.names = set()
+        self.done = []
+
+    @property
+    def names(self):
+        return {name for name, _ in self.done}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.add(function.overloadpacket.__name__)
+        self.done.append((function.overloadpacket.__name__, getattr(args[0], "shape", None) if args else None))
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bfloat16_a_step_rounds_each_weight_once(name):
+    model = MODELS[name](SimpleVocab.from_texts(TEXTS), 24, 16).train()
+    model.bf16 = True
+    images = torch.randn(4, 3, 64, 64)
+    with Operations() as seen:
+        model(images, TEXTS, images.flip(0))
+    shape = model.img_model.conv1.weight.shape                                  # which no other weight has
+    assert seen.done.count(("_to_copy", shape)) == 1
 
 
 @pytest.mark.parametrize("loss", LOSSES)
