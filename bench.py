@@ -145,7 +145,7 @@ def step_rows(split: main.Split, batch: int, size: int, repetitions: int) -> lis
         for kind in [(model, loss) for model in MODELS for loss in LOSSES] if precision == "fp32" else [
                 ("tirg", "soft_triplet"), COMPOSEAE]:
             ways = {"floor": floor, "ours": our_step(split, kind, batch, CPU, precision)}
-            for _ in range(min(repetitions, 3)):
+            for _ in range(repetitions):
                 ways["ours"]()
             times = compare(f"{precision} steps of {kind[0]}", ways, repetitions, warm=True)
             ours[precision, kind] = times["ours"]
