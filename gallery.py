@@ -25,6 +25,7 @@ import checkpoint
 from device import usable_cores
 from errors import InputError
 from image_store import decode, file_version, normalize_images, prefetch
+from resizing import plain_square
 from text_model import SentenceService, SentenceTable, spread, tokenize
 
 MODEL, IMAGES, RANKING = "model.pth", "images.sqlite", "index.faiss"
@@ -200,7 +201,7 @@ def read_picture(path: str | Path, size: int) -> np.ndarray:
     if pixels > LARGEST_PICTURE:
         raise InputError(f"{path} has more than {LARGEST_PICTURE // 10**6} megapixels; make it smaller: {size} pixels "
                          "a side are looked at")
-    return decode(str(path), size, upright=True)
+    return decode(str(path), size, upright=True, to_square=plain_square)
 
 
 class Sentences:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from device import free_memory, send, usable_cores
 from errors import InputError
+from resizing import square
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECORD = np.dtype([("bytes", "u8"), ("modified_ns", "i8"), ("checksum", "u4"), ("filled", "u4")])
@@ -63,23 +64,16 @@ def file_version(path: str) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def decode(path: str, size: int, upright: bool = False) -> np.ndarray:
+def decode(path: str, size: int, upright: bool = False, to_square: Callable = square) -> np.ndarray:
     """(size, size, 3) uint8: the file's RGB pixels, shorter side resized to `size`, the centre cut out.
 
-    Pixel for pixel torchvision's Resize and CenterCrop; without its checks, which cost a fifth of the whole.
-    upright: turned as the camera noted, which training on the published data does not do.
+    upright: turned as the camera noted, which training on the published data does not do. to_square: of resizing.py.
     Raises InputError for what is no whole image.
     """
     try:
         with Image.open(path) as image:
             turned = ImageOps.exif_transpose(image) if upright else image
-            rgb = turned if turned.mode == "RGB" else turned.convert("RGB")
-            width, height = rgb.size
-            short = min(width, height)
-            width, height = int(size * width / short), int(size * height / short)
-            left, top = round((width - size) / 2), round((height - size) / 2)
-            return np.asarray(rgb.resize((width, height), Image.Resampling.BILINEAR)
-                              .crop((left, top, left + size, top + size)))
+            return to_square(turned if turned.mode == "RGB" else turned.convert("RGB"), size)
     except Exception as error:                                                  # PIL's plugins raise anything at all
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_IMAGES_FAULT:
             raise

@@ -1,0 +1,96 @@
+"""An RGB image to the square in its centre: torchvision's Resize(S) and CenterCrop(S), pixel for pixel.
+
+Pillow resizes the whole image and cuts the square out of it. `square` computes the square alone, by Pillow's formula:
+a triangle as wide as two input pixels of the output's size, its weights rounded to 22 bits, first across and then
+down, each pass rounded to a byte (libImaging/Resample.c). It runs without Python's lock, on Pillow's memory itself.
+"""
+
+from functools import lru_cache
+
+import nanoarrow
+import numba
+import numpy as np
+from PIL import Image
+
+BITS = 22                                   # of a weight, so that 255 x the sum of an output's weights fits into 32
+TALL = 100                                  # times as high as wide: Pillow resizes such images down first
+
+
+def placed(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+    """(width, height) of the image resized to a shorter side of `size`, and (left, top) of its centre square."""
+    short = min(width, height)
+    width, height = int(size * width / short), int(size * height / short)
+    return width, height, round((width - size) / 2), round((height - size) / 2)
+
+
+def plain_square(image: Image.Image, size: int) -> np.ndarray:
+    """(size, size, 3) uint8 of an RGB image by Pillow itself: for a single image, not worth the second `square` needs
+    to be compiled."""
+    width, height, left, top = placed(*image.size, size)
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)
+                      .crop((left, top, left + size, top + size)))
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """(size, size, 3) uint8 of an RGB image: what `plain_square` gives, in half the time."""
+    if image.height > TALL * image.width:
+        return plain_square(image, size)
+    image.load()                                                                # raises what is wrong with the file
+    try:
+        held = nanoarrow.c_array(image).child(0).view().buffer(1)
+    except ValueError:                                                          # over 4 megapixels: in several pieces
+        return plain_square(image, size)
+    width, height, left, top = placed(*image.size, size)
+    made = np.empty((size, size, 3), np.uint8)
+    resample(np.frombuffer(held, np.uint8).reshape(image.height, -1), *weights(image.width, width, left, size),
+             *weights(image.height, height, top, size), made.reshape(size, -1))
+    return made
+
+
+@lru_cache(1024)
+def weights(length: int, resized: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where outputs first, ..., first + count - 1 of `length` inputs made `resized` begin, and their inputs' weights.
+
+    Returns (count,) int32 and (count, taps) int32, the weights in units of 2^-BITS.
+    """
+    scale = length / resized
+    reach = max(scale, 1.0)
+    centres = (np.arange(first, first + count) + 0.5) * scale
+    starts = np.maximum((centres - reach + 0.5).astype(np.int32), 0)
+    ends = np.minimum((centres + reach + 0.5).astype(np.int32), length)
+    taps = (ends - starts).max()
+    starts = np.minimum(starts, length - taps)                                  # the inputs added to one weigh 0
+    inputs = starts[:, None] + np.arange(taps)
+    heights = np.maximum(1 - np.abs((inputs - centres[:, None] + 0.5) * (1 / reach)), 0)
+    shares = heights / heights.cumsum(1)[:, -1:]                                # cumsum adds in Pillow's order
+    return starts, (0.5 + shares * (1 << BITS)).astype(np.int32)
+
+
+@numba.njit(nogil=True)
+def resample(pixels, starts, across, tops, down, made):
+    """Fill `made`, (S, 3 S) bytes, from `pixels`, (H, 4 W), each fourth one unused: weighted sums across, then down."""
+    half, first = np.int32(1 << (BITS - 1)), tops[0]
+    between = np.empty((tops[-1] + down.shape[1] - first, made.shape[1]), np.uint8)
+    # Unsigned places: those that might count from the end cost a comparison each.
+    for y in range(len(between)):
+        row, narrow = pixels[first + y], between[y]
+        for x in range(len(starts)):
+            red = green = blue = half
+            place = np.uintp(4 * starts[x])
+            for tap in range(across.shape[1]):
+                weight = across[x, tap]
+                red += np.int32(row[place]) * weight
+                green += np.int32(row[place + np.uintp(1)]) * weight
+                blue += np.int32(row[place + np.uintp(2)]) * weight
+                place += np.uintp(4)
+            out = np.uintp(3 * x)
+            narrow[out], narrow[out + np.uintp(1)], narrow[out + np.uintp(2)] = red >> BITS, green >> BITS, blue >> BITS
+    sums = np.empty(made.shape[1], np.int32)
+    for y in range(len(made)):
+        sums[:] = half
+        for tap in range(down.shape[1]):
+            row, weight = between[tops[y] - first + tap], down[y, tap]
+            for x in range(len(sums)):
+                sums[x] += np.int32(row[x]) * weight
+        for x in range(len(sums)):
+            made[y, x] = sums[x] >> BITS
