@@ -1,8 +1,9 @@
 """An RGB image to the square in its centre: torchvision's Resize(S) and CenterCrop(S), pixel for pixel.
 
-Pillow resizes the whole image and cuts the square out of it. `square` computes the square alone, by Pillow's formula:
-a triangle as wide as two input pixels of the output's size, its weights rounded to 22 bits, first across and then
-down, each pass rounded to a byte (libImaging/Resample.c). It runs without Python's lock, on Pillow's memory itself.
+Pillow resizes the whole image, of which the square is then cut out. `square` computes the square alone, by Pillow's
+formula (libImaging/Resample.c): an output pixel is a weighted mean of inputs, the weights a triangle that reaches one
+output pixel to each side, or one input pixel where the image grows, in 22 bits; first across, then down, each rounded
+to a byte. It runs without Python's lock and on Pillow's own memory.
 """
 
 from functools import lru_cache
@@ -12,7 +13,7 @@ import numba
 import numpy as np
 from PIL import Image
 
-BITS = 22                                   # of a weight, so that 255 x the sum of an output's weights fits into 32
+BITS = 22                                   # of a weight, so that 255 times an output's weights fit into 32
 TALL = 100                                  # times as high as wide: Pillow resizes such images down first
 
 
