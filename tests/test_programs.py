@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,13 @@ def test_benchmark_runs_and_writes_its_rows(tmp_path):
     for part in ("fp32, composeAE", "bf16, tirg", "full test", "as the original does it", "FashionIQ size", "memory",
                  "filling the image store", "first batch", "through the client", "from the host", "schedule"):
         assert part in whats
+
+
+def test_benchmark_says_in_one_line_what_it_cannot_do(tmp_path):
+    for words, said in ((["--device", "cuda"], "no usable CUDA GPU"),
+                        (["--json", tmp_path / "none" / "rows.json"], "there is no folder")):
+        done = program("bench.py", *words, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_pictures_are_drawn_from_a_run(toy, tmp_path, monkeypatch):
