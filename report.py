@@ -123,6 +123,7 @@ class Report:
         # Written at once in this thread: tensorboardX's own would lose what waits in its queue when the process is
         # killed, and let the queue fill for ever on a full disk.
         self.events = self.writer.file_writer.event_writer
+        self.events._worker.stop()                                              # at exit it cannot, from Python 3.12 on
         self.events.add_event = partial(self.on_disk, self.events._ev_writer.write_event)
         if after is not None:
             restart = SessionLog(status=SessionLog.START)                       # TensorBoard drops steps from here on

@@ -158,7 +158,8 @@ def program(mitstates, log_dir, environment=None, **changes):
 
 def test_a_compiled_step_is_the_same_step(mitstates, tmp_path):
     """Loss and gradients, which after one step are the optimizer's momenta. Later steps draw other random numbers."""
-    how = {"model": "tirg", "loss": "batch_based_classification", "num_iters": 1}
+    how = {"model": "tirg", "loss": "batch_based_classification", "num_iters": 1,
+           "image_size": 64}                                # at 32 the last batch norms see 4 values: rounding grows
     plain = run_main("mitstates", mitstates, tmp_path / "plain", **how)
     done = program(mitstates, tmp_path / "fast", **how)
     assert done.returncode == 0, done.stderr
@@ -170,7 +171,7 @@ def test_a_compiled_step_is_the_same_step(mitstates, tmp_path):
     assert states[0]["model_state_dict"].keys() == states[1]["model_state_dict"].keys()
     eager, fast = (torch.cat([held["momentum_buffer"].flatten()
                               for held in state["optimizer_state_dict"]["state"].values()]) for state in states)
-    assert (fast - eager).norm() < 0.1 * eager.norm()                           # rounding, grown in batch norms of 4
+    assert (fast - eager).norm() < 1e-3 * eager.norm()
 
 
 def test_no_compiler_is_said_in_one_line(mitstates, tmp_path):
