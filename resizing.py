@@ -34,7 +34,10 @@ def plain_square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
-    """(size, size, 3) uint8 of an RGB image: what `plain_square` gives, in half the time."""
+    """(size, size, 3) uint8 of an RGB image: what `plain_square` gives, in half the time.
+
+    Raises what Pillow does for a file that cannot be decoded.
+    """
     if image.height > TALL * image.width:
         return plain_square(image, size)
     image.load()                                                                # raises what is wrong with the file
@@ -70,7 +73,10 @@ def weights(length: int, resized: int, first: int, count: int) -> tuple[np.ndarr
 
 @numba.njit(nogil=True)
 def resample(pixels, starts, across, tops, down, made):
-    """Fill `made`, (S, 3 S) bytes, from `pixels`, (H, 4 W), each fourth one unused: weighted sums across, then down."""
+    """Fill `made`, (S, 3 S) bytes, from `pixels`, (H, 4 W), each fourth one unused: weighted sums across, then down.
+
+    starts, across: `weights` of the columns; tops, down: of the rows. Each is (S,) and (S, taps).
+    """
     half, first = np.int32(1 << (BITS - 1)), tops[0]
     between = np.empty((tops[-1] + down.shape[1] - first, made.shape[1]), np.uint8)
     # Unsigned places: those that might count from the end cost a comparison each.
