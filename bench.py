@@ -36,20 +36,21 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
-import distributed
-import gallery
 import main
 import report
 from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Judge, MITStates
-from device import choose_device, compiled, set_up, usable_cores
-from errors import InputError
-from flags import get_parser
-from image_store import DeviceStore, ImageStore, normalize_images
-from img_text_composition_models import MODELS
-from stopping import Stopping
+from flags import get_parser, plain
+from img_text_composition_models import MODELS, Recipe
+from machine import distributed
+from machine.device import choose_device, compiled, set_up, usable_cores
+from machine.errors import InputError
+from machine.image_store import DeviceStore, ImageStore, normalize_images
+from machine.stopping import Stopping
+from searching import gallery
 from test_retrieval import evaluate, recalls
 from text_model import SentenceService, SentenceTable, SimpleVocab
 from torch_function import LOSSES, draw_negatives, soft_triplet_loss
+from training import Split, Training, batches, make_optimizer, train_step
 
 CPU = torch.device("cpu")
 COMPOSEAE = ("composeAE", "batch_based_classification")
@@ -119,23 +120,23 @@ def bare_step(batch: int, size: int, device: torch.device, precision: str, fast:
     return step
 
 
-def our_step(split: main.Split, kind: tuple[str, str], batch: int, device: torch.device, precision: str = "fp32",
+def our_step(split: Split, kind: tuple[str, str], batch: int, device: torch.device, precision: str = "fp32",
              fast: bool = False, sentences: SentenceTable | None = None) -> Callable:
-    """What main.Training does for one batch, pixels out of the store included. kind: model and loss."""
+    """What a training does for one batch, pixels out of the store included. kind: model and loss."""
     words = SimpleVocab.from_texts(split.data.training_texts())
     model = MODELS[kind[0]](words, text_dim=sentences.dim if sentences else 512, sentence_vectors=sentences)
     model = main.ready(model, device, precision, fast).train()
-    optimizer = main.make_optimizer(model, 1e-3, 1e-6)
+    optimizer = make_optimizer(model, 1e-3, 1e-6)
     shared = distributed.averaging(model, sync_bn=False)
 
     def forever() -> Iterator:
         for epoch in range(10**6):
-            yield from main.batches(split, 0, epoch, batch, 4, device)
-    batches = forever()
-    return lambda: main.train_step(shared, optimizer, kind[1], next(batches))
+            yield from batches(split, 0, epoch, batch, 4, device)
+    endless = forever()
+    return lambda: train_step(shared, optimizer, kind[1], next(endless))
 
 
-def step_rows(split: main.Split, batch: int, size: int, repetitions: int) -> list[dict]:
+def step_rows(split: Split, batch: int, size: int, repetitions: int) -> list[dict]:
     """Each composer and loss taking turns with the floor, once freed memory fits what is asked for: until then, for
     three or four steps of a kind, fetching it from the kernel costs up to a fifth of a step."""
     rows, ours = [], {}
@@ -154,10 +155,10 @@ def step_rows(split: main.Split, batch: int, size: int, repetitions: int) -> lis
                        1 / 1.7)]
 
 
-def gpu_step_rows(split: main.Split, batch: int, size: int, repetitions: int, device: torch.device,
+def gpu_step_rows(split: Split, batch: int, size: int, repetitions: int, device: torch.device,
                   steps: int, compiling: bool) -> list[dict]:
     """composeAE in each precision, images in the card's memory; and with images that come from the host."""
-    on_card = main.Split(split.data, DeviceStore.of(split.store, device, 4))
+    on_card = Split(split.data, DeviceStore.of(split.store, device, 4))
     rows = []
     for precision, fast in [("fp32", False), ("tf32", False), ("bf16", False)] + [("bf16", True)] * compiling:
         set_up(device, precision)
@@ -205,25 +206,25 @@ def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int
     for name in ("train", "test"):
         data = MITStates(folder, name)
         pixels = torch.randint(0, 256, (len(data.images), size, size, 3), dtype=torch.uint8, device=device)
-        splits[name] = main.Split(data, DeviceStore(pixels))
-    model = main.build_model(args, "", None, splits["train"].data.training_texts(), None, device)
-    log = report.Report(report.run_folder(folder / "logs", ""), main.plain(args))
+        splits[name] = Split(data, DeviceStore(pixels))
+    model = main.make_model(args, main.Data(splits, None), "", None, device)
+    log = report.Report(report.run_folder(folder / "logs", ""), plain(args))
 
     def judge(it: int) -> dict:
         seen = {name: report.Sightings(split.store, it) for name, split in splits.items()}
-        return {name: main.Tested(evaluate(model, split.data, split.store, main.encoder_batch(device),
-                                           watch=seen[name]), seen[name]) for name, split in splits.items()}
-    training = main.Training(args, model, splits["train"], log, judge, Stopping())
-    with tqdm(total=2 * training.epoch_steps, desc="a stretch of the schedule") as bar:
-        training.epoch(bar)                                                     # warms up, and compiles
-        step = seconds(lambda: training.epoch(bar), device) / training.epoch_steps
-    test = seconds(training.test, device)
+        return {name: report.Tested(evaluate(model, split.data, split.store, watch=seen[name]), seen[name])
+                for name, split in splits.items()}
+    run = Training(args, model, splits["train"], log, judge, Stopping())
+    with tqdm(total=2 * run.epoch_steps, desc="a stretch of the schedule") as bar:
+        run.epoch(bar)                                                          # warms up, and compiles
+        step = seconds(lambda: run.epoch(bar), device) / run.epoch_steps
+    test = seconds(run.test, device)
     log.close()
 
     def test_is_due(it: int) -> bool:
-        training.it = it
-        return training.test_is_due()
-    tests = sum(map(test_is_due, [*range(0, args.num_iters, training.epoch_steps), args.num_iters]))
+        run.it = it
+        return run.test_is_due()
+    tests = sum(map(test_is_due, [*range(0, args.num_iters, run.epoch_steps), args.num_iters]))
     return row(f"{device.type}, published MIT-States schedule: 160,000 steps of {1000 * step:.1f} ms, {tests} tests of "
                f"{test:.1f} s", (args.num_iters * step + tests * test) / 60, 25, 1.0, "min")
 
@@ -240,7 +241,7 @@ def shared_step(folder: Path, device: torch.device, batch: int, size: int, repet
     """In one of torchrun's processes: median seconds of a composeAE step, and megabytes that each process sends for it;
     and the least, an all-reduce of the gradients (to each other process a share, twice)."""
     data = MITStates(folder / "mitstates", "train")
-    split = main.Split(data, ImageStore(data.paths, size, folder / "cache"))
+    split = Split(data, ImageStore(data.paths, size, folder / "cache"))
     step = our_step(split, COMPOSEAE, batch, device)
     for _ in range(2):                                                          # until memory is no longer fetched anew
         step()
@@ -279,7 +280,7 @@ def scaling_rows(folder: Path, batch: int, size: int, repetitions: int) -> list[
 
 # Test and retrieval
 
-def test_row(split: main.Split, repetitions: int, device: torch.device, limit: int) -> dict:
+def test_row(split: Split, repetitions: int, device: torch.device, limit: int) -> dict:
     """main's test of a split; the floor takes the best of several batch sizes."""
     data, store = split.data, split.store
     words = SimpleVocab.from_texts(data.training_texts())
@@ -298,7 +299,7 @@ def test_row(split: main.Split, repetitions: int, device: torch.device, limit: i
     taken = compare("batch sizes", {size: partial(floor, size, trial) for size in sizes}, 1, device)
     best = min(taken, key=taken.get)
     times = compare("full test", {"floor": partial(floor, best, count),
-                                  "ours": lambda: evaluate(model, data, store, main.encoder_batch(device))},
+                                  "ours": lambda: evaluate(model, data, store)},
                     repetitions, device)
     return row(f"{device.type}, full test, {count} images, {len(data.task().texts)} queries (floor: batches of {best})",
                times["ours"], times["floor"], 1.15)
@@ -459,7 +460,7 @@ def start_row(root: Path, scale: int, repetitions: int) -> dict:
     def start() -> None:
         splits = {name: main.open_split(args, name) for name in ("train", "test")}
         SimpleVocab.from_texts(splits["train"].data.training_texts())
-        next(main.batches(splits["train"], 0, 0, 32, args.loader_num_workers, CPU))
+        next(batches(splits["train"], 0, 0, 32, args.loader_num_workers, CPU))
 
     def read() -> None:
         for file in (*root.glob("labels/*.txt"), root / "test_queries.txt"):
@@ -517,7 +518,7 @@ def sentence_row(count: int, repetitions: int) -> dict:
     return row(f"{count} sentence vectors through the client", times["ours"], times["floor"], 1 / 0.9)
 
 
-def sentence_step_row(split: main.Split, folder: Path, batch: int, repetitions: int) -> dict:
+def sentence_step_row(split: Split, folder: Path, batch: int, repetitions: int) -> dict:
     """A composeAE step with 768-d sentence vectors; its floor is here the one with the LSTM."""
     transformers.BertModel(transformers.BertConfig(num_hidden_layers=2)).save_pretrained(folder)
     shutil.copy(minilm() / "vocab.txt", folder)
@@ -538,9 +539,9 @@ def search_rows(folder: Path, count: int, size: int, repetitions: int) -> list[d
     (folder / "images").mkdir(parents=True)
     picture = folder / "images" / "0.jpg"
     Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((640, 480)).save(picture)
-    model = MODELS["composeAE"](SimpleVocab.from_texts(["red"]), dim, dim).eval()
-    torch.save({"opt": {"model": "composeAE", "image_size": size}, "model_state_dict": model.state_dict(),
-                "word2id": model.text_model.vocabulary.word2id}, folder / "model.pth")
+    recipe = Recipe("composeAE", "resnet18", size, dim, "lstm", dim, SimpleVocab.from_texts(["red"]).word2id)
+    model = recipe.build().eval()
+    torch.save({"model_state_dict": model.state_dict(), "recipe": recipe.plain()}, folder / "model.pth")
     index = folder / "index"
     gallery.build(folder / "model.pth", folder / "images", index, False, CPU, 32, 1, partial(tqdm, disable=True))
     listed = gallery.ImageList(index / gallery.IMAGES)
@@ -594,7 +595,7 @@ def original_triplet_loss(query: torch.Tensor, target: torch.Tensor, negatives: 
     return half + half.detach()
 
 
-def original_rows(split: main.Split, test: main.Split, batch: int, repetitions: int, size: int) -> list[dict]:
+def original_rows(split: Split, test: Split, batch: int, repetitions: int, size: int) -> list[dict]:
     """TIRG with the soft-triplet loss: images decoded at each use, python triplets, anomaly detection, torch's default
     layout; in the test the source encoded again for each query, and all similarities sorted. Ours beside it, on the
     same images, samples, negatives and weights; both must give the same before a time is taken."""
@@ -604,7 +605,7 @@ def original_rows(split: main.Split, test: main.Split, batch: int, repetitions: 
     models["ours"].to(memory_format=torch.channels_last)
     for model in models.values():
         model.text_model.fc_output[0].p = 0.0                                   # dropout draws apart in the two
-    optimizers = {name: main.make_optimizer(model, 1e-3, 5e-5) for name, model in models.items()}
+    optimizers = {name: make_optimizer(model, 1e-3, 5e-5) for name, model in models.items()}
     samples = [split.data.sample(np.arange(len(split.data)), i, (0, 0)) for i in range(batch)]
     sources, targets, texts = zip(*samples, strict=True)
     negatives = draw_negatives(batch)
@@ -636,7 +637,7 @@ def original_rows(split: main.Split, test: main.Split, batch: int, repetitions: 
     for _ in range(2):                                                          # the second has been through an update
         torch.testing.assert_close(our_way(), original_step(), rtol=1e-5, atol=1e-7)
     for name, model in models.items():
-        optimizers[name] = main.make_optimizer(model.float(), 1e-3, 5e-5)
+        optimizers[name] = make_optimizer(model.float(), 1e-3, 5e-5)
     step = compare("steps, the original's way", {"floor": original_step, "ours": our_way}, repetitions)
 
     models["original"].load_state_dict(models["ours"].state_dict())
@@ -684,19 +685,19 @@ def original_rows(split: main.Split, test: main.Split, batch: int, repetitions: 
 
 # The whole table
 
-def toy_splits(folder: Path, size: int) -> dict[str, main.Split]:
+def toy_splits(folder: Path, size: int) -> dict[str, Split]:
     subprocess.run([sys.executable, Path(__file__).parent / "data" / "make_toy.py", folder], check=True,
                    stdout=subprocess.DEVNULL)
     splits = {}
     for name in ("train", "test"):
         data = MITStates(folder / "mitstates", name)
-        splits[name] = main.Split(data, ImageStore(data.paths, size, folder / "cache"))
+        splits[name] = Split(data, ImageStore(data.paths, size, folder / "cache"))
         if bad := splits[name].store.unreadable():                              # also fills the store
             raise RuntimeError(f"toy images cannot be read: {bad}")
     return splits
 
 
-def some_nouns(folder: Path, nouns: int, images: int, size: int) -> main.Split:
+def some_nouns(folder: Path, nouns: int, images: int, size: int) -> Split:
     """A test split of a few nouns and a few images a folder, out of the toy's."""
     chosen = sorted({path.name.split()[1] for path in (folder / "mitstates/images").iterdir()} & MITSTATES_TEST_NOUNS)
     for path in (folder / "mitstates/images").iterdir():
@@ -705,7 +706,7 @@ def some_nouns(folder: Path, nouns: int, images: int, size: int) -> main.Split:
                 (folder / "few/images" / path.name).mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, folder / "few/images" / path.name)
     data = MITStates(folder / "few", "test")
-    return main.Split(data, ImageStore(data.paths, size, folder / "cache"))
+    return Split(data, ImageStore(data.paths, size, folder / "cache"))
 
 
 def cpu_rows(folder: Path, quick: bool) -> list[dict]:
@@ -731,7 +732,7 @@ def gpu_rows(folder: Path, device: torch.device, quick: bool) -> list[dict]:
     batch, size, repetitions = (4, 32, 1) if quick else (32, 224, 5)
     splits = toy_splits(folder, size)
     rows = gpu_step_rows(splits["train"], batch, size, repetitions, device, 2 if quick else 50, not quick)
-    on_card = main.Split(splits["test"].data, DeviceStore.of(splits["test"].store, device, 4))
+    on_card = Split(splits["test"].data, DeviceStore.of(splits["test"].store, device, 4))
     rows.append(test_row(on_card, repetitions, device, 16 if quick else 512))
     rows += retrieval_rows(100 if quick else 1, repetitions, device)
     rows += growth_rows(*((64, 50) if quick else (4096, 10_000)), device)

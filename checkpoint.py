@@ -7,24 +7,23 @@ A file holds the original's keys (`it`, `opt`, `model_state_dict`) and ours; `op
 import argparse
 import glob
 import io
+import logging
 import os
 import shutil
 import time
 import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
-import distributed
-from errors import InputError
-from img_text_composition_models import (
-    ENCODERS,
-    MODELS,
-    ImgTextCompositionBase,
-    SentenceVectors,
-    encoder_head,
-)
+from image_encoders import ENCODERS, encoder_head
+from img_text_composition_models import MODELS, ImgTextCompositionBase, Recipe, SentenceVectors
+from machine import distributed
+from machine.errors import InputError
 from text_model import SimpleVocab
+
+log = logging.getLogger(__name__)
 
 LATEST, BEST = "latest_checkpoint.pth", "best_checkpoint.pth"
 PROGRESS = ["best", "samples", "steps", "sums", "tested"]
@@ -46,10 +45,9 @@ def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Opt
     is not finite, InputError where the file cannot be written.
     """
     state = {"it": it, "opt": flags, "model_state_dict": model.state_dict(), "progress": progress,
-             "optimizer_state_dict": optimizer.state_dict(), "word2id": model.text_model.vocabulary.word2id,
+             "optimizer_state_dict": optimizer.state_dict(), "recipe": model.recipe.plain(),
              "example_texts": list(model.example_texts), "launch": distributed.launch(),
-             "random": {"cpu": torch.get_rng_state(),
-                        "cuda": [torch.cuda.get_rng_state()] if model.a.device.type == "cuda" else []}}
+             "random": random_states(model.a.device)}
     for name, value in state["model_state_dict"].items():
         if value.is_floating_point() and not value.isfinite().all():
             raise FloatingPointError(f"the weight {name} is not finite at iteration {it}, so nothing was saved; go on "
@@ -79,6 +77,12 @@ def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Opt
                          "if any, is whole: make room, then pass --resume auto") from None
 
 
+def random_states(device: torch.device) -> dict:
+    """Where torch's sequences of random numbers stand, on the CPU and on the device."""
+    of_gpu = [torch.cuda.get_rng_state()] if device.type == "cuda" else []
+    return {"cpu": torch.get_rng_state(), "cuda": of_gpu}
+
+
 class Schedule:
     """When to save: every so many iterations ('500') or minutes ('10m')."""
 
@@ -105,6 +109,30 @@ def find_run(resume: str, log_dir: Path, comment: str, launch: str | None = None
         if state["opt"].get("comment") == comment and launch in (None, state.get("launch")):
             return path
     return None
+
+
+def find_start(resume: str, other: str, log_dir: Path, comment: str, restartable: bool) -> tuple:
+    """The checkpoint of the run to go on with, if there is one; the one to start from, which may be another run's; its
+    content.
+
+    other: a checkpoint to start from where no run goes on. restartable: whether a job that torchrun started again goes
+    on with what it had begun.
+    """
+    launch = None
+    if distributed.restarted() and restartable and not resume:                  # what this launch itself has begun
+        resume, launch = "auto", distributed.launch()
+    resumed = find_run(resume, log_dir, comment, launch) if resume else None
+    source = resumed or other
+    return resumed, source, load(source) if source else None
+
+
+def check_flags(flags: dict, source: str | Path, opt: dict) -> None:
+    """A model needs the text encoder it was trained with; what else differs may be meant, but is said."""
+    if "use_bert" in opt and (opt["use_bert"] is True) != flags["use_bert"]:
+        raise InputError(f"the checkpoint {source} was trained with --use_bert {opt['use_bert']}; pass the same")
+    for name in ("dataset", "category_to_train", "use_complete_text_query", "image_size"):
+        if name in opt and opt[name] != flags[name]:
+            log.warning("note: the checkpoint was trained with --%s %s, this run has %s", name, opt[name], flags[name])
 
 
 def check_same_run(state: dict, path: Path, flags: dict, samples: int, features: dict | None) -> None:
@@ -153,8 +181,11 @@ def load(path: str | Path) -> dict:
         raise InputError(f"{path} is not a checkpoint of this program: it has no model_state_dict")
     opt = state.get("opt", {})
     state = {"it": 0, **state, "opt": vars(opt) if isinstance(opt, argparse.Namespace) else opt}
-    words = state.get("word2id", {})
+    made_of = state.get("recipe", {})
+    words = made_of.get("words", {}) if isinstance(made_of, dict) else None
+    words = state.get("word2id", words)                                         # where older ones held it
     well_formed = (isinstance(state["it"], int) and isinstance(state["opt"], dict) and isinstance(words, dict)
+                   and ("recipe" not in state or {field.name for field in fields(Recipe)} == made_of.keys())
                    and isinstance(state.get("sentences", {}), dict)
                    and isinstance(state.get("example_texts", []), list)
                    and all(isinstance(text, str) for text in state.get("example_texts", []))
@@ -181,23 +212,47 @@ def restore(model: ImgTextCompositionBase, state: dict, path: str | Path) -> Non
     model.load_state_dict(theirs)
 
 
+def text_dim(state: dict) -> int | None:
+    """The size of the text features a checkpoint was trained with."""
+    bias = state["model_state_dict"].get("text_model.fc_output.1.bias")
+    return None if bias is None else bias.numel()
+
+
 def vocabulary(state: dict, lstm_used: bool = True) -> SimpleVocab | None:
     """The vocabulary the checkpoint was trained with; None for the original's, which hold none.
 
     Where sentence vectors are used in place of the LSTM, any vocabulary of its size will do.
     """
-    if "word2id" in state:
-        return SimpleVocab(state["word2id"])
+    if words := state.get("recipe", {}).get("words") or state.get("word2id"):
+        return SimpleVocab(words)
     embedding = state["model_state_dict"].get("text_model.embedding_layer.weight")
     if lstm_used or embedding is None:
         return None
     return SimpleVocab({f"word {i}": i for i in range(embedding.shape[0] if embedding.ndim else 1)})
 
 
-def text_dim(state: dict) -> int | None:
-    """The size of the text features a checkpoint was trained with."""
-    bias = state["model_state_dict"].get("text_model.fc_output.1.bias")
-    return None if bias is None else bias.numel()
+def recipe(state: dict, path: str | Path) -> Recipe:
+    """What a checkpoint's model is made of; of one older than the record, what its flags and weights say.
+
+    Raises InputError where it does not say, or says what no model is.
+    """
+    if "recipe" in state:
+        found = Recipe(**state["recipe"])
+    else:
+        opt, words = {"image_encoder": "resnet18", "image_size": 224, **state["opt"]}, vocabulary(state)
+        if words is None or opt.get("model") not in MODELS:
+            raise InputError(f"{path} does not say its vocabulary and model: it was not written by this program")
+        found = Recipe(opt["model"], opt["image_encoder"], opt["image_size"], 0,
+                       "service" if opt.get("use_bert") else "lstm", 0, words.word2id)
+    if (found.composer not in MODELS or found.image_encoder not in ENCODERS or not isinstance(found.image_size, int)):
+        raise InputError(f"{path} is not a checkpoint of this program: its model is {found.composer!r}, its image "
+                         f"encoder {found.image_encoder!r}, for images of {found.image_size!r} pixels")
+    biases = [state["model_state_dict"].get(name) for name in
+              (f"img_model.{encoder_head(found.image_encoder)[0]}.0.bias", "text_model.fc_output.1.bias")]
+    if any(bias is None or bias.ndim != 1 for bias in biases):
+        raise InputError(f"{path} is not a checkpoint of this program: it holds no image or no text encoder")
+    image_dim, text_dim = map(len, biases)
+    return replace(found, image_dim=image_dim, text_dim=text_dim)
 
 
 def rebuild_model(path: str | Path, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:
@@ -207,20 +262,9 @@ def rebuild_model(path: str | Path, sentence_vectors: SentenceVectors | None = N
 
 def rebuild(state: dict, path: str | Path, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:
     """The same of a checkpoint's content; `path` is for what is said about it."""
-    words = vocabulary(state)
-    if state["opt"].get("use_bert") and sentence_vectors is None:
+    made_of = recipe(state, path)
+    if made_of.text_encoder == "service" and sentence_vectors is None:
         raise InputError(f"{path} was trained with --use_bert: it needs a sentence service's vectors")
-    if words is None or state["opt"].get("model") not in MODELS:
-        raise InputError(f"{path} does not say its vocabulary and model: it was not written by this program")
-    opt = {"image_encoder": "resnet18", "image_size": 224, **state["opt"]}
-    if opt["image_encoder"] not in ENCODERS or not isinstance(opt["image_size"], int):
-        raise InputError(f"{path} is not a checkpoint of this program: its image encoder is {opt['image_encoder']!r}, "
-                         f"for images of {opt['image_size']!r} pixels")
-    biases = [state["model_state_dict"].get(name) for name in
-              (f"img_model.{encoder_head(opt['image_encoder'])[0]}.0.bias", "text_model.fc_output.1.bias")]
-    if any(bias is None or bias.ndim != 1 for bias in biases):
-        raise InputError(f"{path} is not a checkpoint of this program: it holds no image or no text encoder")
-    image_dim, text_dim = map(len, biases)
-    model = MODELS[opt["model"]](words, image_dim, text_dim, sentence_vectors, opt["image_encoder"], opt["image_size"])
+    model = made_of.build(sentence_vectors)
     restore(model, state, path)
     return model.eval()

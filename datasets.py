@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import InputError
+from machine.errors import InputError
 
 RECALL_KS = (1, 5, 10, 50, 100)
 OWN_GALLERY_KS = (10, 50)               # what later papers report on FashionIQ

@@ -1,16 +1,16 @@
-"""The flags of main.py: names, defaults (the published settings), and help."""
+"""The flags of main.py: names, defaults (the published settings), and help. Nothing here loads torch."""
 
 import argparse
+import ast
 import math
+import os
 import re
 from pathlib import Path
 
-import distributed
 from datasets import DATASETS, FashionIQ
-from device import PRECISIONS
-from img_text_composition_models import ENCODERS, MODELS
-from torch_function import LOSSES
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+MOST_RESULTS = 1000                                                             # of a search
 DESCRIPTION = "Train and test composed image retrieval: a source image plus a text finds the target image."
 
 
@@ -19,7 +19,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         line = f"{self.prog}: error: {message}; see --help\n"
-        self.exit(2, line if distributed.first_to_say(line) else None)
+        alone = "TORCHELASTIC_RUN_ID" not in os.environ                         # else torchrun started several of us
+        self.exit(2, line if alone or first_to_say(line) else None)
+
+
+def first_to_say(line: str) -> bool:
+    from machine import distributed  # here: it loads torch
+
+    return distributed.first_to_say(line)
+
+
+def registered(file: str, registry: str) -> list[str]:
+    """The keys of a registry, a dict written out in one of our files, read from its text: importing it would load
+    torch, for seconds, before a wrong flag is answered."""
+    lines = ast.parse(Path(__file__).with_name(file).read_text()).body
+    table = next(line.value for line in lines if isinstance(line, ast.Assign) and line.targets[0].id == registry)
+    return [key.value for key in table.keys]
 
 
 def true_or_false(text: str) -> bool:
@@ -81,9 +96,10 @@ def get_parser() -> Parser:
         type=at_least(0), metavar="N")
 
     model = parser.add_argument_group("model")
-    add(model, "--model", "composeAE", "composer of image and text", choices=MODELS)
+    add(model, "--model", "composeAE", "composer of image and text",
+        choices=registered("img_text_composition_models.py", "MODELS"))
     add(model, "--image_encoder", "resnet18", "torchvision's model that encodes images; its last layer becomes "
-        "Linear(width, D). Published: resnet18", choices=ENCODERS, metavar="NAME")
+        "Linear(width, D). Published: resnet18", metavar="NAME")
     add(model, "--image_embed_dim", 512, "size of image features and of the composed query; 0 for the encoder's own "
         "width, which is 512 for resnet18", type=at_least(0), metavar="D")
     add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; with --use_bert the service decides",
@@ -98,7 +114,8 @@ def get_parser() -> Parser:
         metavar="SECONDS")
 
     training = parser.add_argument_group("training")
-    add(training, "--loss", "soft_triplet", "metric loss between query and target", choices=LOSSES)
+    add(training, "--loss", "soft_triplet", "metric loss between query and target",
+        choices=registered("torch_function.py", "LOSSES"))
     add(training, "--num_iters", 160000, "training steps", type=at_least(1), metavar="N")
     add(training, "--batch_size", 32, "queries a step, each with its target; several processes share them",
         type=at_least(2), metavar="B")
@@ -109,10 +126,10 @@ def get_parser() -> Parser:
     add(training, "--weight_decay", 1e-6, "SGD's L2 penalty", type=at_least(0, float, 1e30), metavar="RATE")
     add(training, "--seed", 0, "of weights, pairs, order and dropout", type=at_least(0), metavar="N")
     add(training, "--device", "auto", "where the model runs; auto takes a GPU where there is one",
-        choices=("auto", "cpu", "cuda"))
+        choices=DEVICES)
     add(training, "--precision", "fp32", "fp32: as published; tf32: coarser convolutions, faster on a GPU; bf16: the "
         "image encoder in bfloat16, far faster on GPUs and newer CPUs. Losses and ranks are float32 in each",
-        choices=PRECISIONS)
+        choices=("fp32", "tf32", "bf16"))
     add(training, "--compile", False, "compile the training step for this machine: a minute or so at start, then "
         "faster, most of all on a GPU")
 
@@ -146,3 +163,8 @@ def get_parser() -> Parser:
     add(testing, "--comment", "", "end of the run folder's name", metavar="TEXT")
     parser.add_argument("-f", default="", help=argparse.SUPPRESS)               # what a notebook passes to any script
     return parser
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """The flags as plain values."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

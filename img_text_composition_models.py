@@ -1,18 +1,17 @@
-"""The image encoder and the three composers: (source image, text) -> one vector near the target image's.
+"""The composers: (source image, text) -> one vector near the target image's; and the record of what a model is made of.
 
 Sizes are letters: B rows, D image feature size (image_dim), T text feature size (text_dim).
 Module names are those of the original release, so that its checkpoints load.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import asdict, dataclass
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
-from device import send
-from errors import InputError
+from image_encoders import encoder_head, image_encoder
+from machine.device import send
 from text_model import SimpleVocab, TextLSTMModel
 from torch_function import NormalizationLayer
 
@@ -32,61 +31,6 @@ class Concat(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-# Of torchvision's classifiers, those that end in one linear layer and answer a tensor in training too.
-ENCODERS = [name for name in torchvision.models.list_models(module=torchvision.models)
-            if not name.startswith(("squeezenet", "inception", "googlenet"))]
-
-
-@cache
-def encoder_head(name: str) -> tuple[str, int]:
-    """The name of a torchvision classifier's last linear layer, and its width: ('fc', 512) for resnet18."""
-    with torch.device("meta"):                                                  # shapes alone
-        layers = list(torchvision.models.get_model(name, weights=None).named_modules())
-    return next((layer, module.in_features) for layer, module in reversed(layers) if isinstance(module, nn.Linear))
-
-
-def image_encoder(name: str, image_dim: int, image_size: int) -> nn.Module:
-    """torchvision's model of this name, its last linear layer replaced by Linear(width, image_dim).
-
-    Raises InputError where it cannot take images of this size.
-    """
-    sized = {"image_size": image_size} if name.startswith("vit_") else {}
-    head, width = encoder_head(name)
-    try:
-        encoder = torchvision.models.get_model(name, weights=None, **sized)
-        encoder.set_submodule(head, nn.Sequential(nn.Linear(width, image_dim)))
-        if name != "resnet18":                                                  # which takes any
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                encoder.eval()(torch.zeros(1, 3, image_size, image_size))
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise InputError(f"--image_encoder {name} takes no images of {image_size} pixels "
-                         f"({str(error).splitlines()[0]}); pass another --image_size") from None
-    return encoder.train()
-
-
-def load_image_weights(encoder: nn.Module, weights: str, name: str = "resnet18") -> None:
-    """Put `weights` ('imagenet', 'none' or a file of torchvision's model `name`) into the encoder, but for its head.
-
-    Raises InputError when the download fails or the file holds another model.
-    """
-    if weights == "none":
-        return
-    head = f"{encoder_head(name)[0]}."
-    elsewhere = f"pass --image_weights PATH (a file saved from torchvision's {name}) or --image_weights none"
-    try:
-        if weights == "imagenet":
-            state = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=True)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        backbone = {weight: value for weight, value in state.items() if not weight.startswith(head)}
-        missing, unexpected = encoder.load_state_dict(backbone, strict=False)
-        if unexpected or any(not weight.startswith(head) for weight in missing):
-            raise InputError(f"the tensors in {weights} are not those of a {name}")
-    except Exception as error:                                                  # torch.load raises a dozen types
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot load the image weights {weights!r} ({reason}); {elsewhere}") from None
-
-
 class ImgTextCompositionBase(nn.Module):
     """Encoders, feature normalization and the training forward that all composers share.
 
@@ -99,6 +43,7 @@ class ImgTextCompositionBase(nn.Module):
 
     bf16 = False
     example_texts: Sequence[str] = ()
+    recipe: "Recipe"                                                            # as `Recipe.build` made it
 
     def __init__(self, vocabulary: SimpleVocab, image_dim: int = 512, text_dim: int = 512,
                  sentence_vectors: SentenceVectors | None = None, encoder: str = "resnet18", image_size: int = 224):
@@ -257,3 +202,31 @@ class RealSpaceConcatAE(AutoencoderComposition):
 
 
 MODELS = {"tirg": TIRG, "composeAE": ComposeAE, "RealSpaceConcatAE": RealSpaceConcatAE}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a model is made of, in plain values: made of the flags once, kept in its checkpoints, and all that building
+    it needs.
+
+    composer: of MODELS. image_encoder: of ENCODERS. image_size: S in pixels. image_dim, text_dim: D, T. text_encoder:
+    'lstm', or 'service' for sentence vectors that come from outside. words: the LSTM's vocabulary, word to id.
+    """
+    composer: str
+    image_encoder: str
+    image_size: int
+    image_dim: int
+    text_encoder: str
+    text_dim: int
+    words: dict[str, int]
+
+    def build(self, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:
+        """The model with random weights, knowing its recipe. Raises InputError for an encoder that takes no such
+        images."""
+        model = MODELS[self.composer](SimpleVocab(self.words), self.image_dim, self.text_dim, sentence_vectors,
+                                      self.image_encoder, self.image_size)
+        model.recipe = self
+        return model
+
+    def plain(self) -> dict:
+        return asdict(self)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from errors import InputError
+from machine.errors import InputError
 
 INK, QUIET, PAPER = "#1f2933", "#7b8794", "white"
 GREEN, RED = "#2f9e44", "#e03131"

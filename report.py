@@ -19,8 +19,9 @@ from torch import Tensor
 
 from checkpoint import FIXED_FLAGS
 from datasets import Judge, QuerySet
-from errors import InputError
-from image_store import DeviceStore, ImageStore
+from machine.errors import InputError
+from machine.image_store import DeviceStore, ImageStore
+from machine.progress import say
 from pictures import Answer, feature_map, sheet
 from test_retrieval import NEVER, CorrectImages
 from text_model import spread
@@ -109,6 +110,13 @@ class Sightings(dict):
 
 def rows_of(features: Tensor, rows: Sequence[int]) -> Tensor:
     return features[torch.as_tensor(np.asarray(rows), device=features.device)]
+
+
+@dataclass
+class Tested:
+    """A split's test: {way to answer: {metric: value}}, and what there is to look at."""
+    ways: dict[str, dict[str, float]]
+    seen: Sightings
 
 
 class Report:
@@ -205,6 +213,16 @@ class Silence(Report):
 
     def close(self) -> None:
         pass
+
+
+def show_results(log: Report, tested: dict[str, Tested], it: int) -> dict[str, dict[str, float]]:
+    """Print and log a test. Returns the model's results, {split: {metric: value}}."""
+    results = {name: split.ways["model"] for name, split in tested.items()}
+    baselines = {way: metrics for way, metrics in tested["test"].ways.items() if way != "model"}
+    say(log.metrics(results, baselines, it))
+    for name, split in tested.items():
+        log.sightings(name, split.seen, it)
+    return results
 
 
 def recall_table(results: dict[str, dict[str, float]]) -> str:

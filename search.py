@@ -14,21 +14,13 @@ import logging
 import sys
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 
-from PIL import Image
-from tqdm import tqdm
-
-from device import choose_device, set_up
-from errors import InputError
-from flags import Parser, at_least, port_number
-from gallery import MOST_RESULTS, Gallery, Hit, build
-from pictures import Answer, sheet, thumbnail
-from stopping import Stopped, Stopping
+from flags import DEVICES, MOST_RESULTS, Parser, at_least, port_number
+from machine.errors import InputError
+from machine.stopping import ending, starting
 
 SHOWN_BROKEN = 20
-progress_bar = partial(tqdm, dynamic_ncols=True, disable=None, leave=False)     # disable=None: no bar into a file
 
 
 def get_parser() -> Parser:
@@ -40,7 +32,7 @@ def get_parser() -> Parser:
     def command(name: str, help: str) -> Parser:
         made = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".",
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
+        made.add_argument("--device", default="auto", choices=DEVICES, help="where the model runs")
         return made
 
     def opens_index(made: Parser) -> None:
@@ -87,6 +79,18 @@ def get_parser() -> Parser:
                        "another only in a network you trust")
     serve.add_argument("--port", type=port_number, default=7860, help="port it listens on")
     return parser
+
+
+if __name__ == "__main__":                                                      # before the seconds that torch takes
+    starting(get_parser())
+
+from PIL import Image
+from tqdm import tqdm
+
+from machine.device import choose_device, set_up
+from machine.progress import progress_bar
+from pictures import Answer, sheet, thumbnail
+from searching.gallery import Gallery, Hit, build
 
 
 def open_index(args: argparse.Namespace) -> Gallery:
@@ -191,7 +195,7 @@ def write(path: Path, flag: str, content: bytes) -> None:
 def serve(args: argparse.Namespace) -> None:
     gallery = open_index(args)
     try:
-        import page
+        from searching import page
     except ImportError:
         raise InputError("the page needs Gradio: pip install -r requirements-search.txt") from None
     page.open_page(gallery, args.k, args.host, args.port)
@@ -202,19 +206,11 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="PIL")
-    try:
+
+    def work(_stopping) -> None:
         args = get_parser().parse_args(argv)
-        with Stopping():
-            {"index": index, "query": query, "serve": serve}[args.command](args)
-    except (InputError, OSError) as error:
-        print("search.py: error:", error, file=sys.stderr)
-        return 2
-    except Stopped as stop:
-        print(f"search.py: {stop}", file=sys.stderr)
-        return stop.code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        {"index": index, "query": query, "serve": serve}[args.command](args)
+    return ending("search.py", work)
 
 
 if __name__ == "__main__":

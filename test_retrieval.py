@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import distributed
 from datasets import CompositionDataset, Judge, QuerySet
-from device import send
-from image_store import DeviceStore, ImageStore, normalize_images, prefetch
+from machine import distributed
+from machine.device import send
+from machine.image_store import DeviceStore, ImageStore, normalize_images, prefetch
+from machine.progress import no_progress
 
 COMPOSED_AT_ONCE = 1024                 # texts encoded, or queries composed
 # Ranked at once by each of a CPU's threads, or by a GPU, and at most so many scores: 32 MiB a thread, or 128 in all.
@@ -30,8 +31,9 @@ Progress = Callable
 Watch = Callable[[QuerySet, np.ndarray, Tensor, Tensor, list[np.ndarray]], None]
 
 
-def no_progress(items, **_):
-    return items
+def encoder_batch(device: torch.device) -> int:
+    """Images the encoder takes at once, where the user does not say: what its caches hold, or fills a GPU."""
+    return 256 if device.type == "cuda" else 32
 
 
 def encode_images(model, store: ImageStore | DeviceStore, ids: Sequence[int], batch_size: int, workers: int,
@@ -192,11 +194,12 @@ def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[
 
 
 @torch.inference_mode()
-def evaluate(model, dataset: CompositionDataset, store: ImageStore | DeviceStore, batch_size: int = 32,
+def evaluate(model, dataset: CompositionDataset, store: ImageStore | DeviceStore, batch_size: int = 0,
              workers: int = 2, seed: int = 0, progress: Progress = no_progress,
              baselines: bool = False, watch: Watch | None = None) -> dict[str, dict[str, float]]:
     """Test `model` on a split: {"model": {metric: value}}, and with `baselines` three more ways to answer.
 
+    batch_size: images the encoder takes at once; 0 leaves it to `encoder_batch`.
     "source image alone" ranks by the source image's feature, "text alone" composes every text with the gallery's
     mean feature, "chance" is the expected recall of a random order. Deterministic; the model's mode is restored.
     watch: called for each query set with it, the gallery's image ids, unit query vectors (Q, D), the unit gallery
@@ -207,7 +210,7 @@ def evaluate(model, dataset: CompositionDataset, store: ImageStore | DeviceStore
     try:
         task = dataset.task(seed)
         used = np.unique(np.concatenate([task.gallery, *(queries.sources for queries in task.query_sets)]))
-        features = encode_images(model, store, used, batch_size, workers, progress)
+        features = encode_images(model, store, used, batch_size or encoder_batch(model.a.device), workers, progress)
         def rows(ids):
             return features[torch.as_tensor(np.searchsorted(used, ids), device=features.device)]
         gallery = rows(task.gallery)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from device import send
-from errors import InputError
+from machine.device import send
+from machine.errors import InputError
 
 log = logging.getLogger(__name__)
 

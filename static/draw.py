@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-from datasets import MITStates  # noqa: E402
-from image_store import ImageStore  # noqa: E402
-from pictures import GREEN, INK, PAPER, QUIET, RED, Answer, font, sheet  # noqa: E402
-from test_retrieval import compose_queries, encode_images  # noqa: E402
+import checkpoint
+from datasets import MITStates
+from machine.image_store import ImageStore
+from pictures import GREEN, INK, PAPER, QUIET, RED, Answer, font, sheet
+from test_retrieval import compose_queries, encode_images
 
 IMAGE_HUE, TEXT_HUE, BOTH_HUE = "#dbe9fb", "#fdebd0", "#e3f5e1"
 RESULTS = 6

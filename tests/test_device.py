@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import device
-import image_store
 import main
-from image_store import DeviceStore, ImageStore
+import training
 from img_text_composition_models import MODELS
+from machine import device, image_store
+from machine.image_store import DeviceStore, ImageStore
 from text_model import SimpleVocab
 from torch_function import LOSSES, composition_losses
 
@@ -39,7 +39,8 @@ def test_no_more_threads_than_the_machine_gives(tmp_path, monkeypatch, quota, co
 
 
 def test_threads_are_the_affinitys_unless_the_user_says():
-    program = "import torch, device; device.set_up(torch.device('cpu'), 'fp32'); print(torch.get_num_threads())"
+    program = ("import torch; from machine import device; device.set_up(torch.device('cpu'), 'fp32'); "
+               "print(torch.get_num_threads())")
     plain = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     def threads(**more):
         words = ["taskset", "-c", "0", sys.executable, "-c", program]
@@ -103,13 +104,14 @@ def test_in_bfloat16_a_step_rounds_each_weight_once(name):
 def test_a_step_asks_nothing_of_the_device(name, loss):
     """No operation whose result the host must know, which on a GPU would wait for all that was started."""
     model = MODELS[name](SimpleVocab.from_texts(TEXTS), 24, 16).train()
-    optimizer, images = main.make_optimizer(model, 0.01, 1e-6), torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    parts = [main.Part(images, TEXTS, images)]
-    main.train_step(model, optimizer, loss, parts)                              # the optimizer's state is made
-    meter = main.LossMeter()
+    optimizer = training.make_optimizer(model, 0.01, 1e-6)
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    parts = [training.Part(images, TEXTS, images)]
+    training.train_step(model, optimizer, loss, parts)                              # the optimizer's state is made
+    meter = training.LossMeter()
     with Operations() as seen:
         for _ in range(2):
-            meter.add(main.train_step(model, optimizer, loss, parts))
+            meter.add(training.train_step(model, optimizer, loss, parts))
     assert {"convolution", "_fused_sgd_"} <= seen.names
     assert not {"_local_scalar_dense", "nonzero", "multinomial", "unique_dim", "_unique2"} & seen.names
 

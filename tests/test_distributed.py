@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import checkpoint
-import distributed
 import main
+import training
 from datasets import DATASETS
-from errors import InputError
 from img_text_composition_models import MODELS
+from machine import distributed
+from machine.errors import InputError
 from torch_function import LOSSES
 
 from . import together
@@ -91,9 +92,10 @@ def halves(trees):
     found = {}
     for name in MODELS:
         parts = []
-        for half in next(main.batches(split, 5, 0, 8, 0, together.CPU, parts=2)):
+        for half in next(training.batches(split, 5, 0, 8, 0, together.CPU, parts=2)):
             model = together.a_model(name, split.data).eval()
-            losses = main.train_step(model, main.make_optimizer(model, 0, 0), "batch_based_classification", [half])
+            optimizer = training.make_optimizer(model, 0, 0)
+            losses = training.train_step(model, optimizer, "batch_based_classification", [half])
             parts.append((losses, {key: weight.grad for key, weight in model.named_parameters()}))
         found[name] = [{key: (first[key] + second[key]) / 2 for key in first}
                        for first, second in zip(*parts, strict=True)]
@@ -159,14 +161,14 @@ def test_several_processes_train_on_sentence_vectors(fashion200k, tmp_path, mini
 
 def test_what_does_not_fall_into_equal_shares_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 4)
-    main.check_shares(32, 1, 2)
-    main.check_shares(32, 4, 2)
-    main.check_shares(12, 1, 1)
+    training.check_shares(32, 1, 2)
+    training.check_shares(32, 4, 2)
+    training.check_shares(12, 1, 1)
     for batch, parts, group, fits in ((32, 3, 2, 24), (36, 2, 2, 32), (4, 1, 1, 8), (30, 1, 2, 24)):
         with pytest.raises(InputError, match=f"pass {fits} or"):
-            main.check_shares(batch, parts, group)
+            training.check_shares(batch, parts, group)
     monkeypatch.setattr(distributed, "world", lambda: 1)
-    main.check_shares(33, 1, 2)                                                 # as ever
+    training.check_shares(33, 1, 2)                                                 # as ever
 
 
 def workers(process):
@@ -280,7 +282,7 @@ def test_a_broken_image_ends_a_job_in_its_line_after_a_checkpoint(mitstates, tmp
 
 def test_the_machines_cores_are_shared(mitstates, tmp_path):
     program = tmp_path / "threads.py"
-    program.write_text("import torch, device, distributed, sys\n"
+    program.write_text("import torch\nfrom machine import device, distributed\n"
                        "device.set_up(torch.device('cpu'), 'fp32', distributed.local_world())\n"
                        "print(torch.get_num_threads())")
     done = subprocess.run(torchrun(2, program), cwd=ROOT, capture_output=True, text=True, check=True,

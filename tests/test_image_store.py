@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-import image_store
-from errors import InputError
-from image_store import ImageStore, normalize_images, prefetch
+from machine import image_store
+from machine.errors import InputError
+from machine.image_store import ImageStore, normalize_images, prefetch
 
 from .conftest import picture
 
@@ -153,7 +153,7 @@ def test_a_disk_that_fills_up_costs_speed_only(paths, tmp_path, monkeypatch, cap
 
 FILL = """
 import sys
-from image_store import ImageStore
+from machine.image_store import ImageStore
 store = ImageStore(sys.argv[2:], 224, sys.argv[1])
 print("ready", flush=True)
 for i in range(len(store)): store.batch([i])

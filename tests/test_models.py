@@ -5,8 +5,9 @@ import torch
 import torchvision
 from torch import nn
 
-from errors import InputError
-from img_text_composition_models import MODELS, encoder_head, image_encoder, load_image_weights
+from image_encoders import encoder_head, image_encoder, load_image_weights
+from img_text_composition_models import MODELS
+from machine.errors import InputError
 from main import parameter_groups
 from text_model import SimpleVocab
 from torch_function import composition_losses

@@ -9,7 +9,7 @@ from PIL import Image, ImageColor
 
 import pictures
 from datasets import Judge, QuerySet
-from image_store import DeviceStore
+from machine.image_store import DeviceStore
 from pictures import GAP, GREEN, LINE, QUIET, RED, TILE, Answer, feature_map, sheet, wrapped
 from report import Sightings
 from test_retrieval import NEVER

@@ -11,7 +11,7 @@ import pytest
 
 import main
 from datasets import DATASETS, MITSTATES_TEST_NOUNS, Epoch
-from image_store import ImageStore
+from machine.image_store import ImageStore
 
 from .conftest import flags
 

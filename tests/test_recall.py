@@ -10,8 +10,8 @@ from sklearn.neighbors import NearestNeighbors
 
 import test_retrieval
 from datasets import DATASETS, Judge, QuerySet, integer_labels
-from image_store import ImageStore
 from img_text_composition_models import MODELS
+from machine.image_store import ImageStore
 from test_retrieval import CorrectImages, chance, evaluate, rank_table, ranks, recalls
 from text_model import SimpleVocab
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
-from resizing import BITS, plain_square, square, weights
+from machine.resizing import BITS, plain_square, square, weights
 
 
 def published(image, size):

@@ -14,8 +14,10 @@ import torch
 
 import checkpoint
 import main
+import training
 from img_text_composition_models import MODELS
-from stopping import Stopped, Stopping
+from machine.errors import InputError
+from machine.stopping import Stopped, Stopping
 from torch_function import LOSSES
 
 from .conftest import Run, flags, run_main
@@ -83,14 +85,14 @@ def stopped_after(it, words):
         original(training, batch, bar)
         if training.it == it:
             os.kill(os.getpid(), signal.SIGTERM)
-    original = main.Training.step
-    main.Training.step = step
+    original = training.Training.step
+    training.Training.step = step
     try:
         if it == 11:
-            main.Training.step = original
+            training.Training.step = original
         return main.main(words)
     finally:
-        main.Training.step = original
+        training.Training.step = original
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(mitstates, tmp_path):
@@ -271,7 +273,7 @@ def test_a_checkpoint_cut_short_anywhere_is_refused(mitstates, tmp_path, capsys)
     content = run.checkpoint.read_bytes()
     for length in [0, 1, 100, *range(4096, len(content), len(content) // 40), len(content) - 1]:
         (tmp_path / "cut.pth").write_bytes(content[:length])
-        with pytest.raises(main.InputError, match="not a readable checkpoint"):
+        with pytest.raises(InputError, match="not a readable checkpoint"):
             checkpoint.load(tmp_path / "cut.pth")
 
 

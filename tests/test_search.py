@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 import checkpoint
 import search
-from errors import InputError
-from gallery import Gallery, ImageList, build, rank, read_picture
-from image_store import decode, normalize_images
-from stopping import Stopped
+from machine.errors import InputError
+from machine.image_store import decode, normalize_images
+from machine.stopping import Stopped
+from searching.gallery import Gallery, ImageList, build, rank, read_picture
 
 from .conftest import picture, run_main, write_mitstates
 from .services import ROOT, serving, write_bert

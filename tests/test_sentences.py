@@ -14,8 +14,8 @@ import torch
 import checkpoint
 import main
 from datasets import DATASETS, Epoch
-from errors import InputError
-from image_store import ImageStore
+from machine.errors import InputError
+from machine.image_store import ImageStore
 from test_retrieval import evaluate
 from text_model import SentenceFile, SentenceService, SentenceTable
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from errors import InputError
+from machine.errors import InputError
 from text_model import SentenceService, SentenceTable, SimpleVocab, TextLSTMModel, tokenize
 
 from . import golden

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-import distributed
-import image_store
-import main
 import test_retrieval
+import training
 from datasets import DATASETS
 from img_text_composition_models import MODELS
+from machine import distributed, image_store
 from text_model import SimpleVocab
 from torch_function import LOSSES
 
@@ -28,22 +27,22 @@ def a_model(name, data):
 
 def open_split(trees, name, split, cache=None):
     data = DATASETS[name](trees / name, split)
-    return main.Split(data, image_store.ImageStore(data.paths, 32, cache))
+    return training.Split(data, image_store.ImageStore(data.paths, 32, cache))
 
 
 def steps(trees, gather=True, parts=1):
     """For each composer and loss the losses, gradients and weights of one step, batch norm's statistics held fixed; and
     the samples it was made on."""
     split = open_split(trees, "mitstates", "train")
-    batch = next(main.batches(split, 5, 0, 8, 0, CPU, parts=parts))
+    batch = next(training.batches(split, 5, 0, 8, 0, CPU, parts=parts))
     found = {"samples": [(text, part.source[i], part.target[i])
                          for part in batch for i, text in enumerate(part.texts)]}
     for name in MODELS:
         for loss in LOSSES:
             model = a_model(name, split.data).eval()
-            optimizer = main.make_optimizer(model, 0.1, 1e-3)
+            optimizer = training.make_optimizer(model, 0.1, 1e-3)
             torch.manual_seed(7 + 100 * distributed.rank())                     # of the negatives: the first's count
-            losses = main.train_step(distributed.averaging(model, False), optimizer, loss, batch, gather)
+            losses = training.train_step(distributed.averaging(model, False), optimizer, loss, batch, gather)
             found[name, loss] = {
                 "losses": losses, "weights": model.state_dict(),
                 "gradients": {key: weight.grad for key, weight in model.named_parameters()}}

@@ -25,9 +25,9 @@ from tqdm import tqdm
 import checkpoint
 import main
 from datasets import DATASETS
-from errors import InputError
-from image_store import ImageStore
 from img_text_composition_models import MODELS
+from machine.errors import InputError
+from machine.image_store import ImageStore
 from torch_function import LOSSES
 
 from .conftest import WRITERS, Run, flags, run_main, write_fashion200k, write_fashion_iq, write_mitstates

@@ -3,29 +3,35 @@
 import ctypes
 import logging
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from errors import InputError
+from machine.errors import InputError
 
 log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4   # of malloc.h
-PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def choose_device(name: str, number: int | None = None) -> torch.device:
-    """'auto' takes a GPU where there is one; number: which one, where each process has its own.
+    """'auto' takes a CUDA GPU where there is one, else a Mac's, else the CPU; number: which GPU, where each process has
+    its own.
 
     Raises InputError where there is none and one is asked for.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine has no usable CUDA GPU; pass --device cpu or auto")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, usable in there.items() if usable)
+    if not there[name]:
+        kind = {"cuda": "CUDA GPU", "mps": "Apple GPU"}[name]
+        raise InputError(f"--device {name}: this machine has no usable {kind}; pass --device cpu or auto")
+    if name != "cuda":
+        return torch.device(name)
     if number is not None and number >= torch.cuda.device_count():
         raise InputError(f"this machine has {torch.cuda.device_count()} GPUs and each process takes one: lower "
                          "torchrun's --nproc_per_node, or pass --device cpu")
@@ -34,7 +40,7 @@ def choose_device(name: str, number: int | None = None) -> torch.device:
 
 def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """Cores this process may run on: those of its affinity, and no more than a container's quota pays for."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         allowed, period = quota.read_text().split()
         return max(1, min(cores, int(allowed) // int(period)))
@@ -63,6 +69,12 @@ def set_up(device: torch.device, precision: str, processes: int = 1) -> None:
     torch.backends.cudnn.benchmark = True                                       # shapes stay the same for hours
 
 
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed for what is asked for next. A step at batch 32 takes and frees 3 GB, and
     to fetch them from the kernel anew, 4 KB at a time, is a sixth of a step on a CPU."""
@@ -76,7 +88,10 @@ def free_memory(device: torch.device) -> int:
     """Bytes that could be taken on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except ValueError:                                                          # a Mac tells only what it has: half
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

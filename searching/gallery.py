@@ -22,17 +22,16 @@ from PIL import Image
 from torch import Tensor
 
 import checkpoint
-from device import usable_cores
-from errors import InputError
-from image_store import decode, file_version, normalize_images, prefetch
-from resizing import plain_square
+from machine.device import usable_cores
+from machine.errors import InputError
+from machine.image_store import decode, file_version, normalize_images, prefetch
+from machine.resizing import plain_square
 from text_model import SentenceService, SentenceTable, spread, tokenize
 
 MODEL, IMAGES, RANKING = "model.pth", "images.sqlite", "index.faiss"
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 LONGEST_TEXT = 1000                     # characters
 LARGEST_PICTURE = 40 * 10**6            # pixels of a query's picture
-MOST_RESULTS = 1000
 ROWS_AT_ONCE = 10_000                   # of features, in reading them all
 ROUNDING = 2**-11 + 2**-20              # half precision moves the product of two unit vectors by no more
 FOR_TRAINING = ("optimizer_state_dict", "random", "progress")                   # of a checkpoint

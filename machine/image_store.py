@@ -24,9 +24,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from device import free_memory, send, usable_cores
-from errors import InputError
-from resizing import square
+from machine.device import free_memory, send, usable_cores
+from machine.errors import InputError
+from machine.resizing import square
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECORD = np.dtype([("bytes", "u8"), ("modified_ns", "i8"), ("checksum", "u4"), ("filled", "u4")])

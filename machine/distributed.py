@@ -20,16 +20,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from machine.errors import PeerLost
+
 CPU = torch.device("cpu")
 PATIENCE = timedelta(minutes=30)        # for a process that is alive and does not come; of a dead one all hear at once
 
 
 rounds = 1                              # how often the job's processes were started, as far as its store knows
 hosts: dist.ProcessGroup | None = None  # all processes, meeting without their GPUs; log2(world) rounds a barrier
-
-
-class PeerLost(Exception):
-    """Another process of the job has ended, so nothing can be done together any more."""
 
 
 def launched() -> bool:
@@ -76,7 +74,10 @@ def launch() -> str:
     """A name for this launch of torchrun, the same after a restart."""
     if not launched() or os.environ["TORCHELASTIC_RUN_ID"] != "none":
         return os.environ.get("TORCHELASTIC_RUN_ID", "")
-    started = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    try:
+        started = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:                                                             # no /proc, as on a Mac
+        started = ""
     return f"{os.getppid()} {started}"                                          # torchrun itself: process and start
 
 

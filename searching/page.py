@@ -17,13 +17,14 @@ from pathlib import Path
 CACHE = tempfile.mkdtemp(prefix="search-page-")                                 # read by Gradio as it is imported
 os.environ |= {"GRADIO_TEMP_DIR": CACHE, "GRADIO_ANALYTICS_ENABLED": "False"}
 
-import gradio as gr  # noqa: E402
-from PIL import Image  # noqa: E402
+import gradio as gr
+from PIL import Image
 
-from errors import InputError  # noqa: E402
-from gallery import MOST_RESULTS, Gallery, Hit, Source, printable  # noqa: E402
-from pictures import thumbnail  # noqa: E402
-from text_model import spread  # noqa: E402
+from flags import MOST_RESULTS
+from machine.errors import InputError
+from pictures import thumbnail
+from searching.gallery import Gallery, Hit, Source, printable
+from text_model import spread
 
 OFFERED, EXAMPLES, LONGEST_TRAIL = 12, 6, 30
 LARGEST_UPLOAD = "50mb"

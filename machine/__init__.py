@@ -1,0 +1,1 @@
+"""What knows nothing of the paper: files, pixels, devices, processes, signals. Nothing here imports the root."""

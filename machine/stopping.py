@@ -1,0 +1,116 @@
+"""How a program starts and ends: wrong flags at once, faults and signals in one line, each with its exit code.
+
+Heard are Ctrl-C, SIGTERM, and where the platform has it the SIGUSR1 that Slurm sends before a time limit.
+"""
+
+import os
+import signal
+import sys
+import threading
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from machine.errors import InputError, PeerLost
+
+EXIT_CODES = {getattr(signal, name): code for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143))
+              if hasattr(signal, name)}
+
+
+class Stopped(BaseException):
+    """Raised where the program is when it is asked to stop, or at the end of what must not be cut in two.
+
+    Not an Exception: nothing on the way shall take it for a fault.
+    """
+
+    def __init__(self, number: int):
+        self.code = EXIT_CODES[number]
+        super().__init__(f"stopped by {name_of(number)}")
+
+
+def name_of(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+class Stopping:
+    """Within it the signals raise Stopped, once; a second Ctrl-C raises KeyboardInterrupt at once."""
+
+    def __init__(self):
+        self.asked: int | None = None
+        self.is_held = False
+
+    def __enter__(self) -> "Stopping":
+        heard = EXIT_CODES if threading.current_thread() is threading.main_thread() else ()  # no other may listen
+        self.before = {number: signal.signal(number, self.receive) for number in heard}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, _frame) -> None:
+        if self.asked is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.asked = number
+        if not self.is_held:
+            raise Stopped(number)
+
+    def ending(self) -> None:
+        """From here on signals raise nothing, but for a second Ctrl-C: what is left to do is done."""
+        self.is_held = True
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What is begun here is finished first."""
+        self.is_held = True
+        try:
+            yield
+        finally:
+            self.is_held = False
+        if self.asked is not None:
+            raise Stopped(self.asked)
+
+
+def starting(parser: ArgumentParser) -> None:
+    """For a program's first line, before it loads what takes seconds: wrong flags and --help are answered at once, a
+    stop is one line, and who looks on is told what takes so long."""
+    if os.name == "nt":
+        sys.exit(f"{parser.prog}: Windows itself is not supported; run it in WSL (wsl --install, then as on Linux)")
+
+    def leave(number: int, _frame) -> None:
+        print(f"{parser.prog}: stopped by {name_of(number)}", file=sys.stderr, flush=True)
+        os._exit(EXIT_CODES[number])                                            # half-loaded libraries end badly
+    for number in EXIT_CODES:
+        signal.signal(number, leave)
+    parser.parse_args()
+    if sys.stderr.isatty():
+        print("loading torch ...", end="\r", file=sys.stderr, flush=True)       # the next line takes its place
+
+
+def ending(program: str, work: Callable[[Stopping], None]) -> int:
+    """Do the work; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
+    try:
+        with Stopping() as stopping:
+            work(stopping)
+    except (InputError, OSError, FloatingPointError, PeerLost) as error:
+        complain(error, f"{program}: error:")
+        return 2
+    except Stopped as stop:
+        complain(stop, f"{program}:")
+        return stop.code
+    except KeyboardInterrupt:
+        complain(KeyboardInterrupt("stopped at once; a run's folder holds its last whole checkpoint"), f"{program}:")
+        return 130
+    return 0
+
+
+def complain(reason: BaseException, before: str) -> None:
+    """Say in one line why the program ends, of several processes one, and what the first of them has saved."""
+    from machine import distributed  # here: it loads torch, which wrong flags do not wait for
+
+    follows = isinstance(reason, Stopped | PeerLost)                            # from what others say too
+    new = distributed.first() if follows else distributed.first_to_say(str(reason))
+    if line := [str(reason)] * new + getattr(reason, "__notes__", []):
+        print(before, "; ".join(line), file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Searching any folder of images with a trained model: the index, and the page over it."""

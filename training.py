@@ -1,0 +1,253 @@
+"""The training loop: an epoch's batches, one update, and a run of many with its tests, saves and stops."""
+
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from tqdm import tqdm
+
+import checkpoint
+import report
+from datasets import CompositionDataset, Epoch
+from flags import plain
+from img_text_composition_models import ImgTextCompositionBase
+from machine import distributed
+from machine.errors import InputError, PeerLost
+from machine.image_store import DeviceStore, ImageStore, normalize_images, prefetch
+from machine.progress import progress_bar
+from machine.stopping import Stopped, Stopping
+from text_model import SentenceTable
+from torch_function import composition_losses
+
+
+@dataclass
+class Split:
+    """A dataset with the pixels of its images."""
+    data: CompositionDataset
+    store: ImageStore | DeviceStore
+
+
+class Part(NamedTuple):
+    """What of a batch goes through the model at once, in this process: (B, 3, S, S) uint8 images, and B texts."""
+    source: Tensor
+    texts: list[str]
+    target: Tensor
+
+
+def prepare(sentences: SentenceTable, texts: Iterable[str]) -> None:
+    """Have the vectors of these texts, from the service or, in all processes but one of a machine, from its disk."""
+    with distributed.a_machines_first_goes_first():
+        sentences.prepare(texts, progress_bar)
+
+
+def parameter_groups(model: ImgTextCompositionBase, rate: float) -> list[dict]:
+    """Every weight in one of three groups: the encoder's new last layer, its pretrained rest (0.1 x), all others."""
+    def group(name: str) -> str:
+        if name.startswith(f"img_model.{model.image_head}."):
+            return "head"
+        return "backbone" if name.startswith("img_model.") else "rest"
+    named = list(model.named_parameters())
+    return [{"params": [weight for name, weight in named if group(name) == key], "lr": factor * rate}
+            for key, factor in (("head", 1.0), ("backbone", 0.1), ("rest", 1.0))]
+
+
+def make_optimizer(model: ImgTextCompositionBase, rate: float, weight_decay: float) -> torch.optim.SGD:
+    """The published one; fused: all weights of a group in one pass over them."""
+    return torch.optim.SGD(parameter_groups(model, rate), momentum=0.9, weight_decay=weight_decay, fused=True)
+
+
+def check_shares(batch_size: int, parts: int, together: int) -> None:
+    """Raise InputError unless a batch falls into equal shares of whole groups of `together` samples."""
+    shares = distributed.world() * parts
+    unit, least = shares * together, 2 * shares                                 # batch norm needs two samples
+    if shares > 1 and (batch_size % unit or batch_size < least):
+        fits = max(least, batch_size // unit * unit)
+        raise InputError(f"--batch_size {batch_size} is the whole batch, and cannot be shared by {distributed.world()} "
+                         f"processes with --accumulate {parts}: pass {fits} or a larger multiple of {unit}")
+
+
+def batches(train: Split, seed: int, epoch: int, size: int, workers: int, device: torch.device, done: int = 0,
+            parts: int = 1) -> Iterator[list[Part]]:
+    """An epoch's whole batches but the first `done`, of each this process's share, in so many parts; the images are on
+    their way to the device. Which samples a batch has does not depend on how many processes share it."""
+    samples = Epoch(train.data, seed, epoch)
+    length = size // parts // distributed.world()                               # of a process's share of a part
+
+    def share(start: int) -> Part:
+        sources, targets, texts = zip(*(samples[i] for i in range(start, start + length)), strict=True)
+        return Part(train.store.batch(sources, device), list(texts), train.store.batch(targets, device))
+
+    def batch(start: int) -> list[Part]:
+        starts = range(start, start + size, length)                             # by part, and in it by process
+        return [share(own) for own in starts[distributed.rank()::distributed.world()]]
+    return prefetch(batch, range(done * size, len(samples) - size + 1, size), workers)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: str, parts: list[Part],
+               gather: bool = True) -> dict[str, Tensor]:
+    """One update on a batch, without waiting for the device. Returns {name: detached scalar}, the means over its parts
+    and the processes.
+
+    model: as `distributed.averaging` gives it. Each part's queries meet the targets of that part alone, with `gather`
+    those of all processes, else of this one.
+    """
+    optimizer.zero_grad()
+    means: dict[str, Tensor] = {}
+    for number, part in enumerate(parts, start=1):
+        with distributed.exchanging(model, now=number == len(parts)):
+            features = model(normalize_images(part.source), part.texts, normalize_images(part.target))
+            with distributed.same_random_numbers(part.source.device) if gather else nullcontext():
+                losses = composition_losses(features, loss, distributed.gather if gather else lambda own: own)
+            (losses["total training loss"] / len(parts)).backward()
+        means = {name: value.detach() / len(parts) + means.get(name, 0) for name, value in losses.items()}
+    optimizer.step()
+    return distributed.mean(means)
+
+
+class LossMeter:
+    """Means of the losses since the last reading, summed on the device: reading is what waits for it."""
+
+    def __init__(self, sums: dict[str, Tensor] | None = None, steps: int = 0):
+        self.sums, self.steps = sums or {}, steps
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        self.sums, self.steps = {name: value + self.sums.get(name, 0) for name, value in losses.items()}, self.steps + 1
+
+    def check(self, it: int) -> dict[str, float]:
+        """The means; raises FloatingPointError when one is not a finite number."""
+        means = {name: value.item() / self.steps for name, value in self.sums.items()}
+        if not all(map(math.isfinite, means.values())):
+            parts = ", ".join(f"{name} {value:g}" for name, value in means.items())
+            raise FloatingPointError(f"the loss is not finite by iteration {it} ({parts}); lower --learning_rate")
+        return means
+
+    def read(self, it: int) -> dict[str, float]:
+        means = self.check(it)
+        self.sums, self.steps = {}, 0
+        return means
+
+
+def show(bar: tqdm, losses: dict[str, Tensor]) -> None:
+    """One step further; a GPU's loss is not fetched, as that waits for it: the bar then shows the last logged."""
+    if bar.update() and losses["total training loss"].device.type == "cpu":
+        bar.set_postfix(loss=f"{losses['total training loss'].item():.4f}", refresh=False)
+
+
+class Training:
+    """A run of --num_iters steps: where it stands, and what is done between its steps.
+
+    judge: tests the model as it is after so many iterations, {split: what was found}.
+    """
+
+    def __init__(self, args: Namespace, model: ImgTextCompositionBase, split: Split, log: report.Report,
+                 judge: Callable[[int], dict[str, report.Tested]], stopping: Stopping):
+        self.args, self.model, self.split, self.log = args, model, split, log
+        self.judge, self.stopping = judge, stopping
+        self.shared = distributed.averaging(model, args.sync_bn)                # the same weights, trained by several
+        self.optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
+        self.epoch_steps = len(split.data) // args.batch_size
+        self.schedule = checkpoint.Schedule(args.save_frequency)
+        self.it, self.tested, self.best, self.meter = 0, False, -math.inf, LossMeter()
+        self.whole = True                                                       # not while several are in a step
+        self.clock = 0, time.perf_counter()                                     # steps since then, and when that was
+
+    def go_on(self, state: dict) -> None:
+        """From where a checkpoint's run stood."""
+        past = checkpoint.resume(state, self.optimizer, self.model.a.device)
+        self.it, self.tested, self.best = state["it"], past["tested"], past["best"]
+        sums = {name: value.to(self.model.a.device) for name, value in past["sums"].items()}
+        self.meter = LossMeter(sums, past["steps"])
+
+    def save(self, best: bool = False) -> None:
+        """All that was logged, then the checkpoint: what a checkpoint's run has logged is on disk."""
+        if not distributed.first():
+            return
+        self.meter.check(self.it)                                               # nothing that is not finite is saved
+        self.log.flush()
+        progress = {"tested": self.tested, "best": self.best, "sums": self.meter.sums, "steps": self.meter.steps,
+                    "samples": len(self.split.data)}
+        checkpoint.save(self.log.folder, self.model, self.optimizer, self.it, plain(self.args), progress, best)
+
+    def test_is_due(self) -> bool:
+        epoch, rest = divmod(self.it, self.epoch_steps)
+        often = self.args.eval_frequency
+        return self.it == self.args.num_iters or bool(epoch and not rest and often and epoch % often == 1 % often)
+
+    def test(self) -> None:
+        """Test, keep the best checkpoint, and the latest."""
+        distributed.same_buffers(self.model)
+        results = self.judge(self.it)
+        with self.stopping.held():
+            score = report.show_results(self.log, results, self.it)["test"][self.args.best_metric]
+            self.tested, best, self.best = True, score > self.best, max(score, self.best)
+            self.save(best)
+        self.clock = 0, time.perf_counter()                                     # a test is no training
+
+    def step(self, parts: list[Part], bar: tqdm) -> None:
+        distributed.meet()                                                      # who has left was not in this step
+        self.whole = distributed.world() == 1
+        distributed.own_random_numbers(self.args.seed, self.it)
+        losses = train_step(self.shared, self.optimizer, self.args.loss, parts, self.args.gather)
+        self.it, self.tested, self.clock = self.it + 1, False, (self.clock[0] + 1, self.clock[1])
+        if self.it % self.args.learning_rate_decay_frequency == 0:
+            for group in self.optimizer.param_groups:
+                group["lr"] *= 0.1
+        self.meter.add(losses)
+        self.whole = True
+        if self.it % self.args.log_frequency == 0 or self.it == self.args.num_iters:
+            means = self.meter.read(self.it)
+            bar.set_postfix(loss=f"{means['total training loss']:.4f}", refresh=False)
+            rate = self.args.batch_size * self.clock[0] / (time.perf_counter() - self.clock[1])
+            self.clock = 0, time.perf_counter()
+            self.log.scalars({**means, **self.state(), "queries per second": rate, "images per second": 2 * rate},
+                             self.it)
+        show(bar, losses)
+
+    def state(self) -> dict[str, float]:
+        """What is worth watching beside the losses; the gradient is the last step's."""
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        weights = {f"a {i}": value for i, value in enumerate(self.model.a.tolist())}
+        scale = self.model.normalization_layer.norm_s.item()
+        return {"learning_rate": self.optimizer.param_groups[0]["lr"], "scale": scale,
+                "gradient norm": get_total_norm(gradients).item(), **weights}
+
+    def epoch(self, bar: tqdm) -> None:
+        """What is left of the epoch the run stands in."""
+        number, done = divmod(self.it, self.epoch_steps)
+        if self.model.sentence_vectors:                                         # new ones: Fashion200k's modifications
+            prepare(self.model.sentence_vectors, self.split.data.sample_texts(self.args.seed, number))
+        for batch in batches(self.split, self.args.seed, number, self.args.batch_size, self.args.loader_num_workers,
+                             self.model.a.device, done, self.args.accumulate):
+            with self.stopping.held():
+                self.step(batch, bar)
+            if self.it == self.args.num_iters:
+                return
+            if self.schedule.due(self.it) and not self.test_is_due():
+                self.save()
+
+    def run(self) -> None:
+        """To the end, or to where it is stopped or cannot go on: there too all is saved, and the reason raised."""
+        self.model.train()
+        with progress_bar(total=self.args.num_iters, initial=self.it, unit="step", smoothing=0.05, leave=True) as bar:
+            try:
+                with distributed.noticing():
+                    while self.it < self.args.num_iters or not self.tested:
+                        if self.test_is_due() and not self.tested:
+                            self.test()
+                        else:
+                            self.epoch(bar)
+            except (Stopped, InputError, OSError, PeerLost) as reason:
+                self.stopping.ending()
+                if self.whole and distributed.first():
+                    self.save()
+                    reason.add_note(f"saved at iteration {self.it}, go on with --resume '{self.log.folder}'")
+                raise
+
+
