@@ -1,5 +1,5 @@
 # make demo: toy data, a short training, its recall table.  make page: a web page to search on with that model.
-# make bert-demo: the demo with vectors of a sentence service.  make test: the test suite.  Each installs what it needs.
+# make bert-demo: the demo with vectors of a sentence service.  make test: the tests.  Each installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --dataset mitstates --dataset_path data/toy/mitstates --model composeAE --loss batch_based_classification \
@@ -10,7 +10,7 @@ BERT_PORTS := 15555 15556
 BERT_DEMO := $(DEMO:_demo=_bert_demo) --use_bert True --bert_port $(word 1,$(BERT_PORTS)) \
 	--bert_port_out $(word 2,$(BERT_PORTS)) --bert_timeout 60
 
-.PHONY: install demo page bert-demo browser test torture lint bench clean
+.PHONY: install demo page bert-demo browser test test-long test-anywhere torture lint bench clean
 
 install: .venv/installed
 
@@ -49,8 +49,20 @@ browser:
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	{ apt-get update && apt-get install -y --no-install-recommends chromium; }
 
+# What every change is tried with; then the rest, whose reasons stand beside the tests.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto -m "not long"
+
+test-long: install
+	$(BIN)/python -m pytest -n auto -m long
+
+# Other processors' rounding, as far as this one can compute like them, then three times beside two busy loops.
+test-anywhere: install
+	ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE $(MAKE) test
+	ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 $(MAKE) test
+	$(MAKE) test
+	yes > /dev/null & one=$$!; yes > /dev/null & two=$$!; trap 'kill $$one $$two' EXIT; \
+	for turn in 1 2 3; do $(MAKE) test || exit 1; done
 
 lint: install
 	$(BIN)/ruff check .
