@@ -72,7 +72,7 @@ browser:
 test: install
 	$(BIN)/python -m pytest
 
-# With the oldest versions that requirements*.txt allow, in an environment of its own; OLDEST='tests' runs all.
+# With the oldest supported versions, in an environment of its own; OLDEST='tests' runs all.
 OLDEST ?= $(addprefix tests/test_,models.py losses.py datasets.py text_model.py recall.py resizing.py image_store.py \
 	portability.py pictures.py main.py search.py)
 

@@ -34,7 +34,8 @@ def macs(name):
 os.sysconf = macs
 asked = []
 def absent(event, words):
-    if event == "open" and isinstance(words[0], str) and words[0].startswith(("/proc/", "/sys/")):
+    hidden = event == "open" and isinstance(words[0], str) and words[0].startswith(("/proc/", "/sys/"))
+    if hidden and words[0] != "/proc/self/maps":  # threadpoolctl's, which does otherwise on a Mac
         asked.append(words[0])
         raise FileNotFoundError(2, "No such file or directory", words[0])
 sys.addaudithook(absent)
