@@ -12,6 +12,7 @@ turns, in one order and then in the other; medians are printed.
 import argparse
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -53,6 +54,7 @@ from torch_function import LOSSES, draw_negatives, soft_triplet_loss
 from training import Split, Training, batches, make_optimizer, train_step
 
 CPU = torch.device("cpu")
+PROC = Path("/proc")                    # Linux's; what only it tells is not measured elsewhere
 COMPOSEAE = ("composeAE", "batch_based_classification")
 
 
@@ -89,17 +91,20 @@ def row(what: str, ours: float, floor: float, goal: float, unit: str = "s") -> d
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Gives a function: megabytes taken at the worst moment inside, beyond what was taken before."""
+    """Gives a function: megabytes taken at the worst moment inside, beyond what was taken before; NaN where the system
+    does not tell."""
     def resident(kind: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = (PROC / "self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         yield lambda: (torch.cuda.max_memory_allocated() - before) / 1e6
+    elif not (PROC / "self/clear_refs").exists():
+        yield lambda: math.nan
     else:
         ctypes.CDLL(None).malloc_trim(0)                                        # what was freed counts when taken again
-        Path("/proc/self/clear_refs").write_text("5")                           # VmHWM counts from here
+        (PROC / "self/clear_refs").write_text("5")                              # VmHWM counts from here
         before = resident("VmRSS")
         yield lambda: (resident("VmHWM") - before) / 1e6
 
@@ -231,9 +236,11 @@ def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int
 
 # Several processes
 
-def sent() -> int:
-    """Bytes that left this machine's processes so far, those to each other included."""
-    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
+def sent() -> float:
+    """Bytes that left this machine's processes so far, those to each other included; NaN where it does not tell."""
+    if not (PROC / "net/dev").exists():
+        return math.nan
+    lines = (PROC / "net/dev").read_text().splitlines()[2:]
     return sum(int(line.rpartition(":")[2].split()[8]) for line in lines)
 
 
@@ -258,7 +265,10 @@ def shared_step(folder: Path, device: torch.device, batch: int, size: int, repet
 
 
 def scaling_rows(folder: Path, batch: int, size: int, repetitions: int) -> list[dict]:
-    """Two processes on a core each beside one on one: sharing its batch, and each with as many queries as it has."""
+    """Two processes on a core each beside one on one: sharing its batch, and each with as many queries as it has. None
+    where a process cannot be given a core."""
+    if not hasattr(os, "sched_setaffinity"):
+        return []
     cores = sorted(os.sched_getaffinity(0))[:2]
     found: dict = {}
     for processes, queries in tqdm([(1, batch), (2, batch), (2, 2 * batch), (1, batch)], desc="several processes"):
@@ -767,6 +777,9 @@ def run(argv: list[str] | None = None) -> int:
             rows += make(Path(folder), quick=args.quick)
     if args.quick:
         print("Small sizes: the ratios mean nothing.")
+    if len(measured := [entry for entry in rows if not math.isnan(entry["ours"])]) < len(rows):
+        print(f"Left out: {len(rows) - len(measured)} rows of memory, which this system does not tell of.")
+    rows = measured
     width = max(len(entry["what"]) for entry in rows)
     print(f"{'what':<{width}}{'ours':>12}{'floor':>12}{'ratio':>8}{'goal':>8}")
     for entry in rows:

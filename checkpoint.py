@@ -20,6 +20,7 @@ import torch
 from image_encoders import ENCODERS, encoder_head
 from img_text_composition_models import MODELS, ImgTextCompositionBase, Recipe, SentenceVectors
 from machine import distributed
+from machine.device import random_numbers
 from machine.errors import InputError
 from text_model import SimpleVocab
 
@@ -79,8 +80,8 @@ def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Opt
 
 def random_states(device: torch.device) -> dict:
     """Where torch's sequences of random numbers stand, on the CPU and on the device."""
-    of_gpu = [torch.cuda.get_rng_state()] if device.type == "cuda" else []
-    return {"cpu": torch.get_rng_state(), "cuda": of_gpu}
+    of_gpu = {} if device.type == "cpu" else {device.type: [random_numbers(device).get_rng_state()]}
+    return {"cpu": torch.get_rng_state(), **of_gpu}
 
 
 class Schedule:
@@ -156,8 +157,8 @@ def resume(state: dict, optimizer: torch.optim.Optimizer, device: torch.device) 
     try:
         optimizer.load_state_dict(state["optimizer_state_dict"])
         torch.set_rng_state(state["random"]["cpu"])
-        if device.type == "cuda" and state["random"]["cuda"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"][0])
+        if device.type != "cpu" and (of_gpu := state["random"].get(device.type)):
+            random_numbers(device).set_rng_state(of_gpu[0])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"the checkpoint's run cannot go on: its optimizer or random numbers do not fit ({error!r}); "
                          "start a new one with --model_checkpoint") from None

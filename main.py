@@ -172,8 +172,8 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> N
     if args.test_only and args.resume:
         raise InputError("--test_only tests --model_checkpoint and resumes nothing: drop --resume")
     args.image_embed_dim = args.image_embed_dim or encoder_head(args.image_encoder)[1]
-    if args.sync_bn and device.type == "cpu":
-        raise InputError("--sync_bn True: torch's synchronized batch norm is for GPUs alone; drop it")
+    if args.sync_bn and device.type != "cuda":
+        raise InputError("--sync_bn True: torch's synchronized batch norm is for CUDA GPUs alone; drop it")
     set_up(device, args.precision, distributed.local_world())
     seed_everything(args.seed)
     if distributed.first():

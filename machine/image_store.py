@@ -5,7 +5,6 @@ They lie channels last, as PIL gives them and as the encoder is fastest with: (S
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -27,6 +26,11 @@ from torch import Tensor
 from machine.device import free_memory, send, usable_cores
 from machine.errors import InputError
 from machine.resizing import square
+
+try:
+    import fcntl
+except ImportError:                     # a system without file locks: nothing is kept
+    fcntl = None
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECORD = np.dtype([("bytes", "u8"), ("modified_ns", "i8"), ("checksum", "u4"), ("filled", "u4")])
@@ -124,7 +128,10 @@ class PixelFile:
     """
 
     def __init__(self, folder: Path, size: int, paths: Sequence[str]):
-        """Raises OSError where the folder cannot be written or its disk has no room for the missing images."""
+        """Raises OSError where the folder cannot be written or its disk has no room for the missing images, or where
+        it cannot be shared."""
+        if not fcntl:
+            raise OSError("this system has no file locks")
         self.shape, self.stride = (size, size, 3), 3 * size * size
         folder.mkdir(parents=True, exist_ok=True)
         names, records, pixels = (folder / f"images_{size}.{kind}" for kind in ("paths", "records", "pixels"))
