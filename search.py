@@ -78,6 +78,8 @@ def get_parser() -> Parser:
     serve.add_argument("--host", default="127.0.0.1", help="address it listens on; no password is asked, so name "
                        "another only in a network you trust")
     serve.add_argument("--port", type=port_number, default=7860, help="port it listens on")
+    serve.add_argument("--allow_host", action="append", default=[], metavar="NAME", help="another name it goes by, "
+                       "such as a reverse proxy's; may be given again")
     return parser
 
 
@@ -196,9 +198,9 @@ def serve(args: argparse.Namespace) -> None:
     gallery = open_index(args)
     try:
         from searching import page
-    except ImportError:
-        raise InputError("the page needs Gradio: pip install -r requirements-search.txt") from None
-    page.open_page(gallery, args.k, args.host, args.port)
+    except ModuleNotFoundError as error:
+        raise InputError(f"the page needs {error.name}: pip install -r requirements-search.txt") from None
+    page.open_page(gallery, args.k, args.host, args.port, args.allow_host)
 
 
 def main(argv: list[str] | None = None) -> int:

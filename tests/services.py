@@ -1,6 +1,7 @@
 """Sentence services for the tests: real server processes, small models made here, and one that misbehaves on order."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -93,6 +94,42 @@ def serving(model, *words, **how):
     finally:
         code, output = service.stop()
     assert code in (0, -signal.SIGKILL) and "Traceback" not in output, output
+
+
+class WebPage:
+    """A process of search.py serve, its output kept; temporary: the folder it takes for temporary files."""
+
+    def __init__(self, index, port, temporary, *words, **environment):
+        self.port, self.temporary, self.address = port, temporary, f"http://127.0.0.1:{port}"
+        self.log = tempfile.TemporaryFile("w+")                                 # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "search.py", "serve", "--index", index, "--port", str(port), *map(str, words)], cwd=ROOT,
+            stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **environment, "TMPDIR": str(temporary)})
+
+    def output(self):
+        self.log.seek(0)
+        return self.log.read()
+
+    def wait_until(self, what):
+        """Until it has said this."""
+        end = time.monotonic() + 180
+        while what not in self.output():
+            assert self.process.poll() is None and time.monotonic() < end, self.output()
+            time.sleep(0.05)
+
+
+@contextmanager
+def serving_page(index, port, temporary, *words, **environment):
+    """A page that answers; ended by SIGTERM."""
+    page = WebPage(index, port, temporary, *words, **environment)
+    try:
+        page.wait_until("The page is at")
+        yield page
+        page.process.terminate()
+        page.process.wait(60)
+    finally:
+        page.process.kill()
+        page.process.wait()
 
 
 class Misbehaving:
