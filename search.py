@@ -16,9 +16,10 @@ import time
 import warnings
 from pathlib import Path
 
-from flags import DEVICES, MOST_RESULTS, Parser, at_least, port_number
+from flags import DEVICES, MOST_RESULTS, Parser, a_path, at_least, port_number
 from machine.errors import InputError
 from machine.stopping import ending, starting
+from machine.streams import log_to_stderr
 
 SHOWN_BROKEN = 20
 
@@ -36,7 +37,7 @@ def get_parser() -> Parser:
         return made
 
     def opens_index(made: Parser) -> None:
-        made.add_argument("--index", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+        made.add_argument("--index", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                           help="folder made by search.py index (required)")
         service = made.add_argument_group("sentence service, for a model trained with --use_bert; where a flag is not "
                                           "given, as the training had it")
@@ -49,11 +50,11 @@ def get_parser() -> Parser:
 
     index = command("index", "make an index of a folder of images, or bring one up to date; stopped, the same command "
                     "goes on")
-    index.add_argument("--model_checkpoint", required=True, type=Path, metavar="PATH", default=argparse.SUPPRESS,
+    index.add_argument("--model_checkpoint", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
                        help="a run's best_checkpoint.pth (required)")
-    index.add_argument("--images", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+    index.add_argument("--images", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                        help="folder with images, in it and below it (required)")
-    index.add_argument("--out", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+    index.add_argument("--out", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                        help="folder for the index (required)")
     index.add_argument("--ivf", action="store_true", help="for millions of images: a query is compared with those of "
                        "the nearest cells of the gallery alone, so that a few of its results may be missed")
@@ -62,15 +63,15 @@ def get_parser() -> Parser:
                        "images")
     query = command("query", "find the images nearest to a picture plus a change")
     opens_index(query)
-    query.add_argument("--image", required=True, type=Path, metavar="PATH", default=argparse.SUPPRESS,
+    query.add_argument("--image", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
                        help="the query's picture, any file (required)")
     query.add_argument("--text", default="", help="what to change, as the model was trained to be told; empty: images "
                        "that look like the picture")
     query.add_argument("-k", type=at_least(1, most=MOST_RESULTS), default=20, metavar="K", help="how many results")
     query.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    query.add_argument("--html", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
+    query.add_argument("--html", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
                        "page that needs no other file")
-    query.add_argument("--png", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
+    query.add_argument("--png", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
                        "picture")
     serve = command("serve", "open a web page to search on, and to go on from what was found")
     opens_index(serve)
@@ -202,8 +203,8 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run with these flags; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
-    logging.basicConfig(format="%(message)s")
+    """Run with these flags; returns the exit code, as `ending` says."""
+    log_to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="PIL")
 
@@ -214,6 +215,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="surrogateescape")                            # a file's name may be any bytes
     sys.exit(main())
