@@ -99,7 +99,7 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}")
 
 
-def write_whole(path: Path, content, before: Callable[[Path], None] = lambda written: None) -> None:
+def write_whole(path: Path, content, before: Callable[[Path], None] | None = None) -> None:
     """Write bytes beside `path`, safely on disk, then rename: it is what it was or all of this; a link is replaced,
     never written through. Raises OSError.
 
@@ -112,7 +112,8 @@ def write_whole(path: Path, content, before: Callable[[Path], None] = lambda wri
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        before(beside)
+        if before:
+            before(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
