@@ -60,22 +60,25 @@ def is_named(folder: Path, comment: str) -> bool:
 def newest_run(runs: Iterable[Glance], comment: str, launch: str | None = None) -> Path | None:
     """The latest checkpoint of the newest of these runs that has this comment and, if given, this launch.
 
-    Raises InputError where just that one is damaged: neither an older run nor a new one is what was asked for.
+    Raises InputError where just that one is damaged: neither an older run nor a new one is what was asked for. Damaged
+    ones of other runs are left out with a note.
     """
+    runs = [seen for seen in runs if launch in (None, seen.launch)]
+    newest = next((seen for seen in runs if seen.comment == comment), None)
     for seen in runs:
         named = is_named(seen.path.parent, comment)
-        if launch not in (None, seen.launch):
-            continue
-        if not named and seen.damage:
-            log.warning("note: left out %s, which is damaged: %s", seen.path, seen.damage)
-        elif named or seen.comment == comment:
-            damage = seen.damage or damage_of(seen.path)
-            if damage:
-                raise InputError(f"{seen.path}, of the newest run of this --comment, is damaged: {damage}; "
-                                 f"{way_out(seen.path.parent)}")
-            if seen.comment == comment:
-                return seen.path
-    return None
+        damage = seen.damage or (named and seen.comment != comment and damage_of(seen.path))  # is its comment, too?
+        if damage and named and (newest is None or seen.modified > newest.modified):
+            raise damaged(seen.path, damage)
+        if damage:
+            log.warning("note: left out %s, which is damaged: %s", seen.path, damage)
+    if newest and (damage := damage_of(newest.path)):
+        raise damaged(newest.path, damage)
+    return newest and newest.path
+
+
+def damaged(path: Path, damage: str) -> InputError:
+    return InputError(f"{path}, of the newest run of this --comment, is damaged: {damage}; {way_out(path.parent)}")
 
 
 def damage_of(path: Path) -> str:
