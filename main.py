@@ -182,8 +182,8 @@ def check_sizes(args: argparse.Namespace, device: torch.device) -> None:
     weights, of_image = sizes_of(recipe, not args.test_only)
     copies = distributed.local_world() if device.type == "cpu" else 1           # a GPU has one process
     copied = 1 if args.test_only else 3                                         # weights, gradients, momenta
-    check_room(copies * copied * weights, f"a model of --image_embed_dim {args.image_embed_dim} and --text_embed_dim "
-               f"{args.text_embed_dim}", "lower them", device)
+    check_room(copies * copied * weights, f"a model of --image_embed_dim {args.image_embed_dim}, --text_embed_dim "
+               f"{args.text_embed_dim} and --image_size {args.image_size}", "lower what is large", device)
     if not args.test_only:
         rounded = 0.5 if args.precision == "bf16" else 1                        # of what is kept of them
         check_room(copies * (copied * weights + rounded * images * of_image), f"training on --batch_size "

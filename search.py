@@ -19,7 +19,7 @@ from pathlib import Path
 from flags import DEVICES, MOST_RESULTS, Parser, a_path, at_least, port_number
 from machine.errors import InputError
 from machine.stopping import ending, starting
-from machine.streams import log_to_stderr
+from machine.streams import log_to_stderr, shown, shown_name
 
 SHOWN_BROKEN = 20
 
@@ -110,18 +110,18 @@ def index(args: argparse.Namespace) -> None:
     built = build(args.model_checkpoint, args.images, args.out, args.ivf, start_device(args), args.batch_size,
                   args.loader_num_workers, progress_bar)
     for path, reason in list(built.broken.items())[:SHOWN_BROKEN]:
-        tqdm.write(f"left out {path}: {reason}", file=sys.stderr)
+        tqdm.write(shown(f"left out {path}: {reason}"), file=sys.stderr)
     if len(built.broken) > SHOWN_BROKEN:
         tqdm.write(f"... and {len(built.broken) - SHOWN_BROKEN} more", file=sys.stderr)
-    print(f"{args.out}: {built.images} images, {built.new} of them encoded now, {len(built.broken)} left out, "
-          f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {args.out}")
+    print(f"{shown_name(args.out)}: {built.images} images, {built.new} of them encoded now, {len(built.broken)} left out, "
+          f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {shown_name(args.out)}")
 
 
 def query(args: argparse.Namespace) -> None:
     gallery = open_index(args)
     hits, unknown = gallery.search(gallery.picture(args.image), args.text, args.k)
     if unknown:
-        print(f"note: not known to the model, so read as one unknown word: {', '.join(unknown)}", file=sys.stderr)
+        print(f"note: not known to the model, so read as one unknown word: {shown(', '.join(unknown))}", file=sys.stderr)
     if args.json:
         print(json.dumps({"image": str(args.image), "text": args.text, "unknown_words": unknown, "results": [
             {"rank": rank, "score": hit.score, "path": str(gallery.folder / hit.path)}
@@ -129,7 +129,7 @@ def query(args: argparse.Namespace) -> None:
     else:
         print("rank   score  image")
         for rank, hit in enumerate(hits, start=1):
-            print(f"{rank:4}  {hit.score:6.4f}  {gallery.folder / hit.path}")
+            print(f"{rank:4}  {hit.score:6.4f}  {shown_name(gallery.folder / hit.path)}")
     if "png" in args:
         notes = [f"{rank}.  {hit.score:.4f}" for rank, hit in enumerate(hits, start=1)]
         picture = sheet([Answer(thumbnail(args.image), words_of(args.text), [result(gallery, hit) for hit in hits],

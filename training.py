@@ -88,7 +88,7 @@ def sizes_of(recipe: Recipe, training: bool) -> tuple[float, float]:
             images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)    # 2: batch norm's least
             with torch.set_grad_enabled(training), torch.autograd.graph.saved_tensors_hooks(keep, lambda it: it):
                 features = model.img_model(images)                          # held, and with it all that it keeps
-    except (RuntimeError, OverflowError) as error:                              # others: where it is truly built
+    except (InputError, RuntimeError, OverflowError) as error:                  # others: where it is truly built
         return (math.inf, math.inf) if "overflow" in str(error) else (0, 0)
     weights = [*model.parameters(), *model.buffers()]
     for weight in weights:

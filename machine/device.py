@@ -115,7 +115,7 @@ def check_room(needed: float, what: str, advice: str, device: torch.device) -> N
     free = free_memory(device)
     if needed > free + (swap_space() if device.type == "cpu" else 0):
         amount = "more memory than any machine has" if needed > 2**60 else f"at least {in_gb(needed)} GB of memory"
-        raise InputError(f"{what} needs {amount}, {in_gb(free)} are free; {advice}")
+        raise InputError(f"{what} needs {amount}, {in_gb(free)} GB are free; {advice}")
 
 
 def in_gb(count: float) -> str:

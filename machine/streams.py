@@ -21,6 +21,11 @@ def shown(text) -> str:
                    character.encode("unicode_escape").decode() for character in str(text))
 
 
+def shown_name(path) -> str:
+    """The same of a file's name that another program may read from a pipe: bytes that are no text stay as they are."""
+    return "".join(character if "\udc80" <= character <= "\udcff" else shown(character) for character in str(path))
+
+
 def as_bytes_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
     """A codec's error handler: bytes of a file's name that are no text as they were, other characters as \\u4e2d."""
     if not isinstance(error, UnicodeEncodeError):

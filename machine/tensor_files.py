@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from machine.checksums import Damaged, seal_zip, zip_is_sealed
+from machine.streams import shown
 
 WRAPPERS = ("model_state_dict", "state_dict", "model")                          # keys under which weights are found
 BEGINNINGS = {b"<": "a web page", b"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull",
@@ -80,7 +81,8 @@ def read(path: str | Path, glance: bool = False):
         check_zip(path)
     try:
         with torch.serialization.safe_globals(NAMES), warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=glance and zipped)
+            in_file = glance and zipped and shown(path) == str(path)            # torch maps no name that is not text
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=in_file)
     except Unreadable:
         raise
     except Exception as error:                                                  # torch.load raises a dozen types
@@ -129,10 +131,10 @@ def is_safetensors(path: Path, head: bytes) -> bool:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     try:
-        return load_file(path)
+        return load(path.read_bytes())
     except (SafetensorError, ValueError, KeyError, OSError):
         raise Unreadable("it is a damaged safetensors file, or one of kinds of numbers that torch does not have") \
             from None

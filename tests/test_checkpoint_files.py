@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_a_restarted_job_looks_only_for_what_it_began_itself(tiny, tmp_path, mon
 # The same data
 
 def test_resume_notices_other_images_and_texts_but_not_other_times(mitstates, tmp_path, capsys, caplog):
-    how = {"image_encoder": ENCODER, "learning_rate": 1e-3, "eval_frequency": 0, "num_iters": 1}
+    how = {"model": "tirg", "learning_rate": 1e-3, "eval_frequency": 0, "num_iters": 1}
     run = run_main("mitstates", mitstates, tmp_path / "logs", **how)
     wet, bus = mitstates / "images" / "wet dog" / "0.jpg", mitstates / "images" / "old bus" / "0.jpg"
     for path in (wet, bus):
@@ -201,7 +202,7 @@ def test_digests_tell_texts_from_images_and_are_quick(fashion_iq, monkeypatch):
     assert before["train images"] == after["train images"] and before["train texts"] != after["train texts"]
     entries = captions.read_text().replace('"ST001"', '"swap"').replace('"ST002"', '"ST001"').replace("swap", "ST002")
     captions.write_text(entries)
-    assert digests()["train texts"] != after["train texts"]
+    assert digests() != after                                                   # the same, otherwise paired
     assert list(digests("test")) == ["test images", "test texts"]
     begun = time.process_time()
     training.as_bytes([f"women/dresses/casual_dresses/{i}/{i}_0.jpeg" for i in range(172_049)])
@@ -254,7 +255,8 @@ def test_a_refused_file_says_what_it_is_in_words_of_ours(tiny, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     objects, scripted = io.BytesIO(), io.BytesIO()
     torch.save({"model_state_dict": {"a": torch.ones(1)}, "opt": Trap()}, objects)
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1, 1)), scripted)
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1, 1)), scripted)
     view = io.BytesIO()
     torch.save({"model_state_dict": {"a": torch.ones(1).expand(10**9)}}, view)
     array = io.BytesIO()
