@@ -113,15 +113,17 @@ def index(args: argparse.Namespace) -> None:
         tqdm.write(shown(f"left out {path}: {reason}"), file=sys.stderr)
     if len(built.broken) > SHOWN_BROKEN:
         tqdm.write(f"... and {len(built.broken) - SHOWN_BROKEN} more", file=sys.stderr)
-    print(f"{shown_name(args.out)}: {built.images} images, {built.new} of them encoded now, {len(built.broken)} left out, "
-          f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {shown_name(args.out)}")
+    out = shown_name(args.out)
+    print(f"{out}: {built.images} images, {built.new} of them encoded now, {len(built.broken)} left out, "
+          f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {out}")
 
 
 def query(args: argparse.Namespace) -> None:
     gallery = open_index(args)
     hits, unknown = gallery.search(gallery.picture(args.image), args.text, args.k)
     if unknown:
-        print(f"note: not known to the model, so read as one unknown word: {shown(', '.join(unknown))}", file=sys.stderr)
+        words = shown(", ".join(unknown))
+        print(f"note: not known to the model, so read as one unknown word: {words}", file=sys.stderr)
     if args.json:
         print(json.dumps({"image": str(args.image), "text": args.text, "unknown_words": unknown, "results": [
             {"rank": rank, "score": hit.score, "path": str(gallery.folder / hit.path)}
