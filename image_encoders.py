@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+from machine import tensor_files
 from machine.errors import InputError
 
 # Of torchvision's classifiers, those that end in one linear layer and answer a tensor in training too.
@@ -48,6 +49,19 @@ def image_encoder(name: str, image_dim: int, image_size: int) -> nn.Module:
     return encoder.train()
 
 
+def weights_of(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file by name. Raises InputError, saying what it is, where it holds none."""
+    try:
+        tensor_files.is_whole(path)
+        if found := tensor_files.weights(tensor_files.read(path)):
+            return found
+    except tensor_files.Unreadable as error:
+        raise InputError(str(error)) from None
+    except FileNotFoundError:
+        raise InputError("there is no such file") from None
+    raise InputError("it holds no tensors by name")
+
+
 def load_image_weights(encoder: nn.Module, weights: str, name: str = "resnet18") -> None:
     """Put `weights` ('imagenet', 'none' or a file of torchvision's model `name`) into the encoder, but for its head.
 
@@ -61,7 +75,7 @@ def load_image_weights(encoder: nn.Module, weights: str, name: str = "resnet18")
         if weights == "imagenet":
             state = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=True)
         else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            state = weights_of(weights)
         backbone = {weight: value for weight, value in state.items() if not weight.startswith(head)}
         missing, unexpected = encoder.load_state_dict(backbone, strict=False)
         if unexpected or any(not weight.startswith(head) for weight in missing):

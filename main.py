@@ -26,12 +26,15 @@ from datasets import DATASETS, CompositionDataset, Epoch
 from image_encoders import encoder_head, load_image_weights
 from img_text_composition_models import ImgTextCompositionBase, Recipe
 from machine import distributed
-from machine.device import choose_device, compiled, seed_everything, set_up
+from machine.device import check_room, choose_device, compiled, free_memory, seed_everything, set_up
+from machine.folder_lock import FolderLock
 from machine.image_store import DeviceStore, ImageStore
 from machine.progress import progress_bar, say
+from machine.streams import log_to_stderr
+from resuming import find_start
 from test_retrieval import evaluate
 from text_model import SentenceService, SentenceTable, SimpleVocab, spread
-from training import Split, Training, check_shares, prepare
+from training import Split, Training, check_shares, prepare, sizes_of
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Data:
     they come from a sentence service."""
     splits: dict[str, Split]
     sentences: SentenceTable | None
+    digests: dict[str, str]             # of images and texts, by which a run that goes on knows that they are the same
 
     @property
     def train(self) -> CompositionDataset:
@@ -56,7 +60,9 @@ def make_data(args: argparse.Namespace, device: torch.device, source: str | Path
               resumed: bool) -> Data:
     """Both splits, their images and sentence vectors; source, state: a checkpoint's that they must go with."""
     service = find_service(args, source, state) if args.use_bert else None      # before anything that takes long
-    data = Data({name: open_split(args, name) for name in ("train", "test")}, None)
+    splits = {name: open_split(args, name) for name in ("train", "test")}
+    digests = {what: found for split in splits.values() for what, found in split.digests(args.seed).items()}
+    data = Data(splits, None, {} if args.test_only else digests)
     samples = len(data.train)
     if samples < args.batch_size and not args.test_only:
         raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; lower it")
@@ -64,7 +70,8 @@ def make_data(args: argparse.Namespace, device: torch.device, source: str | Path
         check_shares(args.batch_size, args.accumulate, data.train.together)
     args.best_metric = choose_metric(args.best_metric, data.test)
     if resumed:
-        checkpoint.check_same_run(state, source, plain(args), samples, service and service.features)
+        checkpoint.check_same_run(state, source, plain(args), samples, service and service.features,
+                                  data.digests)
     if args.image_cache == "device":
         hold_on_device(data.splits, device, args.loader_num_workers)
     if service:
@@ -163,10 +170,39 @@ def ready(model: ImgTextCompositionBase, device: torch.device, precision: str, f
     return model.to(device, memory_format=torch.channels_last)
 
 
+def check_sizes(args: argparse.Namespace, device: torch.device) -> None:
+    """Raise InputError where the model or a batch cannot be held, before anything that takes long: by what they take at
+    the least, in fact it is more."""
+    images = 2 * args.batch_size // args.accumulate // distributed.world()
+    numbers = 3 * images * args.image_size**2 + (args.image_embed_dim + args.text_embed_dim)**2
+    if 4000 * numbers < free_memory(device):                                    # no encoder keeps a thousand times that
+        return
+    recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim, "lstm",
+                    args.text_embed_dim, {})
+    weights, of_image = sizes_of(recipe, not args.test_only)
+    copies = distributed.local_world() if device.type == "cpu" else 1           # a GPU has one process
+    copied = 1 if args.test_only else 3                                         # weights, gradients, momenta
+    check_room(copies * copied * weights, f"a model of --image_embed_dim {args.image_embed_dim}, --text_embed_dim "
+               f"{args.text_embed_dim} and --image_size {args.image_size}", "lower what is large", device)
+    if not args.test_only:
+        rounded = 0.5 if args.precision == "bf16" else 1                        # of what is kept of them
+        check_room(copies * (copied * weights + rounded * images * of_image), f"training on --batch_size "
+                   f"{args.batch_size} images of --image_size {args.image_size}, each with its target,",
+                   "lower one of them, or share the batch with --accumulate", device)
+
+
+def check_test_size(args: argparse.Namespace, data: Data, device: torch.device) -> None:
+    """The same of the pixels of a test's batch, which has no more images than there are."""
+    images = min(args.test_batch_size or 1, max(len(split.store) for split in data.splits.values()))
+    each = 5 * 3 * args.image_size**2                                           # uint8, then float32
+    check_room(images * each, f"a test on --test_batch_size {args.test_batch_size} images of "
+               f"--image_size {args.image_size}", "lower one of them", device)
+
+
 # The run
 
-def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> None:
-    """The whole program, in order."""
+def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock: FolderLock) -> None:
+    """The whole program, in order. lock: of the run's folder, which the first process takes."""
     if args.test_only and not args.model_checkpoint:
         raise InputError("--test_only needs the checkpoint to test: pass --model_checkpoint PATH")
     if args.test_only and args.resume:
@@ -175,17 +211,19 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> N
     if args.sync_bn and device.type != "cuda":
         raise InputError("--sync_bn True: torch's synchronized batch norm is for CUDA GPUs alone; drop it")
     set_up(device, args.precision, distributed.local_world())
+    check_sizes(args, device)
     seed_everything(args.seed)
     if distributed.first():
         report.check_log_dir(args.log_dir, args.comment)
-    resumed, source, state = distributed.from_first(partial(
-        checkpoint.find_start, args.resume, args.model_checkpoint, args.log_dir, args.comment, not args.test_only))
+    resumed, source, state, turn = distributed.from_first(partial(
+        find_start, args.resume, args.model_checkpoint, args.log_dir, args.comment, not args.test_only, lock))
     if state and not resumed:
         checkpoint.check_flags(plain(args), source, state["opt"])
     data = make_data(args, device, source, state, bool(resumed))
+    check_test_size(args, data, device)
     model = make_model(args, data, source, state, device)
     folder = resumed.parent if resumed else distributed.from_first(
-        partial(report.run_folder, args.log_dir, args.comment))
+        partial(report.run_folder, args.log_dir, args.comment, lock))
     first = distributed.first()
     log = (report.Report if first else report.Silence)(folder, plain(args), state["it"] if resumed else None)
     say(f"{args.model} on {args.dataset}, {device}: {len(data.train)} training samples, {len(data.test.images)} test "
@@ -203,7 +241,8 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> N
     if args.test_only:
         report.show_results(log, judge(state["it"]), state["it"])
     else:
-        training = Training(args, model, data.splits["train"], log, judge, stopping)
+        training = Training(args, model, data.splits["train"], log, judge, stopping,
+                            {"turn": turn, "data": data.digests})
         if resumed:
             training.go_on(state)
         training.run()
@@ -211,14 +250,14 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> N
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run with these flags; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING if distributed.local_rank() == 0 else logging.ERROR)
+    """Run with these flags; returns the exit code, as `ending` says."""
+    log_to_stderr(logging.WARNING if distributed.local_rank() == 0 else logging.ERROR)
 
     def work(stopping: Stopping) -> None:
         args = get_parser().parse_args(argv)
         device = choose_device(args.device, distributed.local_rank() if distributed.launched() else None)
-        with distributed.job(device):
-            run(args, stopping, device)
+        with distributed.job(device), FolderLock() as lock:
+            run(args, stopping, device, lock)
     return ending("main.py", work)
 
 

@@ -16,9 +16,10 @@ import time
 import warnings
 from pathlib import Path
 
-from flags import DEVICES, MOST_RESULTS, Parser, at_least, port_number
+from flags import DEVICES, MOST_RESULTS, Parser, a_path, at_least, port_number
 from machine.errors import InputError
 from machine.stopping import ending, starting
+from machine.streams import log_to_stderr, shown, shown_name
 
 SHOWN_BROKEN = 20
 
@@ -36,7 +37,7 @@ def get_parser() -> Parser:
         return made
 
     def opens_index(made: Parser) -> None:
-        made.add_argument("--index", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+        made.add_argument("--index", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                           help="folder made by search.py index (required)")
         service = made.add_argument_group("sentence service, for a model trained with --use_bert; where a flag is not "
                                           "given, as the training had it")
@@ -49,11 +50,11 @@ def get_parser() -> Parser:
 
     index = command("index", "make an index of a folder of images, or bring one up to date; stopped, the same command "
                     "goes on")
-    index.add_argument("--model_checkpoint", required=True, type=Path, metavar="PATH", default=argparse.SUPPRESS,
+    index.add_argument("--model_checkpoint", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
                        help="a run's best_checkpoint.pth (required)")
-    index.add_argument("--images", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+    index.add_argument("--images", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                        help="folder with images, in it and below it (required)")
-    index.add_argument("--out", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+    index.add_argument("--out", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                        help="folder for the index (required)")
     index.add_argument("--ivf", action="store_true", help="for millions of images: a query is compared with those of "
                        "the nearest cells of the gallery alone, so that a few of its results may be missed")
@@ -62,15 +63,15 @@ def get_parser() -> Parser:
                        "images")
     query = command("query", "find the images nearest to a picture plus a change")
     opens_index(query)
-    query.add_argument("--image", required=True, type=Path, metavar="PATH", default=argparse.SUPPRESS,
+    query.add_argument("--image", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
                        help="the query's picture, any file (required)")
     query.add_argument("--text", default="", help="what to change, as the model was trained to be told; empty: images "
                        "that look like the picture")
     query.add_argument("-k", type=at_least(1, most=MOST_RESULTS), default=20, metavar="K", help="how many results")
     query.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    query.add_argument("--html", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
+    query.add_argument("--html", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
                        "page that needs no other file")
-    query.add_argument("--png", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
+    query.add_argument("--png", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
                        "picture")
     serve = command("serve", "open a web page to search on, and to go on from what was found")
     opens_index(serve)
@@ -111,18 +112,20 @@ def index(args: argparse.Namespace) -> None:
     built = build(args.model_checkpoint, args.images, args.out, args.ivf, start_device(args), args.batch_size,
                   args.loader_num_workers, progress_bar)
     for path, reason in list(built.broken.items())[:SHOWN_BROKEN]:
-        tqdm.write(f"left out {path}: {reason}", file=sys.stderr)
+        tqdm.write(shown(f"left out {path}: {reason}"), file=sys.stderr)
     if len(built.broken) > SHOWN_BROKEN:
         tqdm.write(f"... and {len(built.broken) - SHOWN_BROKEN} more", file=sys.stderr)
-    print(f"{args.out}: {built.images} images, {built.new} of them encoded now, {len(built.broken)} left out, "
-          f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {args.out}")
+    out = shown_name(args.out)
+    print(f"{out}: {built.images} images, {built.new} of them encoded now, {len(built.broken)} left out, "
+          f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {out}")
 
 
 def query(args: argparse.Namespace) -> None:
     gallery = open_index(args)
     hits, unknown = gallery.search(gallery.picture(args.image), args.text, args.k)
     if unknown:
-        print(f"note: not known to the model, so read as one unknown word: {', '.join(unknown)}", file=sys.stderr)
+        words = shown(", ".join(unknown))
+        print(f"note: not known to the model, so read as one unknown word: {words}", file=sys.stderr)
     if args.json:
         print(json.dumps({"image": str(args.image), "text": args.text, "unknown_words": unknown, "results": [
             {"rank": rank, "score": hit.score, "path": str(gallery.folder / hit.path)}
@@ -130,7 +133,7 @@ def query(args: argparse.Namespace) -> None:
     else:
         print("rank   score  image")
         for rank, hit in enumerate(hits, start=1):
-            print(f"{rank:4}  {hit.score:6.4f}  {gallery.folder / hit.path}")
+            print(f"{rank:4}  {hit.score:6.4f}  {shown_name(gallery.folder / hit.path)}")
     if "png" in args:
         notes = [f"{rank}.  {hit.score:.4f}" for rank, hit in enumerate(hits, start=1)]
         picture = sheet([Answer(thumbnail(args.image), words_of(args.text), [result(gallery, hit) for hit in hits],
@@ -204,8 +207,8 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run with these flags; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
-    logging.basicConfig(format="%(message)s")
+    """Run with these flags; returns the exit code, as `ending` says."""
+    log_to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="PIL")
 
@@ -216,6 +219,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="surrogateescape")                            # a file's name may be any bytes
     sys.exit(main())

@@ -99,10 +99,46 @@ def free_memory(device: torch.device) -> int:
     """Bytes that could be taken on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    try:                                                                        # Linux: what it would give up, too
+        told = dict(line.split()[:2] for line in Path("/proc/meminfo").read_text().splitlines())
+        return min(1024 * int(told["MemAvailable:"]), free_in_container())
+    except (OSError, KeyError, ValueError):
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except ValueError:                                                          # a Mac tells only what it has: half
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def free_in_container(folder: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that a container's limit leaves, of which files that are merely kept in memory count as free."""
+    try:
+        limit, taken = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kept = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(0, limit - taken + int(kept["inactive_file"]))
+    except (OSError, ValueError, KeyError):                                     # no such files, or "max": no limit
+        return float("inf")
+
+
+def check_room(needed: float, what: str, advice: str, device: torch.device) -> None:
+    """Raise InputError where so many bytes are more than are free on the device, and on a CPU more than that with all
+    of the swap space."""
+    free = free_memory(device)
+    if needed > free + (swap_space() if device.type == "cpu" else 0):
+        amount = "more memory than any machine has" if needed > 2**60 else f"at least {in_gb(needed)} GB of memory"
+        raise InputError(f"{what} needs {amount}, {in_gb(free)} GB are free; {advice}")
+
+
+def in_gb(count: float) -> str:
+    return f"{count / 1e9:,.0f}" if count > 10e9 else f"{count / 1e9:.1f}"
+
+
+def swap_space() -> int:
+    try:
+        told = dict(line.split()[:2] for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(told["SwapFree:"])
+    except (OSError, KeyError, ValueError):
+        return 0
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
