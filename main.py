@@ -26,15 +26,16 @@ from datasets import DATASETS, CompositionDataset, Epoch
 from image_encoders import encoder_head, load_image_weights
 from img_text_composition_models import ImgTextCompositionBase, Recipe
 from machine import distributed
-from machine.device import check_room, choose_device, compiled, free_memory, seed_everything, set_up
+from machine.device import choose_device, compiled, seed_everything, set_up
 from machine.folder_lock import FolderLock
 from machine.image_store import DeviceStore, ImageStore
 from machine.progress import progress_bar, say
 from machine.streams import log_to_stderr
 from resuming import find_start
+from sizes import check_sizes, check_test_size
 from test_retrieval import evaluate
 from text_model import SentenceService, SentenceTable, SimpleVocab, spread
-from training import Split, Training, check_shares, prepare, sizes_of
+from training import Split, Training, check_shares, prepare
 
 
 @dataclass
@@ -170,35 +171,6 @@ def ready(model: ImgTextCompositionBase, device: torch.device, precision: str, f
     return model.to(device, memory_format=torch.channels_last)
 
 
-def check_sizes(args: argparse.Namespace, device: torch.device) -> None:
-    """Raise InputError where the model or a batch cannot be held, before anything that takes long: by what they take at
-    the least, in fact it is more."""
-    images = 2 * args.batch_size // args.accumulate // distributed.world()
-    numbers = 3 * images * args.image_size**2 + (args.image_embed_dim + args.text_embed_dim)**2
-    if 4000 * numbers < free_memory(device):                                    # no encoder keeps a thousand times that
-        return
-    recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim, "lstm",
-                    args.text_embed_dim, {})
-    weights, of_image = sizes_of(recipe, not args.test_only)
-    copies = distributed.local_world() if device.type == "cpu" else 1           # a GPU has one process
-    copied = 1 if args.test_only else 3                                         # weights, gradients, momenta
-    check_room(copies * copied * weights, f"a model of --image_embed_dim {args.image_embed_dim}, --text_embed_dim "
-               f"{args.text_embed_dim} and --image_size {args.image_size}", "lower what is large", device)
-    if not args.test_only:
-        rounded = 0.5 if args.precision == "bf16" else 1                        # of what is kept of them
-        check_room(copies * (copied * weights + rounded * images * of_image), f"training on --batch_size "
-                   f"{args.batch_size} images of --image_size {args.image_size}, each with its target,",
-                   "lower one of them, or share the batch with --accumulate", device)
-
-
-def check_test_size(args: argparse.Namespace, data: Data, device: torch.device) -> None:
-    """The same of the pixels of a test's batch, which has no more images than there are."""
-    images = min(args.test_batch_size or 1, max(len(split.store) for split in data.splits.values()))
-    each = 5 * 3 * args.image_size**2                                           # uint8, then float32
-    check_room(images * each, f"a test on --test_batch_size {args.test_batch_size} images of "
-               f"--image_size {args.image_size}", "lower one of them", device)
-
-
 # The run
 
 def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock: FolderLock) -> None:
@@ -220,7 +192,7 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock
     if state and not resumed:
         checkpoint.check_flags(plain(args), source, state["opt"])
     data = make_data(args, device, source, state, bool(resumed))
-    check_test_size(args, data, device)
+    check_test_size(args, max(len(split.store) for split in data.splits.values()), device)
     model = make_model(args, data, source, state, device)
     folder = resumed.parent if resumed else distributed.from_first(
         partial(report.run_folder, args.log_dir, args.comment, lock))

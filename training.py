@@ -18,7 +18,7 @@ import checkpoint
 import report
 from datasets import CompositionDataset, Epoch
 from flags import plain
-from img_text_composition_models import ImgTextCompositionBase, Recipe
+from img_text_composition_models import ImgTextCompositionBase
 from machine import distributed
 from machine.checksums import digest
 from machine.errors import InputError, PeerLost
@@ -72,29 +72,6 @@ class Part(NamedTuple):
     source: Tensor
     texts: list[str]
     target: Tensor
-
-
-def sizes_of(recipe: Recipe, training: bool) -> tuple[float, float]:
-    """Bytes of a model's weights, and of what it keeps of each image that it encodes, for the way back if it trains;
-    neither is made to find out. Infinite where they are more than can be counted."""
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()    # held: so that no other has its number
-        return tensor
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = recipe.build(lambda texts: torch.zeros(len(texts), recipe.text_dim))
-            images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)    # 2: batch norm's least
-            with torch.set_grad_enabled(training), torch.autograd.graph.saved_tensors_hooks(keep, lambda it: it):
-                features = model.img_model(images)                          # held, and with it all that it keeps
-    except (InputError, RuntimeError, OverflowError) as error:                  # others: where it is truly built
-        return (math.inf, math.inf) if "overflow" in str(error) else (0, 0)
-    weights = [*model.parameters(), *model.buffers()]
-    for weight in weights:
-        kept.pop(weight.untyped_storage()._cdata, None)
-    of_images = sum(storage.nbytes() for storage in kept.values()) + (images.nbytes + features.nbytes)
-    return sum(weight.nbytes for weight in weights), of_images / 2
 
 
 def prepare(sentences: SentenceTable, texts: Iterable[str]) -> None:

@@ -151,8 +151,7 @@ def some(cases, count=1, why="the same path with other values"):
 def trained(tmp_path_factory):
     """A run of seconds with a tiny encoder, for tests of what shows a model's results."""
     root = tmp_path_factory.mktemp("trained")
-    return run_main("mitstates", write_mitstates(root / "data"), root / "logs", num_iters=30, eval_frequency=0,
-                    image_encoder="shufflenet_v2_x0_5", learning_rate=1e-4)
+    return run_main("mitstates", write_mitstates(root / "data"), root / "logs", num_iters=30, eval_frequency=0)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from machine.stopping import EXIT_CODES, Stopped, Stopping
 from .conftest import flags
 
 ROOT = Path(main.__file__).parent
-QUICK = {"image_encoder": "shufflenet_v2_x0_5", "learning_rate": 1e-3, "eval_frequency": 0, "model": "tirg"}
+QUICK = {"eval_frequency": 0, "model": "tirg"}
 
 
 def holder(folder, then="import time; time.sleep(600)"):
