@@ -4,7 +4,6 @@ The original transforms train and test images alike and without chance, so its p
 They lie channels last, as PIL gives them and as the encoder is fastest with: (S, S, 3) in memory, seen as (3, S, S).
 """
 
-import errno
 import fcntl
 import json
 import logging
@@ -21,17 +20,15 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from machine.device import free_memory, send, usable_cores
 from machine.errors import InputError
-from machine.resizing import square
+from machine.picture_files import decode
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECORD = np.dtype([("bytes", "u8"), ("modified_ns", "i8"), ("checksum", "u4"), ("filled", "u4")])
 
-NOT_THE_IMAGES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 CPU = torch.device("cpu")
 RESERVE = 2 * 10**9                     # bytes of the disk that the cache leaves to checkpoints and logs
 
@@ -62,27 +59,6 @@ def file_version(path: str) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return found.st_size, found.st_mtime_ns
-
-
-def decode(path: str, size: int, upright: bool = False, to_square: Callable = square) -> np.ndarray:
-    """(size, size, 3) uint8: the file's RGB pixels, shorter side resized to `size`, the centre cut out.
-
-    upright: turned as the camera noted, which training on the published data does not do. to_square: of resizing.py.
-    Raises InputError for what is no whole image.
-    """
-    try:
-        with Image.open(path) as image:
-            turned = ImageOps.exif_transpose(image) if upright else image
-            return to_square(turned if turned.mode == "RGB" else turned.convert("RGB"), size)
-    except Exception as error:                                                  # PIL's plugins raise anything at all
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_IMAGES_FAULT:
-            raise
-        reason = "the file is empty" if is_empty(path) else (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot read the image {path} ({reason})") from None
-
-
-def is_empty(path: str) -> bool:
-    return os.path.exists(path) and os.path.getsize(path) == 0
 
 
 def relative(paths: Sequence[str], folder: Path) -> list[str]:
