@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 import weakref
 import zlib
 from collections import deque
@@ -24,10 +25,12 @@ from torch import Tensor
 
 from machine.device import free_memory, send, usable_cores
 from machine.errors import InputError
+from machine.own_files import open_own
 from machine.picture_files import decode
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECORD = np.dtype([("bytes", "u8"), ("modified_ns", "i8"), ("checksum", "u4"), ("filled", "u4")])
+FIELDS = struct.Struct("=QqII")         # of one record
 
 CPU = torch.device("cpu")
 RESERVE = 2 * 10**9                     # bytes of the disk that the cache leaves to checkpoints and logs
@@ -90,33 +93,34 @@ def prefetch(make: Callable, items: Iterable, workers: int) -> Iterator:
 
 
 class PixelFile:
-    """Decoded images of one size in one memory-mapped file, a slot a path, shared by any number of processes.
+    """Decoded images of one size in one file, a slot a path, shared by any number of processes.
 
     FOLDER/images_S.paths lists the slots' paths (one JSON string a line, only ever appended to under a lock),
     images_S.pixels holds their pixels, images_S.records what each was made from. A slot counts only while its
     record agrees with the image file's size and time of change, and its checksum with path, pixels and Pillow's
     version; the record is written after the pixels. So a process killed at any moment leaves nothing that would be
-    believed, two processes that fill a slot at once write the same bytes, and damage only costs decoding again.
+    believed, two processes that fill a slot at once write the same bytes, and damage only costs decoding again. The
+    files are read, not mapped: one cut short meanwhile would else end the process.
     """
 
     def __init__(self, folder: Path, size: int, paths: Sequence[str]):
-        """Raises OSError where the folder cannot be written or its disk has no room for the missing images."""
+        """Raises OSError where the folder cannot be written, one of the three is no file of our own, or the disk has no
+        room for the missing images."""
         self.shape, self.stride = (size, size, 3), 3 * size * size
         folder.mkdir(parents=True, exist_ok=True)
         names, records, pixels = (folder / f"images_{size}.{kind}" for kind in ("paths", "records", "pixels"))
         self.paths = paths = relative(paths, folder)
-        with open(names, "a+b") as listing:
+        with open(open_own(names, os.O_APPEND), "a+b") as listing:
             fcntl.flock(listing, fcntl.LOCK_EX)                                 # the kernel frees it if we are killed
             slot_of = self.register(listing, paths)
             self.record_file = self.grown(records, len(slot_of) * RECORD.itemsize)
             self.pixel_file = self.grown(pixels, len(slot_of) * self.stride)
         for descriptor in (self.record_file, self.pixel_file):
             weakref.finalize(self, os.close, descriptor)
-        self.records = np.memmap(records, RECORD, "r", shape=len(slot_of))
-        self.pixels = np.asarray(np.memmap(pixels, np.uint8, "r", shape=(len(slot_of), *self.shape)))
         self.verified = np.zeros(len(slot_of), bool)                            # checksums are looked at once a process
         self.slots = np.array([slot_of[path] for path in paths])
-        needed = int((self.records["filled"] == 0).sum()) * self.stride         # also for the other split's images
+        records = np.fromfile(records, RECORD, len(slot_of))
+        needed = int((records["filled"] == 0).sum()) * self.stride              # also for the other split's images
         free = shutil.disk_usage(folder).free
         if needed and needed > free - RESERVE:
             raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB free, of which "
@@ -140,7 +144,7 @@ class PixelFile:
     @staticmethod
     def grown(file: Path, length: int) -> int:
         """An open descriptor on the file, made at least `length` bytes long (sparse: room is taken as slots fill)."""
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_own(file)
         if os.fstat(descriptor).st_size < length:
             os.ftruncate(descriptor, length)
         return descriptor
@@ -151,17 +155,23 @@ class PixelFile:
 
     def holds(self, index: int, version: tuple[int, int]) -> bool:
         """Whether an image's slot is filled, from this version of its file; the checksum is for `read`."""
-        record = self.records[self.slots[index]]
-        return bool(record["filled"]) and (record["bytes"], record["modified_ns"]) == version
+        return self.recorded(index, version) is not None
+
+    def recorded(self, index: int, version: tuple[int, int]) -> int | None:
+        """The checksum in an image's record, if its slot is filled, from this version of its file."""
+        record = os.pread(self.record_file, RECORD.itemsize, int(self.slots[index]) * RECORD.itemsize)
+        length, modified, checksum, filled = FIELDS.unpack(record.ljust(RECORD.itemsize, b"\0"))
+        return checksum if filled and (length, modified) == version else None
 
     def read(self, index: int, version: tuple[int, int], row: np.ndarray) -> bool:
         """Copy an image's pixels into `row`; False where they are not there, damaged, or of another version."""
-        if not self.holds(index, version):
+        if (checksum := self.recorded(index, version)) is None:
             return False
-        slot = self.slots[index]
-        row[:] = self.pixels[slot]
-        if not self.verified[slot]:
-            self.verified[slot] = self.checksum(index, row) == self.records[slot]["checksum"]
+        slot = int(self.slots[index])
+        if os.preadv(self.pixel_file, [row], slot * self.stride) != self.stride:
+            return False
+        if not self.verified[slot] or not row[-1, -1].any():                    # black: maybe cut short and grown again
+            self.verified[slot] = self.checksum(index, row) == checksum
         return bool(self.verified[slot])
 
     def write(self, index: int, version: tuple[int, int], row: np.ndarray) -> None:
@@ -183,6 +193,8 @@ class ImageStore:
         self.paths, self.size = list(paths), size
         self.versions = [file_version(path) for path in self.paths]
         self.file, self.writable = None, True
+        self.more_than_rgb: list[str] = []                                      # paths, of which is told once
+        self.has_told = False
         if cache is not None:
             try:
                 self.file = PixelFile(Path(cache), size, self.paths)
@@ -200,7 +212,7 @@ class ImageStore:
     def decode(self, index: int) -> np.ndarray:
         """One image's pixels (S, S, 3) from its file, kept in the cache. Raises InputError."""
         try:
-            pixels = decode(self.paths[index], self.size)
+            pixels = decode(self.paths[index], self.size, told=self.more_than_rgb.append)
         except InputError as error:
             raise InputError(f"{error}; replace it, or pass --skip_bad_images True to leave such images out") from None
         if self.file and self.writable:
@@ -216,7 +228,15 @@ class ImageStore:
         pixels = torch.empty((len(ids), self.size, self.size, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
         for row, index in zip(pixels.numpy(), ids, strict=True):
             self.load(int(index), row)
+        self.tell()
         return send(pixels, device).permute(0, 3, 1, 2)
+
+    def tell(self) -> None:
+        """Say, once, that images hold more than is read of them."""
+        if self.more_than_rgb and not self.has_told:
+            self.has_told = True
+            log.warning("note: %d of the images read now have 16 bits or transparency, first %s; they are read as the "
+                        "original did: clipped, on black", len(self.more_than_rgb), min(self.more_than_rgb))
 
     def missing(self) -> list[str]:
         """Paths that do not exist or are empty, found without opening anything."""
@@ -242,7 +262,8 @@ class ImageStore:
             found = {}
             for complaints in progress(pool.map(attempt, parts), desc="checking images", total=len(parts)):
                 found |= complaints
-            return found
+        self.tell()
+        return found
 
 
 class DeviceStore:

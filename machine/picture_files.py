@@ -131,7 +131,7 @@ def check(image: Image.Image, content: bytes, halved: bool) -> None:
     if image.format in ("JPEG", "MPO"):
         most, scans = LARGEST_JPEG, scans_of(content)
         if scans > MOST_SCANS or scans * width * height > MOST_PASSED:
-            raise Beyond(f"is a JPEG of {scans} scans and {width} x {height} pixels; save it anew, not progressive")
+            raise Beyond(f"is a JPEG of {scans} scans or more, {width} x {height} pixels; save it not progressive")
         if halved and scans == 1 and width * height > LARGEST_PICTURE:
             parts = 2 if width * height <= 4 * LARGEST_PICTURE else 4
             image.draft(None, (width // parts, height // parts))
@@ -145,9 +145,9 @@ def check(image: Image.Image, content: bytes, halved: bool) -> None:
 
 
 def scans_of(content: bytes) -> int:
-    """How many scans a JPEG's (first) picture has. Raises Beyond for too much Exif."""
+    """How many scans a JPEG's first picture has, counted to one more than MOST_SCANS. Raises Beyond for too much Exif."""
     place, scans, exif = 2, 0, 0
-    while found := JPEG_MARKER.search(content, place):
+    while scans <= MOST_SCANS and (found := JPEG_MARKER.search(content, place)):
         marker, place = found[1][0], found.end()
         if marker == EOI:
             break
