@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from machine.device import send
 from machine.errors import InputError
-from machine.own_files import check_own
+from machine.regular_files import check_own
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from machine.device import free_memory, send, usable_cores
 from machine.errors import InputError
-from machine.own_files import open_own
 from machine.picture_files import decode
+from machine.regular_files import open_own
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECORD = np.dtype([("bytes", "u8"), ("modified_ns", "i8"), ("checksum", "u4"), ("filled", "u4")])

@@ -8,7 +8,6 @@ import errno
 import io
 import os
 import re
-import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from machine.errors import InputError
+from machine.regular_files import open_regular
 from machine.resizing import square
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF")   # JPEG is also MPO
@@ -24,11 +24,12 @@ MEGA = 10**6
 LARGEST_FILE = 256 * MEGA               # bytes: 40 megapixels of three times 16 bits have 240 million
 LARGEST_PICTURE = 40 * MEGA             # pixels; those of a page's formats are slower, and take 20 bytes each:
 LARGEST_OF_PAGES = {"WEBP": 25 * MEGA, "AVIF": 25 * MEGA}
+LARGEST_OF_MEASUREMENTS = 20 * MEGA     # pixels of 32-bit integers and floats, which are looked through for their range
 LARGEST_JPEG = 80 * MEGA                # pixels that are decoded, of 12 bytes at most; where a picture is only looked
                                         # at, larger ones are decoded by halves
 MOST_PASSED = 500 * MEGA                # pixels of a JPEG times its scans: each scan passes over all
 MOST_SCANS = 100                        # of a JPEG; encoders make 10 or so
-LARGEST_IN_PYTHON = 1 * MEGA            # pixels of what Pillow decodes in Python, a pixel or a few at a time:
+LARGEST_IN_PYTHON = MEGA // 2           # pixels of what Pillow decodes in Python, a pixel or a few at a time:
 IN_PYTHON = ("bmp_rle", "ppm", "ppm_plain")
 LONGEST = 100                           # times as long as wide: it is made S x 100 S before it is cut to S x S
 LARGEST_EXIF = 2**16                    # bytes: one segment of a JPEG; its entries may overlap, and each is kept
@@ -42,7 +43,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          8: Image.Transpose.ROTATE_90}                                          # by Exif's number
 EIGHT_OF_SIXTEEN = ((np.arange(2**16) + 128) // 257).astype(np.uint8)
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)      # the bounds here are lower
+warnings.filterwarnings("ignore", module=r"PIL\.")                              # what is wrong is said in our own line
 
 
 class Beyond(InputError):
@@ -73,8 +74,9 @@ def opened(path: str | os.PathLike, halved: bool = False) -> Iterator[Image.Imag
     """
     try:
         content = read(path)
+        scans = scans_of(content) if content.startswith(b"\xff\xd8") else 0
         with Image.open(Metered(content), formats=FORMATS) as image:
-            check(image, content, halved)
+            check(image, content, scans, halved)
             yield image
     except Beyond as error:
         raise Beyond(f"{path} {error}") from None
@@ -96,24 +98,23 @@ def reason(error: Exception) -> str:
 
 def read(path: str | os.PathLike) -> bytes:
     """A regular file's content; of a pipe or a device nothing is waited for."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise InputError("no regular file")
-        content = file.read(LARGEST_FILE + 1)
+    with open_regular(path) as file:
+        if (length := os.fstat(file.fileno()).st_size) > LARGEST_FILE:
+            raise Beyond(f"has more than {LARGEST_FILE // MEGA} MB; make it smaller")
+        content = file.read(length)
     if not content:
         raise InputError("the file is empty")
-    if len(content) > LARGEST_FILE:
-        raise Beyond(f"has more than {LARGEST_FILE // MEGA} MB; make it smaller")
     return content
 
 
 class Metered(io.BytesIO):
     """A file's content, that may be read a few times over, but not in crumbs: Pillow takes up a file's parts one by
-    one, in Python, and keeps parts that overlap as often as they are named."""
+    one, in Python, and keeps parts that overlap as often as they are named. A GIF's text it copies at each part."""
 
     def __init__(self, content: bytes):
         super().__init__(content)
-        self.reads, self.bytes = 10_000 + len(content) // 500, MEGA + 4 * len(content)  # that are left
+        more = 0 if content.startswith(b"GIF") else len(content) // 500
+        self.reads, self.bytes = 10_000 + more, MEGA + 4 * len(content)         # that are left
 
     def read(self, count: int | None = -1) -> bytes:
         part = super().read(count)
@@ -123,13 +124,13 @@ class Metered(io.BytesIO):
         return part
 
 
-def check(image: Image.Image, content: bytes, halved: bool) -> None:
+def check(image: Image.Image, content: bytes, scans: int, halved: bool) -> None:
     """Raise Beyond for a picture that is."""
     most, (width, height) = LARGEST_OF_PAGES.get(image.format, LARGEST_PICTURE), image.size
     if max(width, height) > LONGEST * min(width, height):
         raise Beyond(f"is over {LONGEST} times as long as wide ({width} x {height} pixels); cut a part out of it")
     if image.format in ("JPEG", "MPO"):
-        most, scans = LARGEST_JPEG, scans_of(content)
+        most = LARGEST_JPEG
         if scans > MOST_SCANS or scans * width * height > MOST_PASSED:
             raise Beyond(f"is a JPEG of {scans} scans or more, {width} x {height} pixels; save it not progressive")
         if halved and scans == 1 and width * height > LARGEST_PICTURE:
@@ -140,12 +141,14 @@ def check(image: Image.Image, content: bytes, halved: bool) -> None:
         check_tiff(image, content)
     if any(tile[0] in IN_PYTHON for tile in getattr(image, "tile", ())):
         most = LARGEST_IN_PYTHON
+    elif image.mode in ("I", "F"):
+        most = LARGEST_OF_MEASUREMENTS
     if width * height > most:
-        raise Beyond(f"has more than {most // MEGA} megapixels ({width} x {height}); make it smaller")
+        raise Beyond(f"has more than {most / MEGA:g} megapixels ({width} x {height}); make it smaller")
 
 
 def scans_of(content: bytes) -> int:
-    """How many scans a JPEG's first picture has, counted to one more than MOST_SCANS. Raises Beyond for too much Exif."""
+    """How many scans a JPEG's first picture has, MOST_SCANS + 1 for more. Raises Beyond for too much Exif."""
     place, scans, exif = 2, 0, 0
     while scans <= MOST_SCANS and (found := JPEG_MARKER.search(content, place)):
         marker, place = found[1][0], found.end()

@@ -1,8 +1,19 @@
-"""Files of the program's own inside folders of others: only regular files are written to, and through no link."""
+"""Files in folders of others: only regular ones are read, and written to only those of the program's own."""
 
+import errno
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """The file, open to be read, unbuffered; a pipe or a device is not waited for. Raises OSError where it is none."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file", os.fspath(path))
+    return os.fdopen(descriptor, "rb", buffering=0)
 
 
 def open_own(path: Path, flags: int = 0) -> int:
