@@ -176,13 +176,13 @@ def gifs_and_pages() -> Iterator[tuple[str, bytes]]:
         large = struct.pack("<HH", width, height)
         yield f"GIF, a canvas of {width} x {height}", whole[:6] + large + whole[10:]
         yield f"GIF, a frame of {width} x {height}", whole[:start + 5] + large + whole[start + 9:]
-    yield "GIF, 300 frames", saved(flat(500, 500), "GIF", save_all=True, append_images=[noise(500, 500)] * 300)
+    yield "GIF, 20 frames", saved(flat(300, 300), "GIF", save_all=True, append_images=[noise(300, 300)] * 20)
     for kind, most in (("WEBP", {"method": 0}), ("AVIF", {"speed": 10})):
         for mode in ("RGB", "RGBA"):
             yield f"{kind}, {mode}, 25 megapixels", saved(flat(5000, 5000, mode), kind, **most)
             yield f"{kind}, {mode}, 25 megapixels, noise", saved(noise(5000, 5000, mode), kind, **most)
         yield f"{kind}, 36 megapixels", saved(flat(6000, 6000), kind, **most)
-        yield f"{kind}, 100 frames", saved(flat(300, 300), kind, save_all=True, append_images=[noise(300, 300)] * 100)
+        yield f"{kind}, 10 frames", saved(flat(100, 100), kind, save_all=True, append_images=[noise(100, 100)] * 10)
     yield "WebP, lossless, 25 megapixels", saved(noise(5000, 5000), "WEBP", lossless=True, method=0, quality=0)
     small = bytearray(saved(flat(64, 64), "WEBP", lossless=True))
     struct.pack_into("<I", small, small.index(b"VP8L") + 9, 0x3FFF | 0x3FFF << 14)
