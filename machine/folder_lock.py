@@ -1,7 +1,6 @@
 """A folder that one process at a time may work in, and files in it that are written whole or not at all."""
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -11,6 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from machine.errors import InputError
+
+try:
+    import fcntl
+except ImportError:                     # a system without file locks: two processes are not kept apart
+    fcntl = None
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +44,7 @@ class FolderLock:
                 raise InputError(f"cannot write to {folder} ({error.strerror or error}); choose another --log_dir, or "
                                  f"remove {self.path} if it is not a plain file") from None
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file)
             except OSError as error:
                 os.close(file)
                 if error.errno in NO_LOCKS_HERE:
@@ -83,6 +87,13 @@ class FolderLock:
 
     def __exit__(self, *_) -> None:
         self.release()
+
+
+def lock(file: int) -> None:
+    """Raises OSError where another process has it, or the system has no locks."""
+    if not fcntl:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_still(file: int, path: Path) -> bool:

@@ -18,20 +18,19 @@ from threading import RLock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 import checkpoint
 from machine.device import usable_cores
 from machine.errors import InputError
-from machine.image_store import decode, file_version, normalize_images, prefetch
+from machine.image_store import file_version, normalize_images, prefetch
+from machine.picture_files import Beyond, decode
 from machine.resizing import plain_square
 from text_model import SentenceService, SentenceTable, spread, tokenize
 
 MODEL, IMAGES, RANKING = "model.pth", "images.sqlite", "index.faiss"
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 LONGEST_TEXT = 1000                     # characters
-LARGEST_PICTURE = 40 * 10**6            # pixels of a query's picture
 ROWS_AT_ONCE = 10_000                   # of features, in reading them all
 ROUNDING = 2**-11 + 2**-20              # half precision moves the product of two unit vectors by no more
 FOR_TRAINING = ("optimizer_state_dict", "random", "progress")                   # of a checkpoint
@@ -188,19 +187,14 @@ def images_below(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def read_picture(path: str | Path, size: int) -> np.ndarray:
-    """(size, size, 3) uint8 of a query's picture. Raises InputError where it is none, or a huge one."""
+    """(size, size, 3) uint8 of a query's picture. Raises InputError where it is none, or beyond the bounds of
+    picture_files.py, within which no picture needs a time limit."""
     try:
-        with Image.open(path) as image:
-            pixels = image.width * image.height
-    except Exception as error:                                                  # PIL's plugins raise anything at all
-        if isinstance(error, Image.DecompressionBombError):
-            pixels = LARGEST_PICTURE + 1
-        else:
-            raise InputError(f"{path} is no picture that can be read; give a JPEG, PNG or WebP file") from None
-    if pixels > LARGEST_PICTURE:
-        raise InputError(f"{path} has more than {LARGEST_PICTURE // 10**6} megapixels; make it smaller: {size} pixels "
-                         "a side are looked at")
-    return decode(str(path), size, upright=True, to_square=plain_square)
+        return decode(path, size, upright=True, to_square=plain_square)
+    except Beyond:
+        raise
+    except InputError:
+        raise InputError(f"{path} is no picture that can be read; give a JPEG, PNG or WebP file") from None
 
 
 class Sentences:

@@ -64,7 +64,7 @@ def tests(trees, cache):
     test_retrieval.QUERIES_AT_ONCE, test_retrieval.COMPOSED_AT_ONCE = {"cpu": 3}, 2
     decoded, composed = [], []
     decode, compose = image_store.decode, MODELS["composeAE"].compose
-    image_store.decode = lambda path, *size: decoded.append(path) or decode(path, *size)
+    image_store.decode = lambda path, *size, **told: decoded.append(path) or decode(path, *size, **told)
     MODELS["composeAE"].compose = lambda model, image, text: composed.append(len(image)) or compose(model, image, text)
     try:
         found = {}
