@@ -47,7 +47,9 @@ from machine.device import choose_device, compiled, set_up, usable_cores
 from machine.errors import InputError
 from machine.image_store import DeviceStore, ImageStore, normalize_images
 from machine.stopping import Stopping
-from searching import gallery
+from searching import gallery, ranking
+from searching.build import build
+from searching.image_list import ImageList
 from test_retrieval import evaluate, recalls
 from text_model import SentenceService, SentenceTable, SimpleVocab
 from torch_function import LOSSES, draw_negatives, soft_triplet_loss
@@ -553,15 +555,15 @@ def search_rows(folder: Path, count: int, size: int, repetitions: int) -> list[d
     model = recipe.build().eval()
     torch.save({"model_state_dict": model.state_dict(), "recipe": recipe.plain()}, folder / "model.pth")
     index = folder / "index"
-    gallery.build(folder / "model.pth", folder / "images", index, False, CPU, 32, 1, partial(tqdm, disable=True))
-    listed = gallery.ImageList(index / gallery.IMAGES)
+    build(folder / "model.pth", folder / "images", index, False, CPU, 32, 1, partial(tqdm, disable=True))
+    listed = ImageList(index / gallery.IMAGES)
     for start in range(1, count, 10_000):
         part = range(start, min(start + 10_000, count))
         listed.add([(f"{number}.jpg", (1, 1)) for number in part], rng.standard_normal((len(part), dim), np.float32))
-    gallery.rank(listed, index, dim, False, partial(tqdm, desc="search", leave=False))
+    ranking.rank(listed, index, dim, False, partial(tqdm, desc="search", leave=False))
     opened = gallery.Gallery(index, CPU)
     with peak_memory(CPU) as taken:
-        again = gallery.faiss().read_index(str(index / gallery.RANKING))
+        again = ranking.read_ranking(index / ranking.RANKING, dim)
         memory = 1e6 * taken() / again.ntotal
     features = F.normalize(torch.from_numpy(rng.standard_normal((count, dim), np.float32)), dim=1)
     vector = features[0]

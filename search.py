@@ -58,6 +58,9 @@ def get_parser() -> Parser:
                        help="folder for the index (required)")
     index.add_argument("--ivf", action="store_true", help="for millions of images: a query is compared with those of "
                        "the nearest cells of the gallery alone, so that a few of its results may be missed")
+    index.add_argument("--prune", action="store_true", help="take out all images that are no more there; without it, "
+                       "those whose folder is gone or empty stay, and if more than a tenth (and more than 5) are gone, "
+                       "nothing is changed")
     index.add_argument("--batch_size", type=at_least(1), default=32, metavar="B", help="images encoded at once")
     index.add_argument("--loader_num_workers", type=at_least(0), default=4, metavar="N", help="threads that read "
                        "images")
@@ -93,7 +96,8 @@ from tqdm import tqdm
 from machine.device import choose_device, set_up
 from machine.progress import progress_bar
 from pictures import Answer, sheet, thumbnail
-from searching.gallery import Gallery, Hit, build
+from searching.build import build
+from searching.gallery import Gallery, Hit
 
 
 def open_index(args: argparse.Namespace) -> Gallery:
@@ -110,13 +114,13 @@ def start_device(args: argparse.Namespace):
 def index(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     built = build(args.model_checkpoint, args.images, args.out, args.ivf, start_device(args), args.batch_size,
-                  args.loader_num_workers, progress_bar)
-    for path, reason in list(built.broken.items())[:SHOWN_BROKEN]:
+                  args.loader_num_workers, progress_bar, args.prune)
+    for path, reason in list(built.left_out.items())[:SHOWN_BROKEN]:
         tqdm.write(shown(f"left out {path}: {reason}"), file=sys.stderr)
-    if len(built.broken) > SHOWN_BROKEN:
-        tqdm.write(f"... and {len(built.broken) - SHOWN_BROKEN} more", file=sys.stderr)
+    if len(built.left_out) > SHOWN_BROKEN:
+        tqdm.write(f"... and {len(built.left_out) - SHOWN_BROKEN} more", file=sys.stderr)
     out = shown_name(args.out)
-    print(f"{out}: {built.images} images, {built.new} of them encoded now, {len(built.broken)} left out, "
+    print(f"{out}: {built.images} images, {built.new} of them encoded now, {built.summary}; "
           f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {out}")
 
 
