@@ -9,6 +9,7 @@ sends or leaves unread costs the others no more than that.
 """
 
 import argparse
+import contextlib
 import hashlib
 import inspect
 import json
@@ -589,7 +590,7 @@ class Server:
         """One batch, an equal share for each client with texts in line; what is left of it, for any. Whether there was
         anything to do."""
         ready = [client for client in self.clients.values() if (client.line or client.current) and client.reads()]
-        batch = Batch(self.config["max_batch_size"])
+        batch = Batch(self.config["max_batch_size"], READ_AT_ONCE)
         for count in (max(1, len(ready)), 1):
             texts, characters = max(1, batch.room // count), batch.characters // count
             for client in ready:
@@ -721,15 +722,15 @@ def announced(length: bytes) -> int:
 class Batch:
     """Which texts of which requests are encoded together."""
     room: int                                                                   # texts
-    characters: int = READ_AT_ONCE
+    characters: int
     places: dict[Request, list[int]] = field(default_factory=dict)
 
 
 def stop(*_) -> None:
-    """Ctrl-C and SIGTERM end the service at once; more of them do not disturb its end."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    """Ctrl-C and SIGTERM end the service at once, from wherever it is: an exception could be caught on its way."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{time.strftime('%Y-%m-%d %H:%M:%S')} stopped\n".encode())
+    os._exit(0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -763,8 +764,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bert_server.py: error: cannot serve on {args.host}, ports {args.port} and {args.port_out} ({error}); "
               "stop what uses them, or choose others with --port and --port_out", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        pass
     finally:
         if server:
             server.close()
