@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,7 @@ class Service:
 
     def client(self, **how):
         """The unmodified client, which does not warn of long texts; made once the server has answered."""
-        return BertClient(port=self.port, port_out=self.port_out, timeout=60_000, check_length=False, **how)
+        return BertClient(port=self.port, port_out=self.port_out, timeout=120_000, check_length=False, **how)
 
     def status(self):
         with self.client() as client:
@@ -76,11 +77,36 @@ class Service:
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            self.process.wait(10)
+            self.process.wait(30)
         finally:
             self.process.kill()
         self.log.seek(0)
         return self.process.returncode, self.log.read()
+
+
+class Raw:
+    """The two sockets of a client, frame by frame."""
+
+    def __init__(self, service, identity=None, unread=1000):
+        self.identity = identity or str(uuid.uuid4()).encode()
+        self.context = zmq.Context()
+        self.push, self.sub = self.context.socket(zmq.PUSH), self.context.socket(zmq.SUB)
+        self.sub.rcvhwm = unread                                            # answers that it takes before they are read
+        self.sub.subscribe(self.identity)
+        self.push.connect(f"tcp://127.0.0.1:{service.port}")
+        self.sub.connect(f"tcp://127.0.0.1:{service.port_out}")
+
+    def send(self, payload, number=b"1", length=b"1"):
+        self.push.send_multipart([self.identity, payload, number, length])
+
+    def answer(self, seconds=20.0):
+        return self.sub.recv_multipart() if self.sub.poll(1000 * seconds) else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.context.destroy(linger=0)
 
 
 @contextmanager
