@@ -87,10 +87,10 @@ class Stopping:
 def starting(parser: ArgumentParser) -> None:
     """For a program's first line, before it loads what takes seconds: wrong flags and --help are answered at once, a
     stop is one line, and who looks on is told what takes so long."""
-    prepare_streams()
     if os.name == "nt":
         parser.exit(2, f"{parser.prog}: error: Windows itself is not supported; run it in WSL (wsl --install, then as "
                        "on Linux)\n")
+    prepare_streams()
 
     def leave(number: int, _frame) -> None:
         print(f"{parser.prog}: stopped by {name_of(number)}", file=sys.stderr, flush=True)

@@ -106,10 +106,10 @@ def check_zip(path: Path) -> None:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError):
         raise Unreadable("it is damaged, or cut short") from None
-    if sum(member.file_size for member in members) > path.stat().st_size:
-        raise Unreadable("it is a compressed archive, which torch.save does not write")
     if any(Path(member.filename).name == "constants.pkl" for member in members):
         raise Unreadable("it is a TorchScript program; save its state_dict() with torch.save")
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise Unreadable("it is a compressed archive, which torch.save does not write")
 
 
 def what_it_is(head: bytes, complaint: str) -> str:

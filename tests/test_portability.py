@@ -81,6 +81,7 @@ def test_free_memory_is_half_of_all_where_no_more_is_told(monkeypatch):
             raise ValueError("unrecognized configuration name")
         return sysconf(name)
     monkeypatch.setattr(os, "sysconf", macs)
+    monkeypatch.setattr(device, "Path", lambda path: Path("/nowhere" + path))
     assert device.free_memory(torch.device("cpu")) == whole // 2 and "SC_AVPHYS_PAGES" in asked
 
 
@@ -95,7 +96,7 @@ def test_without_file_locks_each_image_is_decoded_anew(tmp_path, monkeypatch, ca
 def test_without_sigusr1_the_other_signals_are_heard(monkeypatch):
     monkeypatch.delattr(signal, "SIGUSR1")
     here = anew(stopping)
-    assert here.EXIT_CODES == {signal.SIGINT: 130, signal.SIGTERM: 143}
+    assert here.EXIT_CODES == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
     with pytest.raises(here.Stopped, match="SIGTERM"), here.Stopping():
         os.kill(os.getpid(), signal.SIGTERM)
 
