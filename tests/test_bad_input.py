@@ -222,9 +222,8 @@ def test_bad_images_are_left_out_and_counted(benchmark_tree, tmp_path, capsys):
     assert run.metrics["it"] == 3
 
 
-def test_skipping_changes_nothing_where_all_is_well(benchmark_tree, tmp_path, capsys):
-    name, path = benchmark_tree
-    plain, skipping = (run_main(name, path, tmp_path / "logs", comment=f"_{skip}", skip_bad_images=skip)
+def test_skipping_changes_nothing_where_all_is_well(mitstates, tmp_path, capsys):
+    plain, skipping = (run_main("mitstates", mitstates, tmp_path / "logs", comment=f"_{skip}", skip_bad_images=skip)
                        for skip in (False, True))
     assert plain.metrics == skipping.metrics and "left out nothing" in capsys.readouterr().out
 

@@ -392,8 +392,8 @@ def test_a_flood_of_bad_requests_is_logged_sparingly(service, client):
             assert client.encode(["a"]).shape == (1, DIM) and time.monotonic() < deadline
     service.log.seek(logged)
     text = service.log.read()
-    assert "see SHOW_STATUS" in text + everything(service.log) and len(text) < 10_000
-    assert everything(service.log).count("ignored a request") >= 5
+    assert "see SHOW_STATUS" in everything(service.log)                         # others may have used up the minute
+    assert len(text) < 10_000 and text.count("\n") < 100
 
 
 def everything(log):
@@ -445,6 +445,7 @@ def test_termination_from_elsewhere_is_ignored(encoder):
         server.close()
 
 
+@pytest.mark.long("two processes of a real model, in the middle of work")
 def test_signals_end_it_at_once_in_the_middle_of_work():
     """Both are loaded at the same time, and tell of a real model first."""
     services = [(number, Service(MINILM)) for number in (signal.SIGTERM, signal.SIGINT)]

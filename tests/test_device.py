@@ -17,7 +17,7 @@ from machine.image_store import DeviceStore, ImageStore
 from text_model import SimpleVocab
 from torch_function import LOSSES, composition_losses
 
-from .conftest import Run, flags, run_main
+from .conftest import Run, flags, run_main, some
 
 ROOT = Path(main.__file__).parent
 TEXTS = ["old dog", "wet", "old bus", "wet bus"]
@@ -56,7 +56,7 @@ def test_only_convolutions_are_ever_coarse_and_only_if_asked(precision, coarse):
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, coarse)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(MODELS))
 def test_bfloat16_is_near_float32_and_leaves_it_to_the_encoder(name):
     torch.manual_seed(0)
     model = MODELS[name](SimpleVocab.from_texts(TEXTS), 24, 16).eval()
@@ -90,7 +90,7 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(MODELS))
 def test_in_bfloat16_a_step_rounds_each_weight_once(name):
     model = MODELS[name](SimpleVocab.from_texts(TEXTS), 24, 16).train()
     model.bf16 = True

@@ -273,6 +273,7 @@ def test_a_lost_process_ends_the_job_with_its_reason(mitstates, tmp_path):
     assert checkpoint.load(next((tmp_path / "logs").iterdir()) / checkpoint.LATEST)["it"] >= 4
 
 
+@pytest.mark.long("a job of its own")
 def test_asked_to_stop_all_stop_in_one_step_and_one_saves(mitstates, tmp_path):
     words = flags("mitstates", mitstates, tmp_path / "logs", **SETTINGS | {"num_iters": 100_000})
     job = start(torchrun(2, "main.py", *words))

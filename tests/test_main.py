@@ -91,14 +91,14 @@ def losses_of(run):
 
 @pytest.mark.parametrize("model", some(["composeAE", "tirg", "RealSpaceConcatAE"]))
 def test_a_seed_repeats_to_the_last_digit_for_any_number_of_workers(mitstates, tmp_path, model):
-    runs = [run_main("mitstates", mitstates, tmp_path / "logs", model=model, num_iters=5, loader_num_workers=workers,
+    runs = [run_main("mitstates", mitstates, tmp_path / "logs", model=model, num_iters=3, loader_num_workers=workers,
                      image_cache=cache, comment=f"_{i}", seed=5)
             for i, (workers, cache) in enumerate([(0, "none"), (2, "none"), (2, "auto")])]
     for run in runs[1:]:
         assert losses_of(run) == losses_of(runs[0]) and run.metrics == runs[0].metrics
         first, other = (torch.load(r.checkpoint, weights_only=True)["model_state_dict"] for r in (runs[0], run))
         assert all(torch.equal(first[name], other[name]) for name in first)
-    other_seed = run_main("mitstates", mitstates, tmp_path / "logs", model=model, num_iters=5, comment="_s", seed=6)
+    other_seed = run_main("mitstates", mitstates, tmp_path / "logs", model=model, num_iters=3, comment="_s", seed=6)
     assert losses_of(other_seed) != losses_of(runs[0])
 
 

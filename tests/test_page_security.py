@@ -220,6 +220,7 @@ def test_a_port_in_use_is_one_line_and_nothing_is_left_behind(gallery_index, tmp
     assert "is no host name" in capfd.readouterr().err and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long("two more pages")
 def test_a_killed_page_leaves_a_folder_that_the_next_start_removes(gallery_index, tmp_path):
     """The folder of a living one is left; IPv6 and SIGTERM as they come."""
     (port,) = free_ports(1)

@@ -54,6 +54,7 @@ def anew(module):
     return loaded
 
 
+@pytest.mark.long("a process")
 def test_a_run_needs_nothing_that_a_mac_lacks(mitstates, tmp_path):
     words = flags("mitstates", mitstates, tmp_path / "logs", num_iters=1, image_cache="device")
     alone = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # else none counts cores

@@ -77,6 +77,7 @@ def test_benchmark_runs_and_writes_its_rows(tmp_path):
         assert part in whats
 
 
+@pytest.mark.long("two processes")
 def test_benchmark_says_in_one_line_what_it_cannot_do(tmp_path):
     for words, said in ((["--device", "cuda"], "no usable CUDA GPU"),
                         (["--json", tmp_path / "none" / "rows.json"], "there is no folder")):
@@ -84,6 +85,7 @@ def test_benchmark_says_in_one_line_what_it_cannot_do(tmp_path):
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.long("a run and a process")
 def test_pictures_are_drawn_from_a_run(toy, tmp_path, monkeypatch):
     log_dir = tmp_path / "logs"
     assert main.main(flags("mitstates", toy / "mitstates", log_dir, num_iters=1)) == 0

@@ -37,11 +37,8 @@ quiet = partial(tqdm, disable=True)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A short run with the LSTM, long enough to tell pictures apart; it knows 'old', 'wet', 'young', 'dog', 'bus'."""
-    root = tmp_path_factory.mktemp("search")
-    return run_main("mitstates", write_mitstates(root / "data"), root / "logs", num_iters=30,
-                    learning_rate=0.003, eval_frequency=0).checkpoint
+def trained(trained):
+    return trained.checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +164,9 @@ def test_indexing_goes_on_where_it_was_stopped(trained, images, tmp_path):
         assert a == pytest.approx(b, abs=1e-6)
 
 
+@pytest.mark.long("a thousand images, half of them in a process that is killed")
 def test_a_killed_index_process_loses_no_more_than_a_batch(trained, tmp_path):
-    for number in range(3000):
+    for number in range(1000):
         picture(tmp_path / "images" / f"{number}.jpg")
     words = [sys.executable, "search.py", "index", "--model_checkpoint", trained, "--images", tmp_path / "images",
              "--out", tmp_path / "out", "--batch_size", "8"]
@@ -179,9 +177,9 @@ def test_a_killed_index_process_loses_no_more_than_a_batch(trained, tmp_path):
     process.kill()
     process.communicate()
     kept = held(tmp_path / "out")
-    assert 100 <= kept < 3000
+    assert 100 <= kept < 1000
     built = made(trained, tmp_path / "images", tmp_path / "out", batch_size=64)
-    assert (built.images, built.new, built.broken) == (3000, 3000 - kept, {})
+    assert (built.images, built.new, built.broken) == (1000, 1000 - kept, {})
 
 
 def held(out):
@@ -336,6 +334,7 @@ def test_an_image_that_was_removed_leaves_its_place_in_the_sheets(trained, image
     assert "1.jpg is no more in" in caplog.text and (tmp_path / "found.png").exists()
 
 
+@pytest.mark.long("three processes")
 def test_the_whole_command_line_as_a_user_types_it_with_a_file_name_that_is_no_text(trained, images, tmp_path):
     images = shutil.copytree(images, tmp_path / "images")
     os.rename(images / "3.jpg", os.fsencode(images / "n") + b"\xff.jpg")
@@ -352,6 +351,7 @@ def test_the_whole_command_line_as_a_user_types_it_with_a_file_name_that_is_no_t
     assert done.returncode == 2 and b"Traceback" not in done.stderr
 
 
+@pytest.mark.long("three services of its own")
 def test_a_model_of_a_sentence_service_indexes_without_it_and_asks_it_for_texts(mitstates, images, tmp_path, capsys):
     with serving(write_bert(tmp_path / "bert", size=16)) as service, \
             serving(write_bert(tmp_path / "other", size=16, seed=1)) as other:

@@ -312,6 +312,7 @@ def test_training_outlives_the_service(tmp_path):
     assert Run(saved.parent).metrics["it"] == 60
 
 
+@pytest.mark.long("a service and a training of its own")
 def test_a_service_gone_while_new_texts_are_needed_ends_in_one_line_and_a_checkpoint(tmp_path):
     """Fashion200k's modifications are drawn: an epoch's new ones are asked for before it begins."""
     path = WRITERS["fashion200k"](tmp_path / "fashion200k", 8)

@@ -68,8 +68,9 @@ class Running:
 
 
 @pytest.fixture
-def idle():
-    """Bound to its ports, but not yet running."""
+def idle(monkeypatch):
+    """Bound to its ports, but not yet running; it complains as often as it likes."""
+    monkeypatch.setattr(bert_server.log, "filters", [])
     running = Running()
     yield running
     running.stop()
