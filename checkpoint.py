@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from image_encoders import ENCODERS, encoder_head
+from image_encoders import encoder_head
 from img_text_composition_models import MODELS, ImgTextCompositionBase, Recipe, SentenceVectors
 from machine import distributed
 from machine.errors import InputError
@@ -244,11 +244,16 @@ def recipe(state: dict, path: str | Path) -> Recipe:
             raise InputError(f"{path} does not say its vocabulary and model: it was not written by this program")
         found = Recipe(opt["model"], opt["image_encoder"], opt["image_size"], 0,
                        "service" if opt.get("use_bert") else "lstm", 0, words.word2id)
-    if (found.composer not in MODELS or found.image_encoder not in ENCODERS or not isinstance(found.image_size, int)):
+    if (found.composer not in MODELS or not isinstance(found.image_encoder, str)
+            or not isinstance(found.image_size, int)):
         raise InputError(f"{path} is not a checkpoint of this program: its model is {found.composer!r}, its image "
                          f"encoder {found.image_encoder!r}, for images of {found.image_size!r} pixels")
+    try:
+        head, _ = encoder_head(found.image_encoder)
+    except InputError as error:
+        raise InputError(f"the model of {path} cannot be built here: {error}") from None
     biases = [state["model_state_dict"].get(name) for name in
-              (f"img_model.{encoder_head(found.image_encoder)[0]}.0.bias", "text_model.fc_output.1.bias")]
+              (f"img_model.{head}.0.bias", "text_model.fc_output.1.bias")]
     if any(bias is None or bias.ndim != 1 for bias in biases):
         raise InputError(f"{path} is not a checkpoint of this program: it holds no image or no text encoder")
     image_dim, text_dim = map(len, biases)

@@ -64,6 +64,10 @@ def save_frequency(text: str) -> str:
     return text
 
 
+def image_side(text: str) -> int:
+    return 0 if text == "0" else at_least(32)(text)
+
+
 port_number = at_least(1, most=65535)
 
 
@@ -87,8 +91,8 @@ def get_parser() -> Parser:
     add(data, "--use_complete_text_query", False, "queries say the whole target caption, not only what changes")
     add(data, "--skip_bad_images", False, "check every image first and leave out broken and missing ones, with what "
         "refers to them, in place of stopping at the first")
-    add(data, "--image_size", 224, "side in pixels of the square images the encoder sees", type=at_least(32),
-        metavar="S")
+    add(data, "--image_size", 0, "side in pixels of the square images the encoder sees; 0 for its own, or a "
+        "checkpoint's. Published: 224, which is resnet18's own", type=image_side, metavar="S")
     add(data, "--image_cache", "auto", "folder that keeps the decoded images (3*S*S bytes each) and sentence vectors, "
         "'none' to make them anew in each run, 'auto' for DATASET_PATH/image_cache, 'device' for that and all images "
         "in the memory of the GPU (or CPU) too, if it has room", metavar="auto|none|device|DIR")
@@ -98,14 +102,16 @@ def get_parser() -> Parser:
     model = parser.add_argument_group("model")
     add(model, "--model", "composeAE", "composer of image and text",
         choices=registered("img_text_composition_models.py", "MODELS"))
-    add(model, "--image_encoder", "resnet18", "torchvision's model that encodes images; its last layer becomes "
-        "Linear(width, D). Published: resnet18", metavar="NAME")
+    add(model, "--image_encoder", "resnet18", "what encodes images, a last layer Linear(width, D) on it: a classifier "
+        "of torchvision's, timm:NAME, or open_clip:MODEL/TAG, whose tag names its weights. Published: resnet18",
+        metavar="NAME")
     add(model, "--image_embed_dim", 512, "size of image features and of the composed query; 0 for the encoder's own "
         "width, which is 512 for resnet18", type=at_least(0), metavar="D")
     add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; with --use_bert the service decides",
         type=at_least(1), metavar="T")
-    add(model, "--image_weights", "imagenet", "weights of the encoder to start from: 'imagenet' (downloaded once by "
-        "torchvision), 'none' (random), or a file saved from torchvision's model", metavar="imagenet|none|PATH")
+    add(model, "--image_weights", "imagenet", "weights of the encoder to start from: 'imagenet' for its library's "
+        "own, downloaded once, 'none' (random), or a file of them, .pth or .safetensors",
+        metavar="imagenet|none|PATH")
     add(model, "--use_bert", False, "sentence vectors from a running BERT-as-service in place of the LSTM")
     add(model, "--bert_ip", "localhost", "host of the sentence service (IPv4)", metavar="HOST")
     add(model, "--bert_port", 5555, "port the service takes texts on", type=port_number, metavar="PORT")

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from image_encoders import encoder_head, image_encoder
+from image_encoders import image_encoder, traits
 from machine.device import send
+from machine.image_store import normalize_images
 from text_model import SimpleVocab, TextLSTMModel
 from torch_function import NormalizationLayer
 
@@ -36,7 +37,7 @@ class ImgTextCompositionBase(nn.Module):
 
     vocabulary: of the LSTM. sentence_vectors: texts -> (B, T) without gradient; where given, they are used in place
     of the LSTM, which is still built (at size T) because the original's checkpoints hold it.
-    encoder: a torchvision classifier's name, of ENCODERS; image_size: S, which some of them are built for.
+    encoder: a name that image_encoders.py knows; image_size: S, which some of them are built for.
     bf16: whether the image encoder, nearly all of the work, computes in bfloat16; the rest stays float32.
     example_texts: some that it is trained with, for whoever searches with it.
     """
@@ -50,14 +51,20 @@ class ImgTextCompositionBase(nn.Module):
         super().__init__()
         self.image_dim, self.text_dim, self.sentence_vectors = image_dim, text_dim, sentence_vectors
         self.normalization_layer = NormalizationLayer()
-        self.img_model, self.image_head = image_encoder(encoder, image_dim, image_size), encoder_head(encoder)[0]
+        self.img_model, self.traits = image_encoder(encoder, image_dim, image_size), traits(encoder)
         self.text_model = TextLSTMModel(vocabulary, text_dim).requires_grad_(sentence_vectors is None)
         self.a = nn.Parameter(torch.tensor([1.0, 10.0, 1.0, 1.0]))              # weights of a composer's two branches
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) float, normalized -> (B, D)."""
+        """(B, 3, S, S) uint8 pixels, or `normalized` ones -> (B, D)."""
         with self.rounding(images.device):
-            return self.img_model(images).to(self.a.dtype)
+            return self.img_model(self.normalized(images)).to(self.a.dtype)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Pixels as the encoder wants them, float32; what is none is left as it is."""
+        if images.dtype != torch.uint8:
+            return images
+        return normalize_images(images, self.traits.mean, self.traits.std)
 
     def rounding(self, device: torch.device) -> torch.autocast:
         """What images are encoded in: bfloat16 with `bf16`. Weights are rounded once in each outermost one."""
@@ -75,10 +82,10 @@ class ImgTextCompositionBase(nn.Module):
 
     def forward(self, source: Tensor, texts: list[str], target: Tensor) -> dict[str, Tensor]:
         """Features by name, as `composition_losses` reads them: query and target, (B, D), normalized and scaled."""
-        return self.features(source, self.encode_text(texts), target)
+        return self.features(self.normalized(source), self.encode_text(texts), self.normalized(target))
 
     def features(self, source: Tensor, text: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The same of encoded texts, (B, T): tensors alone, so this is what can be compiled."""
+        """The same of normalized images and encoded texts, (B, T): tensors alone, so this is what can be compiled."""
         with self.rounding(source.device):
             image = self.encode_image(source)                                   # (B, D)
             goal = self.encode_image(target)                                    # (B, D): batch norm sees it apart
@@ -209,8 +216,9 @@ class Recipe:
     """What a model is made of, in plain values: made of the flags once, kept in its checkpoints, and all that building
     it needs.
 
-    composer: of MODELS. image_encoder: of ENCODERS. image_size: S in pixels. image_dim, text_dim: D, T. text_encoder:
-    'lstm', or 'service' for sentence vectors that come from outside. words: the LSTM's vocabulary, word to id.
+    composer: of MODELS. image_encoder: as image_encoders.py names them. image_size: S in pixels. image_dim, text_dim:
+    D, T. text_encoder: 'lstm', or 'service' for sentence vectors that come from outside. words: the LSTM's vocabulary,
+    word to id.
     """
     composer: str
     image_encoder: str

@@ -23,7 +23,7 @@ import torch
 import checkpoint
 import report
 from datasets import DATASETS, CompositionDataset, Epoch
-from image_encoders import encoder_head, load_image_weights
+from image_encoders import load_image_weights, traits
 from img_text_composition_models import ImgTextCompositionBase, Recipe
 from machine import distributed
 from machine.device import choose_device, compiled, seed_everything, set_up
@@ -82,14 +82,17 @@ def open_split(args: argparse.Namespace, split: str) -> Split:
     """Read a split; with --skip_bad_images decode all of it first and read it again without what is broken."""
     read = partial(DATASETS[args.dataset], args.dataset_path, split, complete_text=args.use_complete_text_query,
                    category=args.category_to_train)
+
+    def open_store(data: CompositionDataset) -> ImageStore:
+        return ImageStore(data.paths, args.image_size, cache_folder(args), traits(args.image_encoder).resampling)
     data = read(without=frozenset() if args.skip_bad_images else None)
-    store = ImageStore(data.paths, args.image_size, cache_folder(args))
+    store = open_store(data)
     if args.skip_bad_images:
         bad = distributed.union(store.unreadable(progress_bar, distributed.machines_share))
         data = read(without=frozenset(data.images[index] for index in bad))
         gone = ", ".join(f"{count} {what}" for what, count in data.dropped.items() if count)
         say(f"{split} split: left out {gone or 'nothing'}")
-        store = ImageStore(data.paths, args.image_size, cache_folder(args))
+        store = open_store(data)
     elif missing := store.missing():
         raise InputError(f"{len(missing)} of the {split} split's {len(store)} images are missing or empty, first "
                          f"{missing[0]}; put them back, or pass --skip_bad_images True to leave such images out")
@@ -171,7 +174,7 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> N
         raise InputError("--test_only needs the checkpoint to test: pass --model_checkpoint PATH")
     if args.test_only and args.resume:
         raise InputError("--test_only tests --model_checkpoint and resumes nothing: drop --resume")
-    args.image_embed_dim = args.image_embed_dim or encoder_head(args.image_encoder)[1]
+    args.image_embed_dim = args.image_embed_dim or traits(args.image_encoder).width
     if args.sync_bn and device.type == "cpu":
         raise InputError("--sync_bn True: torch's synchronized batch norm is for GPUs alone; drop it")
     set_up(device, args.precision, distributed.local_world())
@@ -180,6 +183,8 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> N
         report.check_log_dir(args.log_dir, args.comment)
     resumed, source, state = distributed.from_first(partial(
         checkpoint.find_start, args.resume, args.model_checkpoint, args.log_dir, args.comment, not args.test_only))
+    taught = state["opt"].get("image_size") if state else None
+    args.image_size = args.image_size or taught or traits(args.image_encoder).size
     if state and not resumed:
         checkpoint.check_flags(plain(args), source, state["opt"])
     data = make_data(args, device, source, state, bool(resumed))

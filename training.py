@@ -20,7 +20,7 @@ from flags import plain
 from img_text_composition_models import ImgTextCompositionBase
 from machine import distributed
 from machine.errors import InputError, PeerLost
-from machine.image_store import DeviceStore, ImageStore, normalize_images, prefetch
+from machine.image_store import DeviceStore, ImageStore, prefetch
 from machine.progress import progress_bar
 from machine.stopping import Stopped, Stopping
 from text_model import SentenceTable
@@ -50,7 +50,7 @@ def prepare(sentences: SentenceTable, texts: Iterable[str]) -> None:
 def parameter_groups(model: ImgTextCompositionBase, rate: float) -> list[dict]:
     """Every weight in one of three groups: the encoder's new last layer, its pretrained rest (0.1 x), all others."""
     def group(name: str) -> str:
-        if name.startswith(f"img_model.{model.image_head}."):
+        if name.startswith(f"img_model.{model.traits.head}."):
             return "head"
         return "backbone" if name.startswith("img_model.") else "rest"
     named = list(model.named_parameters())
@@ -102,7 +102,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: str, pa
     means: dict[str, Tensor] = {}
     for number, part in enumerate(parts, start=1):
         with distributed.exchanging(model, now=number == len(parts)):
-            features = model(normalize_images(part.source), part.texts, normalize_images(part.target))
+            features = model(part.source, part.texts, part.target)
             with distributed.same_random_numbers(part.source.device) if gather else nullcontext():
                 losses = composition_losses(features, loss, distributed.gather if gather else lambda own: own)
             (losses["total training loss"] / len(parts)).backward()

@@ -38,21 +38,21 @@ RESERVE = 2 * 10**9                     # bytes of the disk that the cache leave
 log = logging.getLogger(__name__)
 
 
-def normalize_images(pixels: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 -> float32, divided by 255 and normalized with ImageNet's statistics, channels last.
+def normalize_images(pixels: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN,
+                     std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
+    """(B, 3, S, S) uint8 -> float32, divided by 255 and normalized with these statistics, channels last.
 
     Bit for bit what torchvision's ToTensor and Normalize give, on the device the pixels are on.
     """
-    mean, std = statistics(pixels.device)
+    mean, std = (channels(values, pixels.device) for values in (mean, std))
     return pixels.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(mean).div_(std)
 
 
 @cache
 @torch.inference_mode(False)
-def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and standard deviation, (3, 1, 1); sent to the device once, as sending them waits for it."""
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean, std
+def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A value a channel, (3, 1, 1); sent to the device once, as sending them waits for it."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def file_version(path: str) -> tuple[int, int]:
@@ -64,16 +64,18 @@ def file_version(path: str) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def decode(path: str, size: int, upright: bool = False, to_square: Callable = square) -> np.ndarray:
+def decode(path: str, size: int, resampling: str = "bilinear", upright: bool = False,
+           to_square: Callable = square) -> np.ndarray:
     """(size, size, 3) uint8: the file's RGB pixels, shorter side resized to `size`, the centre cut out.
 
-    upright: turned as the camera noted, which training on the published data does not do. to_square: of resizing.py.
+    resampling: Pillow's filter, by name. upright: turned as the camera noted, which training on the published data does
+    not do. to_square: of resizing.py.
     Raises InputError for what is no whole image.
     """
     try:
         with Image.open(path) as image:
             turned = ImageOps.exif_transpose(image) if upright else image
-            return to_square(turned if turned.mode == "RGB" else turned.convert("RGB"), size)
+            return to_square(turned if turned.mode == "RGB" else turned.convert("RGB"), size, resampling)
     except Exception as error:                                                  # PIL's plugins raise anything at all
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_IMAGES_FAULT:
             raise
@@ -116,18 +118,18 @@ def prefetch(make: Callable, items: Iterable, workers: int) -> Iterator:
 class PixelFile:
     """Decoded images of one size in one memory-mapped file, a slot a path, shared by any number of processes.
 
-    FOLDER/images_S.paths lists the slots' paths (one JSON string a line, only ever appended to under a lock),
-    images_S.pixels holds their pixels, images_S.records what each was made from. A slot counts only while its
+    FOLDER/NAME.paths lists the slots' paths (one JSON string a line, only ever appended to under a lock),
+    NAME.pixels holds their pixels, NAME.records what each was made from. A slot counts only while its
     record agrees with the image file's size and time of change, and its checksum with path, pixels and Pillow's
     version; the record is written after the pixels. So a process killed at any moment leaves nothing that would be
     believed, two processes that fill a slot at once write the same bytes, and damage only costs decoding again.
     """
 
-    def __init__(self, folder: Path, size: int, paths: Sequence[str]):
+    def __init__(self, folder: Path, name: str, size: int, paths: Sequence[str]):
         """Raises OSError where the folder cannot be written or its disk has no room for the missing images."""
         self.shape, self.stride = (size, size, 3), 3 * size * size
         folder.mkdir(parents=True, exist_ok=True)
-        names, records, pixels = (folder / f"images_{size}.{kind}" for kind in ("paths", "records", "pixels"))
+        names, records, pixels = (folder / f"{name}.{kind}" for kind in ("paths", "records", "pixels"))
         self.paths = paths = relative(paths, folder)
         with open(names, "a+b") as listing:
             fcntl.flock(listing, fcntl.LOCK_EX)                                 # the kernel frees it if we are killed
@@ -200,16 +202,19 @@ class PixelFile:
 class ImageStore:
     """Pixels of a dataset's images by image id, from the cache folder where there is one, else decoded each time.
 
-    paths: by image id. size: side S in pixels. cache: folder for the decoded images, or None.
+    paths: by image id. size: side S in pixels. cache: folder for the decoded images, or None. resampling: Pillow's
+    filter, by name; each has its own file there.
     """
 
-    def __init__(self, paths: Sequence[str], size: int = 224, cache: str | Path | None = None):
-        self.paths, self.size = list(paths), size
+    def __init__(self, paths: Sequence[str], size: int = 224, cache: str | Path | None = None,
+                 resampling: str = "bilinear"):
+        self.paths, self.size, self.resampling = list(paths), size, resampling
         self.versions = [file_version(path) for path in self.paths]
         self.file, self.writable = None, True
         if cache is not None:
             try:
-                self.file = PixelFile(Path(cache), size, self.paths)
+                name = f"images_{size}" + f"_{resampling}" * (resampling != "bilinear")
+                self.file = PixelFile(Path(cache), name, size, self.paths)
             except OSError as error:
                 log.warning("no image cache in %s (%s): images are decoded each time they are used", cache, error)
 
@@ -224,7 +229,7 @@ class ImageStore:
     def decode(self, index: int) -> np.ndarray:
         """One image's pixels (S, S, 3) from its file, kept in the cache. Raises InputError."""
         try:
-            pixels = decode(self.paths[index], self.size)
+            pixels = decode(self.paths[index], self.size, self.resampling)
         except InputError as error:
             raise InputError(f"{error}; replace it, or pass --skip_bad_images True to leave such images out") from None
         if self.file and self.writable:

@@ -24,7 +24,7 @@ from torch import Tensor
 import checkpoint
 from machine.device import usable_cores
 from machine.errors import InputError
-from machine.image_store import decode, file_version, normalize_images, prefetch
+from machine.image_store import decode, file_version, prefetch
 from machine.resizing import plain_square
 from text_model import SentenceService, SentenceTable, spread, tokenize
 
@@ -187,7 +187,7 @@ def images_below(folder: Path) -> Iterator[tuple[str, bool]]:
                 yield str(path.relative_to(folder)), not path.is_symlink() or path.resolve().is_relative_to(folder)
 
 
-def read_picture(path: str | Path, size: int) -> np.ndarray:
+def read_picture(path: str | Path, size: int, resampling: str = "bilinear") -> np.ndarray:
     """(size, size, 3) uint8 of a query's picture. Raises InputError where it is none, or a huge one."""
     try:
         with Image.open(path) as image:
@@ -200,7 +200,7 @@ def read_picture(path: str | Path, size: int) -> np.ndarray:
     if pixels > LARGEST_PICTURE:
         raise InputError(f"{path} has more than {LARGEST_PICTURE // 10**6} megapixels; make it smaller: {size} pixels "
                          "a side are looked at")
-    return decode(str(path), size, upright=True, to_square=plain_square)
+    return decode(str(path), size, resampling, upright=True, to_square=plain_square)
 
 
 class Sentences:
@@ -234,7 +234,7 @@ class Encoder:
         self.opt = self.state["opt"]
         sentences = Sentences(self.state, where or {}, folder) if self.opt.get("use_bert") else None
         self.model = checkpoint.rebuild(self.state, path, sentences).to(device, memory_format=torch.channels_last)
-        self.size = int(self.opt.get("image_size", 224))
+        self.size, self.resampling = self.model.recipe.image_size, self.model.traits.resampling
         self.vocabulary = None if sentences else self.model.text_model.vocabulary
         self.examples = [text for text in self.state.get("example_texts", []) if text.strip()]
 
@@ -249,7 +249,7 @@ class Encoder:
     def images(self, pixels: Sequence[np.ndarray]) -> Tensor:
         """B arrays (S, S, 3) uint8 -> (B, D) on the CPU."""
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)          # (B, 3, S, S)
-        return self.model.encode_image(normalize_images(batch.to(self.device))).cpu()
+        return self.model.encode_image(batch.to(self.device)).cpu()
 
     @torch.inference_mode()
     def query(self, image: Tensor, text: str) -> Tensor:
@@ -301,7 +301,7 @@ class Gallery:
 
     def picture(self, path: str | Path) -> Source:
         """Any picture as a query's."""
-        pixels = read_picture(path, self.encoder.size)
+        pixels = read_picture(path, self.encoder.size, self.encoder.resampling)
         with self.lock:
             return Source(self.encoder.images([pixels])[0])
 
@@ -372,7 +372,7 @@ def build(source: Path, folder: Path, out: Path, ivf: bool, device: torch.device
         listing = images.compare(progress(images_below(folder.resolve()), desc="looking for images", unit="image"))
         images.remove(listing.gone)
         broken = dict.fromkeys(listing.outside, "a link that leads out of the folder")
-        read = partial(attempt, folder.resolve(), encoder.size)
+        read = partial(attempt, folder.resolve(), encoder)
         parts = [listing.new[start:start + batch_size] for start in range(0, len(listing.new), batch_size)]
         with progress(total=listing.kept + len(listing.new), initial=listing.kept, desc="encoding images",
                       unit="image") as bar:
@@ -412,10 +412,10 @@ def prepare(out: Path, encoder: Encoder, source: Path) -> None:
         raise InputError(f"cannot make the index {out} ({first_line(error)}); choose another --out") from None
 
 
-def attempt(folder: Path, size: int, entry: tuple[str, tuple[int, int]]) -> np.ndarray | str:
+def attempt(folder: Path, encoder: Encoder, entry: tuple[str, tuple[int, int]]) -> np.ndarray | str:
     """An image's pixels, or why there are none."""
     try:
-        return decode(str(folder / entry[0]), size, upright=True)
+        return decode(str(folder / entry[0]), encoder.size, encoder.resampling, upright=True)
     except InputError as error:
         return str(error)
 
