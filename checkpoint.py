@@ -31,10 +31,11 @@ PROGRESS = ["best", "samples", "steps", "sums", "tested"]
 FIXED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "skip_bad_images", "image_size", "model",
                "image_encoder", "image_embed_dim", "text_embed_dim", "use_bert", "loss", "batch_size", "learning_rate",
                "learning_rate_decay_frequency", "weight_decay", "seed", "precision", "compile", "accumulate", "gather",
-               "sync_bn")
+               "sync_bn", "freeze_image_encoder", "optimizer", "schedule", "warmup")
 # What older checkpoints' runs did.
 BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18", "accumulate": 1,
-                      "gather": True, "sync_bn": False}
+                      "gather": True, "sync_bn": False, "freeze_image_encoder": False, "optimizer": "sgd",
+                      "schedule": "step", "warmup": 0}
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,
@@ -130,7 +131,7 @@ def check_flags(flags: dict, source: str | Path, opt: dict) -> None:
     """A model needs the text encoder it was trained with; what else differs may be meant, but is said."""
     if "use_bert" in opt and (opt["use_bert"] is True) != flags["use_bert"]:
         raise InputError(f"the checkpoint {source} was trained with --use_bert {opt['use_bert']}; pass the same")
-    for name in ("dataset", "category_to_train", "use_complete_text_query", "image_size"):
+    for name in ("dataset", "category_to_train", "use_complete_text_query", "image_size", "freeze_image_encoder"):
         if name in opt and opt[name] != flags[name]:
             log.warning("note: the checkpoint was trained with --%s %s, this run has %s", name, opt[name], flags[name])
 

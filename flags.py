@@ -112,6 +112,8 @@ def get_parser() -> Parser:
     add(model, "--image_weights", "imagenet", "weights of the encoder to start from: 'imagenet' for its library's "
         "own, downloaded once, 'none' (random), or a file of them, .pth or .safetensors",
         metavar="imagenet|none|PATH")
+    add(model, "--freeze_image_encoder", False, "keep the image encoder as it is, but for its last layer: what it "
+        "makes of an image is computed once and kept beside the decoded images")
     add(model, "--use_bert", False, "sentence vectors from a running BERT-as-service in place of the LSTM")
     add(model, "--bert_ip", "localhost", "host of the sentence service (IPv4)", metavar="HOST")
     add(model, "--bert_port", 5555, "port the service takes texts on", type=port_number, metavar="PORT")
@@ -125,11 +127,16 @@ def get_parser() -> Parser:
     add(training, "--num_iters", 160000, "training steps", type=at_least(1), metavar="N")
     add(training, "--batch_size", 32, "queries a step, each with its target; several processes share them",
         type=at_least(2), metavar="B")
-    add(training, "--learning_rate", 1e-2, "SGD's rate; the image encoder's pretrained layers learn at a tenth of it",
+    add(training, "--optimizer", "sgd", "sgd has momentum 0.9", choices=("sgd", "adamw"))
+    add(training, "--learning_rate", 1e-2, "the rate; the image encoder's pretrained layers learn at a tenth of it",
         type=at_least(0, float, 1e30), metavar="RATE")
     add(training, "--learning_rate_decay_frequency", 9999999, "steps after which all rates are multiplied by 0.1",
         type=at_least(1), metavar="N")
-    add(training, "--weight_decay", 1e-6, "SGD's L2 penalty", type=at_least(0, float, 1e30), metavar="RATE")
+    add(training, "--schedule", "step", "how the rates fall: in steps, see above, or as a cosine to 0 at --num_iters",
+        choices=("step", "cosine"))
+    add(training, "--warmup", 0, "steps in which the rates rise from near 0", type=at_least(0), metavar="N")
+    add(training, "--weight_decay", 1e-6, "SGD's L2 penalty, AdamW's decay", type=at_least(0, float, 1e30),
+        metavar="RATE")
     add(training, "--seed", 0, "of weights, pairs, order and dropout", type=at_least(0), metavar="N")
     add(training, "--device", "auto", "where the model runs; auto takes a GPU where there is one",
         choices=DEVICES)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from image_encoders import image_encoder, traits
 from machine.device import send
 from machine.image_store import normalize_images
+from machine.weights import fingerprint
 from text_model import SimpleVocab, TextLSTMModel
 from torch_function import NormalizationLayer
 
@@ -56,9 +57,37 @@ class ImgTextCompositionBase(nn.Module):
         self.a = nn.Parameter(torch.tensor([1.0, 10.0, 1.0, 1.0]))              # weights of a composer's two branches
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 pixels, or `normalized` ones -> (B, D)."""
+        """(B, 3, S, S) uint8 pixels, or `normalized` ones, or the (B, W) that `backbone` gives of them -> (B, D)."""
         with self.rounding(images.device):
-            return self.img_model(self.normalized(images)).to(self.a.dtype)
+            encode = self.img_model if images.ndim == 4 else self.last_layer
+            return encode(self.normalized(images)).to(self.a.dtype)
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The image encoder's, Linear(W, D)."""
+        return self.img_model.get_submodule(self.traits.head)
+
+    def freeze_backbone(self) -> None:
+        """Of the image encoder only the last layer learns."""
+        self.img_model.requires_grad_(False)
+        self.last_layer.requires_grad_(True)
+
+    @torch.inference_mode()
+    def backbone(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, W) float32 on the CPU: what the encoder's last layer is given in a test."""
+        self.img_model.eval()
+        given: list[Tensor] = []
+        with (self.last_layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])),
+              self.rounding(self.a.device)):
+            self.img_model(self.normalized(send(images, self.a.device)))
+        return given[0].float().cpu()
+
+    def backbone_fingerprint(self) -> str:
+        """Twelve digits that change with whatever `backbone` depends on, but for the pixels."""
+        known, held = self.traits, self.img_model.state_dict()
+        weights = {name: value for name, value in held.items() if not name.startswith(f"{known.head}.")}
+        return fingerprint(weights, self.recipe.image_encoder, self.recipe.image_size, known.resampling, known.mean,
+                           known.std, self.bf16)[:12]
 
     def normalized(self, images: Tensor) -> Tensor:
         """Pixels as the encoder wants them, float32; what is none is left as it is."""

@@ -27,9 +27,10 @@ from image_encoders import load_image_weights, traits
 from img_text_composition_models import ImgTextCompositionBase, Recipe
 from machine import distributed
 from machine.device import choose_device, compiled, seed_everything, set_up
+from machine.feature_store import FeatureStore
 from machine.image_store import DeviceStore, ImageStore
 from machine.progress import progress_bar, say
-from test_retrieval import evaluate
+from test_retrieval import encoder_batch, evaluate
 from text_model import SentenceService, SentenceTable, SimpleVocab, spread
 from training import Split, Training, check_shares, prepare
 
@@ -65,8 +66,6 @@ def make_data(args: argparse.Namespace, device: torch.device, source: str | Path
     args.best_metric = choose_metric(args.best_metric, data.test)
     if resumed:
         checkpoint.check_same_run(state, source, plain(args), samples, service and service.features)
-    if args.image_cache == "device":
-        hold_on_device(data.splits, device, args.loader_num_workers)
     if service:
         data.sentences = learn_texts(args, service, data)
     return data
@@ -166,6 +165,24 @@ def ready(model: ImgTextCompositionBase, device: torch.device, precision: str, f
     return model.to(device, memory_format=torch.channels_last)
 
 
+def place_images(args: argparse.Namespace, splits: dict[str, Split], model: ImgTextCompositionBase) -> None:
+    """Where batches come from: decoded images, on disk or on the device; or a frozen encoder's features, which are
+    made here where no earlier run has left them."""
+    device = model.a.device
+    if args.freeze_image_encoder:
+        distributed.same_weights(model.img_model)
+        model.freeze_backbone()
+        for split in splits.values():
+            split.store = FeatureStore(split.store, model.backbone, model.traits.width, model.backbone_fingerprint(),
+                                       cache_folder(args))
+            for share in (distributed.machines_share, list):                    # then what another could not keep
+                split.store.fill(args.test_batch_size or encoder_batch(device), args.loader_num_workers, progress_bar,
+                                 share)
+                distributed.meet()
+    elif args.image_cache == "device":
+        hold_on_device(splits, device, args.loader_num_workers)
+
+
 # The run
 
 def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> None:
@@ -189,6 +206,7 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> N
         checkpoint.check_flags(plain(args), source, state["opt"])
     data = make_data(args, device, source, state, bool(resumed))
     model = make_model(args, data, source, state, device)
+    place_images(args, data.splits, model)
     folder = resumed.parent if resumed else distributed.from_first(
         partial(report.run_folder, args.log_dir, args.comment))
     first = distributed.first()

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 import weakref
@@ -115,31 +116,33 @@ def prefetch(make: Callable, items: Iterable, workers: int) -> Iterator:
         pool.shutdown(cancel_futures=True)
 
 
-class PixelFile:
-    """Decoded images of one size in one memory-mapped file, a slot a path, shared by any number of processes.
+class RowFile:
+    """What was made of images, pixels or features, in one memory-mapped file, a slot a path, shared by any number of
+    processes.
 
     FOLDER/NAME.paths lists the slots' paths (one JSON string a line, only ever appended to under a lock),
-    NAME.pixels holds their pixels, NAME.records what each was made from. A slot counts only while its
-    record agrees with the image file's size and time of change, and its checksum with path, pixels and Pillow's
-    version; the record is written after the pixels. So a process killed at any moment leaves nothing that would be
-    believed, two processes that fill a slot at once write the same bytes, and damage only costs decoding again.
+    NAME.KIND holds their rows, NAME.records what each was made from. A slot counts only while its record agrees with
+    the image file's size and time of change, and its checksum with path, row and `made_by`, which names whatever else
+    the row depends on; the record is written after the row. So a process killed at any moment leaves nothing that
+    would be believed, two processes that fill a slot at once write the same, and damage only costs making it again.
     """
 
-    def __init__(self, folder: Path, name: str, size: int, paths: Sequence[str]):
-        """Raises OSError where the folder cannot be written or its disk has no room for the missing images."""
-        self.shape, self.stride = (size, size, 3), 3 * size * size
+    def __init__(self, folder: Path, name: str, kind: str, paths: Sequence[str], shape: tuple[int, ...], dtype: type,
+                 made_by: str):
+        """Raises OSError where the folder cannot be written or its disk has no room for the missing rows."""
+        self.stride, self.made_by = math.prod(shape) * np.dtype(dtype).itemsize, made_by
         folder.mkdir(parents=True, exist_ok=True)
-        names, records, pixels = (folder / f"{name}.{kind}" for kind in ("paths", "records", "pixels"))
+        names, records, rows = (folder / f"{name}.{part}" for part in ("paths", "records", kind))
         self.paths = paths = relative(paths, folder)
         with open(names, "a+b") as listing:
             fcntl.flock(listing, fcntl.LOCK_EX)                                 # the kernel frees it if we are killed
             slot_of = self.register(listing, paths)
             self.record_file = self.grown(records, len(slot_of) * RECORD.itemsize)
-            self.pixel_file = self.grown(pixels, len(slot_of) * self.stride)
-        for descriptor in (self.record_file, self.pixel_file):
+            self.row_file = self.grown(rows, len(slot_of) * self.stride)
+        for descriptor in (self.record_file, self.row_file):
             weakref.finalize(self, os.close, descriptor)
         self.records = np.memmap(records, RECORD, "r", shape=len(slot_of))
-        self.pixels = np.asarray(np.memmap(pixels, np.uint8, "r", shape=(len(slot_of), *self.shape)))
+        self.rows = np.asarray(np.memmap(rows, dtype, "r", shape=(len(slot_of), *shape)))
         self.verified = np.zeros(len(slot_of), bool)                            # checksums are looked at once a process
         self.slots = np.array([slot_of[path] for path in paths])
         needed = int((self.records["filled"] == 0).sum()) * self.stride         # also for the other split's images
@@ -172,7 +175,7 @@ class PixelFile:
         return descriptor
 
     def checksum(self, index: int, row: np.ndarray) -> int:
-        seed = zlib.crc32(f"{PIL.__version__}:channels last:{self.paths[index]}".encode("utf-8", "surrogateescape"))
+        seed = zlib.crc32(f"{self.made_by}:{self.paths[index]}".encode("utf-8", "surrogateescape"))
         return zlib.crc32(row, seed)
 
     def holds(self, index: int, version: tuple[int, int]) -> bool:
@@ -181,20 +184,20 @@ class PixelFile:
         return bool(record["filled"]) and (record["bytes"], record["modified_ns"]) == version
 
     def read(self, index: int, version: tuple[int, int], row: np.ndarray) -> bool:
-        """Copy an image's pixels into `row`; False where they are not there, damaged, or of another version."""
+        """Copy an image's row into `row`; False where they are not there, damaged, or of another version."""
         if not self.holds(index, version):
             return False
         slot = self.slots[index]
-        row[:] = self.pixels[slot]
+        row[:] = self.rows[slot]
         if not self.verified[slot]:
             self.verified[slot] = self.checksum(index, row) == self.records[slot]["checksum"]
         return bool(self.verified[slot])
 
     def write(self, index: int, version: tuple[int, int], row: np.ndarray) -> None:
-        """Keep an image's pixels. Raises OSError on a full disk, where writing through the map would crash."""
+        """Keep an image's row. Raises OSError on a full disk, where writing through the map would crash."""
         slot = int(self.slots[index])
         os.pwrite(self.record_file, bytes(RECORD.itemsize), slot * RECORD.itemsize)
-        os.pwrite(self.pixel_file, row, slot * self.stride)
+        os.pwrite(self.row_file, row, slot * self.stride)
         record = np.array([(*version, self.checksum(index, row), 1)], RECORD)
         os.pwrite(self.record_file, record, slot * RECORD.itemsize)
 
@@ -214,7 +217,8 @@ class ImageStore:
         if cache is not None:
             try:
                 name = f"images_{size}" + f"_{resampling}" * (resampling != "bilinear")
-                self.file = PixelFile(Path(cache), name, size, self.paths)
+                self.file = RowFile(Path(cache), name, "pixels", self.paths, (size, size, 3), np.uint8,
+                                    f"{PIL.__version__}:channels last")
             except OSError as error:
                 log.warning("no image cache in %s (%s): images are decoded each time they are used", cache, error)
 
@@ -246,6 +250,10 @@ class ImageStore:
         for row, index in zip(pixels.numpy(), ids, strict=True):
             self.load(int(index), row)
         return send(pixels, device).permute(0, 3, 1, 2)
+
+    def picture(self, index: int) -> np.ndarray:
+        """(S, S, 3) uint8, to be looked at."""
+        return self.batch([index])[0].permute(1, 2, 0).numpy()
 
     def missing(self) -> list[str]:
         """Paths that do not exist or are empty, found without opening anything."""
@@ -304,3 +312,7 @@ class DeviceStore:
         """(B, 3, S, S) uint8, channels last, on the device."""
         rows = send(torch.as_tensor(np.asarray(ids)), self.pixels.device)
         return send(self.pixels[rows].permute(0, 3, 1, 2), device)
+
+    def picture(self, index: int) -> np.ndarray:
+        """(S, S, 3) uint8, to be looked at."""
+        return self.batch([index])[0].permute(1, 2, 0).numpy()

@@ -1,6 +1,7 @@
 """Files of weights: read without running code, and fetched once."""
 
 import argparse
+import hashlib
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     wrapped = all(name.startswith("module.") for name in state)
     return {name.removeprefix("module.") if wrapped else name: value for name, value in state.items()}
+
+
+def fingerprint(weights: dict[str, Tensor], *facts: object) -> str:
+    """Digits that change with any weight, its name, or a fact."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def downloaded(address: str) -> dict[str, Tensor]:

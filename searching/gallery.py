@@ -5,7 +5,6 @@ list of the images, each with its id, the version of its file and its feature; a
 precision by image id, which ranks and can be made again from the other two.
 """
 
-import hashlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from machine.device import usable_cores
 from machine.errors import InputError
 from machine.image_store import decode, file_version, prefetch
 from machine.resizing import plain_square
+from machine.weights import fingerprint
 from text_model import SentenceService, SentenceTable, spread, tokenize
 
 MODEL, IMAGES, RANKING = "model.pth", "images.sqlite", "index.faiss"
@@ -239,11 +239,7 @@ class Encoder:
         self.examples = [text for text in self.state.get("example_texts", []) if text.strip()]
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state["model_state_dict"].items()):
-            digest.update(name.encode())
-            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return fingerprint(self.state["model_state_dict"])
 
     @torch.inference_mode()
     def images(self, pixels: Sequence[np.ndarray]) -> Tensor:
