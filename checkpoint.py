@@ -21,6 +21,7 @@ from image_encoders import encoder_head
 from img_text_composition_models import MODELS, ImgTextCompositionBase, Recipe, SentenceVectors
 from machine import distributed
 from machine.errors import InputError
+from text_encoders import text_encoder_of
 from text_model import SimpleVocab
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ PROGRESS = ["best", "samples", "steps", "sums", "tested"]
 FIXED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "skip_bad_images", "image_size", "model",
                "image_encoder", "image_embed_dim", "text_embed_dim", "use_bert", "loss", "batch_size", "learning_rate",
                "learning_rate_decay_frequency", "weight_decay", "seed", "precision", "compile", "accumulate", "gather",
-               "sync_bn", "freeze_image_encoder", "optimizer", "schedule", "warmup")
+               "sync_bn", "text_encoder", "freeze_image_encoder", "optimizer", "schedule", "warmup")
 # What older checkpoints' runs did.
 BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18", "accumulate": 1,
                       "gather": True, "sync_bn": False, "freeze_image_encoder": False, "optimizer": "sgd",
@@ -129,8 +130,10 @@ def find_start(resume: str, other: str, log_dir: Path, comment: str, restartable
 
 def check_flags(flags: dict, source: str | Path, opt: dict) -> None:
     """A model needs the text encoder it was trained with; what else differs may be meant, but is said."""
-    if "use_bert" in opt and (opt["use_bert"] is True) != flags["use_bert"]:
-        raise InputError(f"the checkpoint {source} was trained with --use_bert {opt['use_bert']}; pass the same")
+    if "use_bert" in opt and (text_encoder_of(opt) == "lstm") != (flags["text_encoder"] == "lstm"):
+        name = text_encoder_of(opt)
+        how = f"--text_encoder {name}" if ":" in name else f"--use_bert {opt['use_bert']}"
+        raise InputError(f"the checkpoint {source} was trained with {how}; pass the same")
     for name in ("dataset", "category_to_train", "use_complete_text_query", "image_size", "freeze_image_encoder"):
         if name in opt and opt[name] != flags[name]:
             log.warning("note: the checkpoint was trained with --%s %s, this run has %s", name, opt[name], flags[name])
@@ -138,7 +141,8 @@ def check_flags(flags: dict, source: str | Path, opt: dict) -> None:
 
 def check_same_run(state: dict, path: Path, flags: dict, samples: int, features: dict | None) -> None:
     """Raise InputError unless a run with these flags, training samples and sentence vectors would be the same one."""
-    theirs, progress = {**BEFORE_THEIR_FLAGS, **state["opt"]}, state.get("progress")
+    encoder = {"text_encoder": text_encoder_of(state["opt"])}
+    theirs, progress = {**BEFORE_THEIR_FLAGS, **encoder, **state["opt"]}, state.get("progress")
     if not progress:
         raise InputError(f"{path} does not say how its run was to go on; start a new one with --model_checkpoint")
     differing = [f"--{name} {theirs.get(name)} (now {flags[name]})" for name in FIXED_FLAGS
@@ -213,6 +217,11 @@ def restore(model: ImgTextCompositionBase, state: dict, path: str | Path) -> Non
     model.load_state_dict(theirs)
 
 
+def image_size(state: dict | None) -> int | None:
+    """In pixels, of the images a checkpoint was trained with."""
+    return state["opt"].get("image_size") if state else None
+
+
 def text_dim(state: dict) -> int | None:
     """The size of the text features a checkpoint was trained with."""
     bias = state["model_state_dict"].get("text_model.fc_output.1.bias")
@@ -244,7 +253,7 @@ def recipe(state: dict, path: str | Path) -> Recipe:
         if words is None or opt.get("model") not in MODELS:
             raise InputError(f"{path} does not say its vocabulary and model: it was not written by this program")
         found = Recipe(opt["model"], opt["image_encoder"], opt["image_size"], 0,
-                       "service" if opt.get("use_bert") else "lstm", 0, words.word2id)
+                       text_encoder_of(opt), 0, words.word2id)
     if (found.composer not in MODELS or not isinstance(found.image_encoder, str)
             or not isinstance(found.image_size, int)):
         raise InputError(f"{path} is not a checkpoint of this program: its model is {found.composer!r}, its image "
@@ -269,8 +278,8 @@ def rebuild_model(path: str | Path, sentence_vectors: SentenceVectors | None = N
 def rebuild(state: dict, path: str | Path, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:
     """The same of a checkpoint's content; `path` is for what is said about it."""
     made_of = recipe(state, path)
-    if made_of.text_encoder == "service" and sentence_vectors is None:
-        raise InputError(f"{path} was trained with --use_bert: it needs a sentence service's vectors")
+    if made_of.text_encoder != "lstm" and sentence_vectors is None:
+        raise InputError(f"{path} was trained with --text_encoder {made_of.text_encoder}: it needs its vectors")
     model = made_of.build(sentence_vectors)
     restore(model, state, path)
     return model.eval()

@@ -107,13 +107,18 @@ def get_parser() -> Parser:
         metavar="NAME")
     add(model, "--image_embed_dim", 512, "size of image features and of the composed query; 0 for the encoder's own "
         "width, which is 512 for resnet18", type=at_least(0), metavar="D")
-    add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; with --use_bert the service decides",
+    add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; other text encoders have their own",
         type=at_least(1), metavar="T")
     add(model, "--image_weights", "imagenet", "weights of the encoder to start from: 'imagenet' for its library's "
         "own, downloaded once, 'none' (random), or a file of them, .pth or .safetensors",
         metavar="imagenet|none|PATH")
     add(model, "--freeze_image_encoder", False, "keep the image encoder as it is, but for its last layer: what it "
         "makes of an image is computed once and kept beside the decoded images")
+    add(model, "--text_encoder", "lstm", "what reads texts: lstm, which is trained; service, as --use_bert True; "
+        "hf:NAME or hf:FOLDER, a BERT-type model in this process; open_clip:MODEL/TAG, a CLIP model's text tower. "
+        "Published: lstm and service", metavar="NAME")
+    add(model, "--pooling_layer", -2, "hf: layer whose tokens are averaged, -1 the last", type=int, metavar="L")
+    add(model, "--max_seq_len", 25, "hf: most tokens of a text", type=at_least(4), metavar="N")
     add(model, "--use_bert", False, "sentence vectors from a running BERT-as-service in place of the LSTM")
     add(model, "--bert_ip", "localhost", "host of the sentence service (IPv4)", metavar="HOST")
     add(model, "--bert_port", 5555, "port the service takes texts on", type=port_number, metavar="PORT")

@@ -31,6 +31,7 @@ from machine.feature_store import FeatureStore
 from machine.image_store import DeviceStore, ImageStore
 from machine.progress import progress_bar, say
 from test_retrieval import encoder_batch, evaluate
+from text_encoders import InProcess, sentence_source, text_encoder_of
 from text_model import SentenceService, SentenceTable, SimpleVocab, spread
 from training import Split, Training, check_shares, prepare
 
@@ -56,7 +57,7 @@ class Data:
 def make_data(args: argparse.Namespace, device: torch.device, source: str | Path, state: dict | None,
               resumed: bool) -> Data:
     """Both splits, their images and sentence vectors; source, state: a checkpoint's that they must go with."""
-    service = find_service(args, source, state) if args.use_bert else None      # before anything that takes long
+    service = find_source(args, source, state)                                  # before anything that takes long
     data = Data({name: open_split(args, name) for name in ("train", "test")}, None)
     samples = len(data.train)
     if samples < args.batch_size and not args.test_only:
@@ -115,20 +116,22 @@ def choose_metric(name: str, data: CompositionDataset) -> str:
     return data.best_metric if name == "auto" else name
 
 
-def find_service(args: argparse.Namespace, source: str | Path, state: dict | None) -> SentenceService:
-    """The sentence service, met; a checkpoint goes with one size of vectors."""
-    service = SentenceService(args.bert_ip, args.bert_port, args.bert_port_out, args.bert_timeout)
+def find_source(args: argparse.Namespace, source: str | Path, state: dict | None) -> SentenceService | InProcess | None:
+    """Where sentence vectors come from, met; a checkpoint goes with one size of them. None where the LSTM reads."""
+    if args.text_encoder == "lstm":
+        return None
+    service = sentence_source(plain(args))
     if state and checkpoint.text_dim(state) not in (None, service.dim):
         raise InputError(f"the checkpoint {source} was trained with sentence vectors of size "
-                         f"{checkpoint.text_dim(state)}, the service at {args.bert_ip}:{args.bert_port} answers "
-                         f"{service.dim}; serve the model it was trained with")
+                         f"{checkpoint.text_dim(state)}, {service} answers {service.dim}; "
+                         "serve the model it was trained with")
     if state and state.get("sentences", service.features) != service.features:
-        logging.warning("note: the checkpoint was trained with the sentence vectors of %s, the service has %s",
-                        state["sentences"], service.features)
+        logging.warning("note: the checkpoint was trained with the sentence vectors of %s, %s has %s",
+                        state["sentences"], service, service.features)
     return service
 
 
-def learn_texts(args: argparse.Namespace, service: SentenceService, data: Data) -> SentenceTable:
+def learn_texts(args: argparse.Namespace, service: SentenceService | InProcess, data: Data) -> SentenceTable:
     """Vectors of every text of the tests and of the first epoch; with all but Fashion200k's modifications, of all."""
     sentences = SentenceTable(service, cache_folder(args))
     asked = [data.train.sample_texts(args.seed, 0)] if not args.test_only else []
@@ -145,8 +148,7 @@ def make_model(args: argparse.Namespace, data: Data, source: str | Path, state: 
     words = state and checkpoint.vocabulary(state, lstm_used=data.sentences is None)
     words = words or SimpleVocab.from_texts(data.train.training_texts())
     recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim,
-                    "service" if data.sentences else "lstm",
-                    data.sentences.dim if data.sentences else args.text_embed_dim, words.word2id)
+                    args.text_encoder, data.sentences.dim if data.sentences else args.text_embed_dim, words.word2id)
     model = recipe.build(data.sentences)
     if state:
         checkpoint.restore(model, state, source)
@@ -166,9 +168,8 @@ def ready(model: ImgTextCompositionBase, device: torch.device, precision: str, f
 
 
 def place_images(args: argparse.Namespace, splits: dict[str, Split], model: ImgTextCompositionBase) -> None:
-    """Where batches come from: decoded images, on disk or on the device; or a frozen encoder's features, which are
-    made here where no earlier run has left them."""
-    device = model.a.device
+    """Where batches come from: decoded images, on disk or on the device; or a frozen encoder's features, made here."""
+    device, workers = model.a.device, args.loader_num_workers
     if args.freeze_image_encoder:
         distributed.same_weights(model.img_model)
         model.freeze_backbone()
@@ -176,11 +177,10 @@ def place_images(args: argparse.Namespace, splits: dict[str, Split], model: ImgT
             split.store = FeatureStore(split.store, model.backbone, model.traits.width, model.backbone_fingerprint(),
                                        cache_folder(args))
             for share in (distributed.machines_share, list):                    # then what another could not keep
-                split.store.fill(args.test_batch_size or encoder_batch(device), args.loader_num_workers, progress_bar,
-                                 share)
+                split.store.fill(args.test_batch_size or encoder_batch(device), workers, progress_bar, share)
                 distributed.meet()
     elif args.image_cache == "device":
-        hold_on_device(splits, device, args.loader_num_workers)
+        hold_on_device(splits, device, workers)
 
 
 # The run
@@ -194,14 +194,15 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> N
     args.image_embed_dim = args.image_embed_dim or traits(args.image_encoder).width
     if args.sync_bn and device.type == "cpu":
         raise InputError("--sync_bn True: torch's synchronized batch norm is for GPUs alone; drop it")
+    args.text_encoder = text_encoder_of(plain(args))
+    args.use_bert = args.text_encoder == "service"
     set_up(device, args.precision, distributed.local_world())
     seed_everything(args.seed)
     if distributed.first():
         report.check_log_dir(args.log_dir, args.comment)
     resumed, source, state = distributed.from_first(partial(
         checkpoint.find_start, args.resume, args.model_checkpoint, args.log_dir, args.comment, not args.test_only))
-    taught = state["opt"].get("image_size") if state else None
-    args.image_size = args.image_size or taught or traits(args.image_encoder).size
+    args.image_size = args.image_size or checkpoint.image_size(state) or traits(args.image_encoder).size
     if state and not resumed:
         checkpoint.check_flags(plain(args), source, state["opt"])
     data = make_data(args, device, source, state, bool(resumed))
@@ -209,8 +210,8 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> N
     place_images(args, data.splits, model)
     folder = resumed.parent if resumed else distributed.from_first(
         partial(report.run_folder, args.log_dir, args.comment))
-    first = distributed.first()
-    log = (report.Report if first else report.Silence)(folder, plain(args), state["it"] if resumed else None)
+    reporting = report.Report if distributed.first() else report.Silence
+    log = reporting(folder, plain(args), state["it"] if resumed else None)
     say(f"{args.model} on {args.dataset}, {device}: {len(data.train)} training samples, {len(data.test.images)} test "
         f"images; logs in {folder}" + (f", going on after iteration {state['it']}" if resumed else "")
         + (f"; {distributed.world()} processes" if distributed.world() > 1 else ""))
@@ -221,7 +222,7 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device) -> N
             seen = report.Sightings(split.store, it)
             tested[name] = report.Tested(evaluate(
                 model, split.data, split.store, args.test_batch_size, args.loader_num_workers, args.seed, progress_bar,
-                args.baselines and name == "test", seen if first else None), seen)
+                args.baselines and name == "test", seen if distributed.first() else None), seen)
         return tested
     if args.test_only:
         report.show_results(log, judge(state["it"]), state["it"])

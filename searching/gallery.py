@@ -26,7 +26,8 @@ from machine.errors import InputError
 from machine.image_store import decode, file_version, prefetch
 from machine.resizing import plain_square
 from machine.weights import fingerprint
-from text_model import SentenceService, SentenceTable, spread, tokenize
+from text_encoders import sentence_source, text_encoder_of
+from text_model import SentenceTable, spread, tokenize
 
 MODEL, IMAGES, RANKING = "model.pth", "images.sqlite", "index.faiss"
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
@@ -204,20 +205,20 @@ def read_picture(path: str | Path, size: int, resampling: str = "bilinear") -> n
 
 
 class Sentences:
-    """The sentence service of a checkpoint's flags, met when the first text is asked for."""
+    """The sentence service or text encoder of a checkpoint's flags, met when the first text is asked for."""
 
     def __init__(self, state: dict, where: dict, folder: Path):
         opt = {**state["opt"], **{name: value for name, value in where.items() if value is not None}}
-        self.service = SentenceService(opt.get("bert_ip", "localhost"), opt.get("bert_port", 5555),
-                                       opt.get("bert_port_out", 5556), opt.get("bert_timeout", 10.0))
-        self.features, self.dim, self.folder = state.get("sentences"), checkpoint.text_dim(state), folder
+        self.flags, self.features = opt, state.get("sentences")
+        self.dim, self.folder = checkpoint.text_dim(state), folder
 
     @cached_property
     def table(self) -> SentenceTable:
-        if self.service.dim != self.dim or self.features not in (None, self.service.features):
-            raise self.service.complaint(f"has other vectors (size {self.service.dim}, {self.service.features}) than "
-                                         f"the model was trained with (size {self.dim}, {self.features})")
-        return SentenceTable(self.service, self.folder)
+        source = sentence_source(self.flags)
+        if source.dim != self.dim or self.features not in (None, source.features):
+            raise source.complaint(f"has other vectors (size {source.dim}, {source.features}) than the model was "
+                                   f"trained with (size {self.dim}, {self.features})")
+        return SentenceTable(source, self.folder)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return self.table(texts)
@@ -232,7 +233,7 @@ class Encoder:
     def __init__(self, path: Path, device: torch.device, where: dict | None = None, folder: Path | None = None):
         self.state, self.device, self.path = checkpoint.load(path), device, path
         self.opt = self.state["opt"]
-        sentences = Sentences(self.state, where or {}, folder) if self.opt.get("use_bert") else None
+        sentences = Sentences(self.state, where or {}, folder) if text_encoder_of(self.opt) != "lstm" else None
         self.model = checkpoint.rebuild(self.state, path, sentences).to(device, memory_format=torch.channels_last)
         self.size, self.resampling = self.model.recipe.image_size, self.model.traits.resampling
         self.vocabulary = None if sentences else self.model.text_model.vocabulary
