@@ -1,5 +1,5 @@
 # make demo: toy data, a short training, its recall table.  make page: a web page to search on with that model.
-# make bert-demo: the demo with vectors of a sentence service.  make test: the test suite.  Each installs what it needs.
+# make bert-demo: the demo with vectors of a sentence service.  make test: the tests.  Each installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --dataset mitstates --dataset_path data/toy/mitstates --model composeAE --loss batch_based_classification \
@@ -10,15 +10,35 @@ BERT_PORTS := 15555 15556
 BERT_DEMO := $(DEMO:_demo=_bert_demo) --use_bert True --bert_port $(word 1,$(BERT_PORTS)) \
 	--bert_port_out $(word 2,$(BERT_PORTS)) --bert_timeout 60
 
-.PHONY: install demo page bert-demo browser test torture lint bench clean
+.PHONY: install lock demo page bert-demo browser test test-long test-anywhere test-oldest torture lint bench clean
 
 install: .venv/installed
 
-.venv/installed: requirements.txt requirements-search.txt requirements-dev.txt
+.venv/installed: requirements.txt requirements-search.txt requirements-dev.txt requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock -r requirements-dev.txt
 	touch $@
+
+# The newest versions that fit together become the ones that `make` installs; run the tests before you commit them.
+# make lock KEEP='torch==2.14.1 torchvision==0.29.1' holds some. Nothing is installed but pip.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --disable-pip-version-check --quiet --dry-run --ignore-installed \
+		--report .venv-lock/report.json -r requirements-dev.txt $(KEEP)
+	grep '^#' requirements.lock > .venv-lock/new
+	.venv-lock/bin/python -c "$$NAME_AND_VERSION" < .venv-lock/report.json >> .venv-lock/new
+	mv .venv-lock/new requirements.lock
+	rm -rf .venv-lock
+
+# One a line, without what a build is called beside its version (+cpu).
+define NAME_AND_VERSION
+import json, sys
+found = [(each["metadata"]["name"], each["metadata"]["version"]) for each in json.load(sys.stdin)["install"]]
+for name, version in sorted(found, key=lambda each: each[0].lower()):
+    print(f"{name}=={version.partition('+')[0]}")
+endef
+export NAME_AND_VERSION
 
 data/toy/complete: data/make_toy.py | install
 	$(BIN)/python data/make_toy.py data/toy --force
@@ -49,8 +69,32 @@ browser:
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	{ apt-get update && apt-get install -y --no-install-recommends chromium; }
 
+# What every change is tried with; then the rest, whose reasons stand beside the tests.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto -m "not long"
+
+test-long: install
+	$(BIN)/python -m pytest -n auto -m long
+
+# Other processors' rounding, as far as this one can compute like them, then three times beside two busy loops.
+test-anywhere: install
+	ATEN_CPU_CAPABILITY=default DNNL_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE $(MAKE) test
+	ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 $(MAKE) test
+	$(MAKE) test
+	yes > /dev/null & one=$$!; yes > /dev/null & two=$$!; trap 'kill $$one $$two' EXIT; \
+	for turn in 1 2 3; do $(MAKE) test || exit 1; done
+
+# With the oldest supported versions, in an environment of its own; OLDEST='tests' runs all.
+OLDEST ?= $(addprefix tests/test_,models.py losses.py datasets.py text_model.py recall.py resizing.py image_store.py \
+	portability.py pictures.py main.py search.py)
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n auto -m "not long" $(OLDEST)
+
+.venv-oldest/installed: requirements.txt requirements-search.txt requirements-dev.txt oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -c oldest.txt -r requirements-dev.txt
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -62,4 +106,4 @@ bench: install
 	$(BIN)/python bench.py
 
 clean:
-	rm -rf .venv data/toy
+	rm -rf .venv .venv-oldest data/toy

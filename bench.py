@@ -12,6 +12,7 @@ turns, in one order and then in the other; medians are printed.
 import argparse
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -38,6 +39,7 @@ from tqdm import tqdm
 
 import main
 import report
+import run_data
 from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Judge, MITStates
 from flags import get_parser, plain
 from img_text_composition_models import MODELS, Recipe
@@ -46,13 +48,16 @@ from machine.device import choose_device, compiled, set_up, usable_cores
 from machine.errors import InputError
 from machine.image_store import DeviceStore, ImageStore, normalize_images
 from machine.stopping import Stopping
-from searching import gallery
+from searching import gallery, ranking
+from searching.build import build
+from searching.image_list import ImageList
 from test_retrieval import evaluate, recalls
 from text_model import SentenceService, SentenceTable, SimpleVocab
 from torch_function import LOSSES, draw_negatives, soft_triplet_loss
 from training import Split, Training, batches, make_optimizer, train_step
 
 CPU = torch.device("cpu")
+PROC = Path("/proc")                    # Linux's; what only it tells is not measured elsewhere
 COMPOSEAE = ("composeAE", "batch_based_classification")
 
 
@@ -89,17 +94,20 @@ def row(what: str, ours: float, floor: float, goal: float, unit: str = "s") -> d
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Gives a function: megabytes taken at the worst moment inside, beyond what was taken before."""
+    """Gives a function: megabytes taken at the worst moment inside, beyond what was taken before; NaN where the system
+    does not tell."""
     def resident(kind: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = (PROC / "self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         yield lambda: (torch.cuda.max_memory_allocated() - before) / 1e6
+    elif not (PROC / "self/clear_refs").exists():
+        yield lambda: math.nan
     else:
         ctypes.CDLL(None).malloc_trim(0)                                        # what was freed counts when taken again
-        Path("/proc/self/clear_refs").write_text("5")                           # VmHWM counts from here
+        (PROC / "self/clear_refs").write_text("5")                              # VmHWM counts from here
         before = resident("VmRSS")
         yield lambda: (resident("VmHWM") - before) / 1e6
 
@@ -207,7 +215,7 @@ def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int
         data = MITStates(folder, name)
         pixels = torch.randint(0, 256, (len(data.images), size, size, 3), dtype=torch.uint8, device=device)
         splits[name] = Split(data, DeviceStore(pixels))
-    model = main.make_model(args, main.Data(splits, None), "", None, device)
+    model = main.make_model(args, run_data.Data(splits, None), "", None, device)
     log = report.Report(report.run_folder(folder / "logs", ""), plain(args))
 
     def judge(it: int) -> dict:
@@ -231,9 +239,11 @@ def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int
 
 # Several processes
 
-def sent() -> int:
-    """Bytes that left this machine's processes so far, those to each other included."""
-    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
+def sent() -> float:
+    """Bytes that left this machine's processes so far, those to each other included; NaN where it does not tell."""
+    if not (PROC / "net/dev").exists():
+        return math.nan
+    lines = (PROC / "net/dev").read_text().splitlines()[2:]
     return sum(int(line.rpartition(":")[2].split()[8]) for line in lines)
 
 
@@ -258,7 +268,10 @@ def shared_step(folder: Path, device: torch.device, batch: int, size: int, repet
 
 
 def scaling_rows(folder: Path, batch: int, size: int, repetitions: int) -> list[dict]:
-    """Two processes on a core each beside one on one: sharing its batch, and each with as many queries as it has."""
+    """Two processes on a core each beside one on one: sharing its batch, and each with as many queries as it has. None
+    where a process cannot be given a core."""
+    if not hasattr(os, "sched_setaffinity"):
+        return []
     cores = sorted(os.sched_getaffinity(0))[:2]
     found: dict = {}
     for processes, queries in tqdm([(1, batch), (2, batch), (2, 2 * batch), (1, batch)], desc="several processes"):
@@ -455,10 +468,11 @@ def start_row(root: Path, scale: int, repetitions: int) -> dict:
     sizes = 172_049 // scale, 29_789 // scale, 33_480 // scale
     root.mkdir()
     write_fashion200k(root, *sizes)
-    args = get_parser().parse_args(["--dataset=fashion200k", f"--dataset_path={root}", "--use_complete_text_query"])
+    args = get_parser().parse_args(["--dataset=fashion200k", f"--dataset_path={root}", "--use_complete_text_query",
+                                    "--image_size=224"])
 
     def start() -> None:
-        splits = {name: main.open_split(args, name) for name in ("train", "test")}
+        splits = {name: run_data.open_split(args, name) for name in ("train", "test")}
         SimpleVocab.from_texts(splits["train"].data.training_texts())
         next(batches(splits["train"], 0, 0, 32, args.loader_num_workers, CPU))
 
@@ -543,15 +557,15 @@ def search_rows(folder: Path, count: int, size: int, repetitions: int) -> list[d
     model = recipe.build().eval()
     torch.save({"model_state_dict": model.state_dict(), "recipe": recipe.plain()}, folder / "model.pth")
     index = folder / "index"
-    gallery.build(folder / "model.pth", folder / "images", index, False, CPU, 32, 1, partial(tqdm, disable=True))
-    listed = gallery.ImageList(index / gallery.IMAGES)
+    build(folder / "model.pth", folder / "images", index, False, CPU, 32, 1, partial(tqdm, disable=True))
+    listed = ImageList(index / gallery.IMAGES)
     for start in range(1, count, 10_000):
         part = range(start, min(start + 10_000, count))
         listed.add([(f"{number}.jpg", (1, 1)) for number in part], rng.standard_normal((len(part), dim), np.float32))
-    gallery.rank(listed, index, dim, False, partial(tqdm, desc="search", leave=False))
+    ranking.rank(listed, index, dim, False, partial(tqdm, desc="search", leave=False))
     opened = gallery.Gallery(index, CPU)
     with peak_memory(CPU) as taken:
-        again = gallery.faiss().read_index(str(index / gallery.RANKING))
+        again = ranking.read_ranking(index / ranking.RANKING, dim)
         memory = 1e6 * taken() / again.ntotal
     features = F.normalize(torch.from_numpy(rng.standard_normal((count, dim), np.float32)), dim=1)
     vector = features[0]
@@ -767,6 +781,9 @@ def run(argv: list[str] | None = None) -> int:
             rows += make(Path(folder), quick=args.quick)
     if args.quick:
         print("Small sizes: the ratios mean nothing.")
+    if len(measured := [entry for entry in rows if not math.isnan(entry["ours"])]) < len(rows):
+        print(f"Left out: {len(rows) - len(measured)} rows of memory, which this system does not tell of.")
+    rows = measured
     width = max(len(entry["what"]) for entry in rows)
     print(f"{'what':<{width}}{'ours':>12}{'floor':>12}{'ratio':>8}{'goal':>8}")
     for entry in rows:

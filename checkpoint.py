@@ -5,29 +5,30 @@ A file holds the original's keys (`it`, `opt`, `model_state_dict`) and ours; `op
 """
 
 import argparse
-import glob
-import io
 import logging
 import os
 import shutil
 import time
-import warnings
 from dataclasses import fields, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 from image_encoders import encoder_head
 from img_text_composition_models import MODELS, ImgTextCompositionBase, Recipe, SentenceVectors
-from machine import distributed
+from machine import distributed, tensor_files
+from machine.device import random_numbers
 from machine.errors import InputError
+from machine.folder_lock import unfinished, write_whole
+from machine.tensor_files import packed
 from text_encoders import text_encoder_of
 from text_model import SimpleVocab
 
 log = logging.getLogger(__name__)
 
 LATEST, BEST = "latest_checkpoint.pth", "best_checkpoint.pth"
-PROGRESS = ["best", "samples", "steps", "sums", "tested"]
+PROGRESS, PROGRESS_SINCE = {"best", "samples", "steps", "sums", "tested"}, {"turn", "data"}  # older ones lack these
 # A run goes on only with the values of these that it was started with: others would give other results.
 FIXED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "skip_bad_images", "image_size", "model",
                "image_encoder", "image_embed_dim", "text_embed_dim", "use_bert", "loss", "batch_size", "learning_rate",
@@ -43,46 +44,56 @@ def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Opt
          progress: dict, best: bool = False) -> None:
     """Write LATEST, and as BEST too: each beside it, then renamed, so that it is the previous checkpoint or this one.
 
-    progress: what else the run needs to go on, of plain types and tensors. Raises FloatingPointError where a weight
-    is not finite, InputError where the file cannot be written.
+    progress: what else the run needs to go on, of plain types and tensors. Raises FloatingPointError where a weight or
+    a momentum is not finite, InputError where the file cannot be written.
     """
     state = {"it": it, "opt": flags, "model_state_dict": model.state_dict(), "progress": progress,
              "optimizer_state_dict": optimizer.state_dict(), "recipe": model.recipe.plain(),
              "example_texts": list(model.example_texts), "launch": distributed.launch(),
              "random": random_states(model.a.device)}
-    for name, value in state["model_state_dict"].items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise FloatingPointError(f"the weight {name} is not finite at iteration {it}, so nothing was saved; go on "
-                                     "from the checkpoint before with a lower --learning_rate")
+    weights = {f"weight {name}": value for name, value in state["model_state_dict"].items()}
+    if wrong := not_finite({**weights, **momenta(state["optimizer_state_dict"])}):
+        raise FloatingPointError(f"the {wrong} is not finite at iteration {it}, so nothing was saved; go on from the "
+                                 "checkpoint before with a lower --learning_rate")
     if model.sentence_vectors is not None:
         state["sentences"] = model.sentence_vectors.features
-    content = io.BytesIO()                                                      # torch hides why it cannot write a file
-    torch.save(state, content)
-    unfinished, link = folder / f"{LATEST}.unfinished", folder / f"{BEST}.unfinished"
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        if best:                                                                # first: LATEST tells of the best so far
-            link.unlink(missing_ok=True)
-            try:
-                os.link(unfinished, link)
-            except OSError:                                                     # a file system without links
-                shutil.copyfile(unfinished, link)
-            os.replace(link, folder / BEST)
-        os.replace(unfinished, folder / LATEST)
+    try:                                                                        # BEST first: LATEST tells of it
+        write_whole(folder / LATEST, packed(state), partial(keep, folder / BEST) if best else None)
     except OSError as error:
-        for path in (unfinished, link):
-            path.unlink(missing_ok=True)
         raise InputError(f"cannot write a checkpoint to {folder} ({error.strerror or error}); the one written before, "
                          "if any, is whole: make room, then pass --resume auto") from None
 
 
+def keep(path: Path, written: Path) -> None:
+    """Have `path` be what was written, too."""
+    beside = unfinished(path)
+    beside.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(written, beside)
+        except OSError:                                                         # a file system without links
+            shutil.copyfile(written, beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def momenta(optimizer_state: dict) -> dict[str, torch.Tensor]:
+    """What an optimizer keeps of each weight, by a name for people."""
+    return {f"{name} of weight {number}": value for number, kept in optimizer_state["state"].items()
+            for name, value in kept.items() if isinstance(value, torch.Tensor)}
+
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """The name of the first that holds a number that is not finite."""
+    return next((name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()),
+                None)
+
+
 def random_states(device: torch.device) -> dict:
     """Where torch's sequences of random numbers stand, on the CPU and on the device."""
-    of_gpu = [torch.cuda.get_rng_state()] if device.type == "cuda" else []
-    return {"cpu": torch.get_rng_state(), "cuda": of_gpu}
+    of_gpu = {} if device.type == "cpu" else {device.type: [random_numbers(device).get_rng_state()]}
+    return {"cpu": torch.get_rng_state(), **of_gpu}
 
 
 class Schedule:
@@ -100,34 +111,6 @@ class Schedule:
         return True
 
 
-def find_run(resume: str, log_dir: Path, comment: str, launch: str | None = None) -> Path | None:
-    """The checkpoint to go on from: that of a path to it or its folder, or with 'auto' the newest run's with the
-    same comment, None where there is none. launch: that runs must have, if given."""
-    if resume != "auto":
-        return Path(resume) / LATEST if Path(resume).is_dir() else Path(resume)
-    found = sorted(Path(log_dir).glob(f"*{glob.escape(comment)}*/{LATEST}"), key=os.path.getmtime, reverse=True)
-    for path in found:
-        state = load(path)
-        if state["opt"].get("comment") == comment and launch in (None, state.get("launch")):
-            return path
-    return None
-
-
-def find_start(resume: str, other: str, log_dir: Path, comment: str, restartable: bool) -> tuple:
-    """The checkpoint of the run to go on with, if there is one; the one to start from, which may be another run's; its
-    content.
-
-    other: a checkpoint to start from where no run goes on. restartable: whether a job that torchrun started again goes
-    on with what it had begun.
-    """
-    launch = None
-    if distributed.restarted() and restartable and not resume:                  # what this launch itself has begun
-        resume, launch = "auto", distributed.launch()
-    resumed = find_run(resume, log_dir, comment, launch) if resume else None
-    source = resumed or other
-    return resumed, source, load(source) if source else None
-
-
 def check_flags(flags: dict, source: str | Path, opt: dict) -> None:
     """A model needs the text encoder it was trained with; what else differs may be meant, but is said."""
     if "use_bert" in opt and (text_encoder_of(opt) == "lstm") != (flags["text_encoder"] == "lstm"):
@@ -139,8 +122,12 @@ def check_flags(flags: dict, source: str | Path, opt: dict) -> None:
             log.warning("note: the checkpoint was trained with --%s %s, this run has %s", name, opt[name], flags[name])
 
 
-def check_same_run(state: dict, path: Path, flags: dict, samples: int, features: dict | None) -> None:
-    """Raise InputError unless a run with these flags, training samples and sentence vectors would be the same one."""
+def check_same_run(state: dict, path: Path, flags: dict, samples: int, features: dict | None,
+                   data: dict[str, str] | None = None) -> None:
+    """Raise InputError unless a run with these flags, training samples, sentence vectors and data would be the same.
+
+    data: {what: its digest}, where it is to be compared.
+    """
     encoder = {"text_encoder": text_encoder_of(state["opt"])}
     theirs, progress = {**BEFORE_THEIR_FLAGS, **encoder, **state["opt"]}, state.get("progress")
     if not progress:
@@ -151,6 +138,11 @@ def check_same_run(state: dict, path: Path, flags: dict, samples: int, features:
         differing.append(f"{progress['samples']} training samples (now {samples})")
     if state.get("sentences") != features:
         differing.append(f"the sentence vectors of {state.get('sentences')} (now {features})")
+    if data and "data" not in progress:
+        log.warning("note: %s is of an older version and does not say which images and texts its run had: whether they "
+                    "are the same now was not checked", path)
+    elif data and not differing:                                                # else they differ as the flags do
+        differing += [f"other {what}" for what, digest in data.items() if progress["data"].get(what) != digest]
     if differing:
         raise InputError(f"the run of {path} had {', '.join(differing)}; give it the same, or start a new one from it "
                          "with --model_checkpoint")
@@ -159,10 +151,14 @@ def check_same_run(state: dict, path: Path, flags: dict, samples: int, features:
 def resume(state: dict, optimizer: torch.optim.Optimizer, device: torch.device) -> dict:
     """Put back rates, momenta and random numbers, as after the iteration of the checkpoint. Returns its progress."""
     try:
+        if wrong := not_finite(momenta(state["optimizer_state_dict"])):
+            raise InputError(f"the checkpoint's {wrong} is not finite, so that its run cannot go on at any "
+                             "--learning_rate; start a new one from its weights with --model_checkpoint, or go on from "
+                             "the run's best_checkpoint.pth")
         optimizer.load_state_dict(state["optimizer_state_dict"])
         torch.set_rng_state(state["random"]["cpu"])
-        if device.type == "cuda" and state["random"]["cuda"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"][0])
+        if device.type != "cpu" and (of_gpu := state["random"].get(device.type)):
+            random_numbers(device).set_rng_state(of_gpu[0])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"the checkpoint's run cannot go on: its optimizer or random numbers do not fit ({error!r}); "
                          "start a new one with --model_checkpoint") from None
@@ -170,37 +166,52 @@ def resume(state: dict, optimizer: torch.optim.Optimizer, device: torch.device) 
 
 
 def load(path: str | Path) -> dict:
-    """The checkpoint's content on the CPU, `opt` as a dict. Raises InputError for anything that is not one.
+    """The checkpoint's content on the CPU, `opt` as a dict, its weights under `model_state_dict`. Raises InputError for
+    anything that is not one, or not as it was written.
 
-    Only tensors and plain types are unpickled, and the argparse.Namespace of the original's checkpoints.
+    Only tensors, plain types and numbers are unpickled, and the argparse.Namespace of the original's checkpoints.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        sealed = tensor_files.is_whole(path)
+        content = tensor_files.read(path)
+        weights = tensor_files.weights(content)
     except FileNotFoundError:
         raise InputError(f"checkpoint not found at {path}; check --model_checkpoint") from None
-    except Exception as error:                                                  # torch.load raises a dozen types
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} is not a readable checkpoint ({reason}); name a latest_checkpoint.pth") from None
-    if not isinstance(state, dict) or not isinstance(state.get("model_state_dict"), dict):
-        raise InputError(f"{path} is not a checkpoint of this program: it has no model_state_dict")
+    except (tensor_files.Unreadable, OSError) as error:
+        raise InputError(f"{path} is not a readable checkpoint ({error}); name a latest_checkpoint.pth") from None
+    if weights is None:
+        raise InputError(f"{path} is not a checkpoint of this program: it has no model_state_dict of tensors")
+    if not sealed:
+        say_once(f"note: {path} has no checksum, so whether it is as it was written was not checked")
+    wrapped = any(isinstance(content.get(name), dict) for name in tensor_files.WRAPPERS)
+    state = content if wrapped else {}                                          # else it is the weights alone
     opt = state.get("opt", {})
-    state = {"it": 0, **state, "opt": vars(opt) if isinstance(opt, argparse.Namespace) else opt}
-    made_of = state.get("recipe", {})
-    words = made_of.get("words", {}) if isinstance(made_of, dict) else None
-    words = state.get("word2id", words)                                         # where older ones held it
-    well_formed = (isinstance(state["it"], int) and isinstance(state["opt"], dict) and isinstance(words, dict)
-                   and ("recipe" not in state or {field.name for field in fields(Recipe)} == made_of.keys())
-                   and isinstance(state.get("sentences", {}), dict)
-                   and isinstance(state.get("example_texts", []), list)
-                   and all(isinstance(text, str) for text in state.get("example_texts", []))
-                   and (not state.get("progress") or sorted(state["progress"]) == PROGRESS)
-                   and all(isinstance(word, str) for word in words)
-                   and sorted(map(str, words.values())) == sorted(map(str, range(len(words))))
-                   and all(isinstance(value, torch.Tensor) for value in state["model_state_dict"].values()))
-    if not well_formed:
+    state = {"it": 0, "progress": None, **state, "model_state_dict": weights,
+             "opt": vars(opt) if isinstance(opt, argparse.Namespace) else opt}
+    if not well_formed(state):
         raise InputError(f"{path} is not a checkpoint of this program: what it holds is of the wrong kind")
     return state
+
+
+@cache
+def say_once(note: str) -> None:
+    log.warning("%s", note)
+
+
+def well_formed(state: dict) -> bool:
+    """Whether what a checkpoint holds beside its weights is of the right kinds."""
+    made_of, progress = state.get("recipe", {}), state["progress"] or {}
+    words = made_of.get("words", {}) if isinstance(made_of, dict) else None
+    words = state.get("word2id", words)                                         # where older ones held it
+    return (isinstance(state["it"], int) and isinstance(state["opt"], dict) and isinstance(words, dict)
+            and ("recipe" not in state or {field.name for field in fields(Recipe)} == made_of.keys())
+            and isinstance(state.get("sentences", {}), dict)
+            and isinstance(state.get("example_texts", []), list)
+            and all(isinstance(text, str) for text in state.get("example_texts", []))
+            and isinstance(progress, dict) and (not progress or progress.keys() - PROGRESS_SINCE == PROGRESS)
+            and isinstance(progress.get("turn", 0), int) and isinstance(progress.get("data", {}), dict)
+            and all(isinstance(word, str) for word in words)
+            and sorted(map(str, words.values())) == sorted(map(str, range(len(words)))))
 
 
 def restore(model: ImgTextCompositionBase, state: dict, path: str | Path) -> None:
@@ -279,7 +290,8 @@ def rebuild(state: dict, path: str | Path, sentence_vectors: SentenceVectors | N
     """The same of a checkpoint's content; `path` is for what is said about it."""
     made_of = recipe(state, path)
     if made_of.text_encoder != "lstm" and sentence_vectors is None:
-        raise InputError(f"{path} was trained with --text_encoder {made_of.text_encoder}: it needs its vectors")
+        raise InputError(f"{path} was trained with --text_encoder {made_of.text_encoder}: it needs a sentence "
+                         "service's or such an encoder's vectors")
     model = made_of.build(sentence_vectors)
     restore(model, state, path)
     return model.eval()

@@ -4,16 +4,19 @@ A dataset opens no image and knows no model. Image ids are positions in `images`
 (seed, epoch, position) alone, so any number of loader workers draws the same ones.
 """
 
+import fnmatch
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from machine.errors import InputError
+from machine.regular_files import open_regular
 
 RECALL_KS = (1, 5, 10, 50, 100)
 OWN_GALLERY_KS = (10, 50)               # what later papers report on FashionIQ
@@ -145,6 +148,21 @@ class CompositionDataset:
         return list(self.with_means({f"recall_top{k}_{judge.name}": 0.0 for asked in self.task().query_sets
                                      for judge in asked.judges for k in judge.ks}))
 
+    def visible(self, names: Iterable[str]) -> list[str]:
+        """The names in order, but hidden ones, as the `._0.jpg` that a Mac puts beside 0.jpg: those are counted."""
+        names = sorted(names)
+        shown = [name for name in names if not name.startswith(".")]
+        if len(shown) < len(names):
+            self.drop("hidden files", len(names) - len(shown))
+        return shown
+
+    def with_endings(self, names: list[str], endings: tuple[str, ...]) -> list[str]:
+        """The names that have one of the endings; others are counted."""
+        kept = [name for name in names if name.endswith(endings)]
+        if len(kept) < len(names):
+            self.drop(f"files that do not end in {' or '.join(endings)}", len(names) - len(kept))
+        return kept
+
     def drop(self, what: str, count: int = 1) -> None:
         self.dropped[what] = self.dropped.get(what, 0) + count
 
@@ -205,12 +223,14 @@ class MITStates(CaptionedDataset):
 
     def read(self) -> None:
         self.images, self.captions = [], []
-        for folder in sorted(entry.name for entry in os.scandir(require(self.root / "images", "image folder"))
-                             if entry.is_dir()):
+        for folder in self.visible(os.listdir(require(self.root / "images", "image folder"))):
             adjective, _, noun = folder.partition(" ")
             if not noun or adjective == "adj" or (noun in MITSTATES_TEST_NOUNS) != (self.split == "test"):
                 continue
-            names = sorted(name for name in os.listdir(self.root / "images" / folder) if name.endswith(".jpg"))
+            if not (self.root / "images" / folder).is_dir():
+                self.drop("files beside the folders of images")
+                continue
+            names = self.with_endings(self.visible(os.listdir(self.root / "images" / folder)), (".jpg",))
             if not names:
                 self.refuse_or_drop("empty folders", f"{self.root / 'images' / folder} holds no .jpg; put its images "
                                     "back, remove the folder, or pass --skip_bad_images True")
@@ -280,7 +300,8 @@ class Fashion200k(CaptionedDataset):
 
     def read(self) -> None:
         self.images, self.captions = [], []
-        labels = sorted(require(self.root / "labels", "label folder").glob(f"*{self.split}*.txt"))
+        names = fnmatch.filter(os.listdir(require(self.root / "labels", "label folder")), f"*{self.split}*.txt")
+        labels = [self.root / "labels" / name for name in self.visible(names)]
         if not labels:
             raise InputError(f"no label file *{self.split}*.txt in {self.root / 'labels'}; data/README.md shows the "
                              "expected tree")
@@ -414,7 +435,7 @@ class FashionIQ(CompositionDataset):
             raise InputError(f"no image folder under {self.root}: expected one of {', '.join(self.FOLDERS)}; "
                              "data/README.md shows the expected tree")
         files: dict[str, str] = {}
-        for name in sorted(os.listdir(self.root / folder)):
+        for name in self.visible(os.listdir(self.root / folder)):
             stem, ending = os.path.splitext(name)
             if ending.lower() in self.ENDINGS:
                 files.setdefault(stem, f"{folder}/{name}")
@@ -546,15 +567,22 @@ def inside(image: str, where: str) -> str:
     return image
 
 
+def opened(file: Path) -> BinaryIO:
+    try:
+        return open_regular(file)
+    except OSError as error:
+        raise InputError(f"cannot read {file} ({error.strerror}); it must be a file that this user may read") from None
+
+
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """(line number, line) of each line that is not blank."""
-    with open(file, "rb") as lines:
+    with io.BufferedReader(opened(file)) as lines:
         for number, line in enumerate(lines, start=1):
             if len(line) > LONGEST_LINE:
                 raise InputError(f"{file}, line {number}: {len(line)} bytes long, which no label is; download the file "
                                  "again")
             try:
-                text = line.decode("utf-8").strip("\r\n")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
             except UnicodeDecodeError:
                 raise InputError(f"{file}, line {number}: not UTF-8 text; save the file as UTF-8") from None
             if text.strip():
@@ -562,7 +590,9 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_json(file: Path):
+    with opened(file) as content:
+        text = content.read()
     try:
-        return json.loads(file.read_bytes())
+        return json.loads(text)                                                 # also with a byte-order mark
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON ({error}); download it again") from None

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from datasets import DATASETS, FashionIQ
+from machine.streams import shown
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MOST_RESULTS = 1000                                                             # of a search
@@ -18,7 +19,7 @@ class Parser(argparse.ArgumentParser):
     """Wrong flags end in one line and exit code 2."""
 
     def error(self, message: str):
-        line = f"{self.prog}: error: {message}; see --help\n"
+        line = f"{self.prog}: error: {shown(message)}; see --help\n"
         alone = "TORCHELASTIC_RUN_ID" not in os.environ                         # else torchrun started several of us
         self.exit(2, line if alone or first_to_say(line) else None)
 
@@ -35,6 +36,16 @@ def registered(file: str, registry: str) -> list[str]:
     lines = ast.parse(Path(__file__).with_name(file).read_text()).body
     table = next(line.value for line in lines if isinstance(line, ast.Assign) and line.targets[0].id == registry)
     return [key.value for key in table.keys]
+
+
+def a_path(text: str) -> Path:
+    """A path flag's value; a shell leaves the ~ of --flag=~/x as it is."""
+    return Path(os.path.expanduser(text))
+
+
+def path_or_word(text: str) -> str:
+    """The same of a flag that takes a word, too."""
+    return os.path.expanduser(text)
 
 
 def true_or_false(text: str) -> bool:
@@ -84,7 +95,7 @@ def get_parser() -> Parser:
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", required=True, choices=DATASETS, default=argparse.SUPPRESS,
                       help="benchmark to train and test on (required)")
-    data.add_argument("--dataset_path", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+    data.add_argument("--dataset_path", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                       help="folder with the benchmark's published tree, see data/README.md (required)")
     add(data, "--category_to_train", "all", "FashionIQ: all three categories, or this one alone",
         choices=("all", *FashionIQ.CATEGORIES))
@@ -95,7 +106,8 @@ def get_parser() -> Parser:
         "checkpoint's. Published: 224, which is resnet18's own", type=image_side, metavar="S")
     add(data, "--image_cache", "auto", "folder that keeps the decoded images (3*S*S bytes each) and sentence vectors, "
         "'none' to make them anew in each run, 'auto' for DATASET_PATH/image_cache, 'device' for that and all images "
-        "in the memory of the GPU (or CPU) too, if it has room", metavar="auto|none|device|DIR")
+        "in the memory of the GPU (or CPU) too, if it has room", type=path_or_word,
+        metavar="auto|none|device|DIR")
     add(data, "--loader_num_workers", 4, "threads that prepare batches ahead; results do not depend on it",
         type=at_least(0), metavar="N")
 
@@ -110,8 +122,8 @@ def get_parser() -> Parser:
     add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; other text encoders have their own",
         type=at_least(1), metavar="T")
     add(model, "--image_weights", "imagenet", "weights of the encoder to start from: 'imagenet' for its library's "
-        "own, downloaded once, 'none' (random), or a file of them, .pth or .safetensors",
-        metavar="imagenet|none|PATH")
+        "own, downloaded once, 'none' (random), or a file of such a model's tensors, of torch.save or .safetensors",
+        type=path_or_word, metavar="imagenet|none|PATH")
     add(model, "--freeze_image_encoder", False, "keep the image encoder as it is, but for its last layer: what it "
         "makes of an image is computed once and kept beside the decoded images")
     add(model, "--text_encoder", "lstm", "what reads texts: lstm, which is trained; service, as --use_bert True; "
@@ -161,7 +173,8 @@ def get_parser() -> Parser:
 
     testing = parser.add_argument_group("testing and logs")
     add(testing, "--test_only", False, "no training: test --model_checkpoint on both splits")
-    add(testing, "--model_checkpoint", "", "checkpoint to test, or to start training from", metavar="PATH")
+    add(testing, "--model_checkpoint", "", "checkpoint to test, or to start training from",
+        type=path_or_word, metavar="PATH")
     add(testing, "--eval_frequency", 3, "epochs between tests (epochs 1, 4, 7, ... by default) besides the one at the "
         "end; 0 for that one only", type=at_least(0), metavar="EPOCHS")
     add(testing, "--test_batch_size", 0, "images the encoder takes at once in a test; 0 for 32 on a CPU, 256 on a GPU",
@@ -173,10 +186,10 @@ def get_parser() -> Parser:
     add(testing, "--save_frequency", "10m", "iterations (500) or minutes (10m) between checkpoints, besides those at "
         "tests and at the end", type=save_frequency, metavar="N|Nm")
     add(testing, "--resume", "", "go on with a stopped run, exactly as if it had not been: its folder, its checkpoint, "
-        "or auto for the newest run with the same --comment, if there is one", metavar="auto|PATH")
+        "or auto for the newest run with the same --comment, if there is one", type=path_or_word, metavar="auto|PATH")
     add(testing, "--log_frequency", 100, "steps between logged losses, which are means over those steps",
         type=at_least(1), metavar="N")
-    add(testing, "--log_dir", Path("../logs/"), "folder under which the run's own folder is made", type=Path,
+    add(testing, "--log_dir", Path("../logs/"), "folder under which the run's own folder is made", type=a_path,
         metavar="DIR")
     add(testing, "--comment", "", "end of the run folder's name", metavar="TEXT")
     parser.add_argument("-f", default="", help=argparse.SUPPRESS)               # what a notebook passes to any script

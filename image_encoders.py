@@ -22,9 +22,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from machine.errors import InputError
+from machine.downloads import downloaded, hub_address, kept_at, reaching
+from machine.errors import InputError, first_line
 from machine.image_store import IMAGENET_MEAN, IMAGENET_STD
-from machine.weights import downloaded, first_line, hub_address, kept_at, reaching, read_weights
+from machine.tensor_files import read_weights
 
 # Of torchvision's classifiers, those that end in one linear layer and answer a tensor in training too.
 ENCODERS = [name for name in torchvision.models.list_models(module=torchvision.models)

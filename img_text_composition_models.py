@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from image_encoders import image_encoder, traits
 from machine.device import send
 from machine.image_store import normalize_images
-from machine.weights import fingerprint
+from machine.tensor_files import fingerprint
 from text_model import SimpleVocab, TextLSTMModel
 from torch_function import NormalizationLayer
 

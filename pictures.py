@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from machine.errors import InputError
+from machine.picture_files import opened, seen
 
 INK, QUIET, PAPER = "#1f2933", "#7b8794", "white"
 GREEN, RED = "#2f9e44", "#e03131"
@@ -115,11 +115,8 @@ def feature_map(gallery: np.ndarray, queries: np.ndarray, targets: np.ndarray, s
 
 def thumbnail(path: Path, side: int = 256) -> Image.Image:
     """The picture, upright, no side longer than `side`. Raises InputError where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (side, side))                                    # a JPEG is decoded no finer than needed
-            small = ImageOps.exif_transpose(image).convert("RGB")
-            small.thumbnail((side, side))
-            return small
-    except Exception as error:                                                  # PIL's plugins raise anything at all
-        raise InputError(f"cannot read the image {path} ({error})") from None
+    with opened(path, halved=True) as image:
+        image.draft("RGB", (side, side))                                        # a JPEG is decoded no finer than needed
+        small = seen(image)
+        small.thumbnail((side, side))
+        return small

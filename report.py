@@ -20,8 +20,10 @@ from torch import Tensor
 from checkpoint import FIXED_FLAGS
 from datasets import Judge, QuerySet
 from machine.errors import InputError
+from machine.folder_lock import FolderLock, write_whole
 from machine.image_store import DeviceStore, ImageStore
 from machine.progress import say
+from machine.streams import shown
 from pictures import Answer, feature_map, sheet
 from test_retrieval import NEVER, CorrectImages
 from text_model import spread
@@ -39,13 +41,15 @@ def check_log_dir(log_dir: str | Path, comment: str) -> None:
         raise InputError(f"cannot write to the log folder {log_dir}; choose another --log_dir")
 
 
-def run_folder(log_dir: str | Path, comment: str) -> Path:
-    """A new folder <log_dir>/<Mon dd_HH-MM-SS>_<hostname><comment>, as tensorboardX names them."""
+def run_folder(log_dir: str | Path, comment: str, lock: FolderLock | None = None) -> Path:
+    """A new folder <log_dir>/<Mon dd_HH-MM-SS>_<hostname><comment>, as tensorboardX names them, locked."""
     name = f"{datetime.now().strftime('%b%d_%H-%M-%S')}_{socket.gethostname()}{comment}"
     for attempt in range(1, 1000):                                              # several runs may start in one second
         folder = Path(log_dir) / (name if attempt == 1 else f"{name}-{attempt}")
         try:
             folder.mkdir(parents=True)
+            if lock:
+                lock.take(folder)
             return folder
         except FileExistsError:
             continue
@@ -137,7 +141,7 @@ class Report:
             restart = SessionLog(status=SessionLog.START)                       # TensorBoard drops steps from here on
             self.writer.file_writer.add_event(Event(step=after + 1, session_log=restart))
             return
-        rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(flags.items()))
+        rows = "\n".join(f"| {name} | {shown(value)} |" for name, value in sorted(flags.items()))
         self.writer.add_text("flags", f"| flag | value |\n| --- | --- |\n{rows}", 0)
 
     def scalars(self, values: dict[str, float], it: int) -> None:
@@ -154,9 +158,7 @@ class Report:
         shown = {**results, **{f"test {name}": values for name, values in baselines.items()}}
         for split, values in shown.items():
             self.scalars({f"{split} {name}": value for name, value in values.items()}, it)
-        unfinished = self.folder / "metrics.json.unfinished"
-        unfinished.write_text(json.dumps({"it": it, **results}, indent=1) + "\n")
-        os.replace(unfinished, self.folder / "metrics.json")
+        write_whole(self.folder / "metrics.json", (json.dumps({"it": it, **results}, indent=1) + "\n").encode())
         return f"iteration {it}\n{recall_table(shown)}"
 
     def sightings(self, split: str, seen: Sightings, it: int) -> None:

@@ -16,9 +16,10 @@ import time
 import warnings
 from pathlib import Path
 
-from flags import DEVICES, MOST_RESULTS, Parser, at_least, port_number
+from flags import DEVICES, MOST_RESULTS, Parser, a_path, at_least, port_number
 from machine.errors import InputError
 from machine.stopping import ending, starting
+from machine.streams import log_to_stderr, shown, shown_name
 
 SHOWN_BROKEN = 20
 
@@ -36,7 +37,7 @@ def get_parser() -> Parser:
         return made
 
     def opens_index(made: Parser) -> None:
-        made.add_argument("--index", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+        made.add_argument("--index", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                           help="folder made by search.py index (required)")
         service = made.add_argument_group("sentence service, for a model trained with --use_bert; where a flag is not "
                                           "given, as the training had it")
@@ -49,28 +50,31 @@ def get_parser() -> Parser:
 
     index = command("index", "make an index of a folder of images, or bring one up to date; stopped, the same command "
                     "goes on")
-    index.add_argument("--model_checkpoint", required=True, type=Path, metavar="PATH", default=argparse.SUPPRESS,
+    index.add_argument("--model_checkpoint", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
                        help="a run's best_checkpoint.pth (required)")
-    index.add_argument("--images", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+    index.add_argument("--images", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                        help="folder with images, in it and below it (required)")
-    index.add_argument("--out", required=True, type=Path, metavar="DIR", default=argparse.SUPPRESS,
+    index.add_argument("--out", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                        help="folder for the index (required)")
     index.add_argument("--ivf", action="store_true", help="for millions of images: a query is compared with those of "
                        "the nearest cells of the gallery alone, so that a few of its results may be missed")
+    index.add_argument("--prune", action="store_true", help="take out all images that are no more there; without it, "
+                       "those whose folder is gone or empty stay, and if more than a tenth (and more than 5) are gone, "
+                       "nothing is changed")
     index.add_argument("--batch_size", type=at_least(1), default=32, metavar="B", help="images encoded at once")
     index.add_argument("--loader_num_workers", type=at_least(0), default=4, metavar="N", help="threads that read "
                        "images")
     query = command("query", "find the images nearest to a picture plus a change")
     opens_index(query)
-    query.add_argument("--image", required=True, type=Path, metavar="PATH", default=argparse.SUPPRESS,
+    query.add_argument("--image", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
                        help="the query's picture, any file (required)")
     query.add_argument("--text", default="", help="what to change, as the model was trained to be told; empty: images "
                        "that look like the picture")
     query.add_argument("-k", type=at_least(1, most=MOST_RESULTS), default=20, metavar="K", help="how many results")
     query.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    query.add_argument("--html", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
+    query.add_argument("--html", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
                        "page that needs no other file")
-    query.add_argument("--png", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
+    query.add_argument("--png", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
                        "picture")
     serve = command("serve", "open a web page to search on, and to go on from what was found")
     opens_index(serve)
@@ -78,6 +82,8 @@ def get_parser() -> Parser:
     serve.add_argument("--host", default="127.0.0.1", help="address it listens on; no password is asked, so name "
                        "another only in a network you trust")
     serve.add_argument("--port", type=port_number, default=7860, help="port it listens on")
+    serve.add_argument("--allow_host", action="append", default=[], metavar="NAME", help="another name it goes by, "
+                       "such as a reverse proxy's; may be given again")
     return parser
 
 
@@ -90,7 +96,8 @@ from tqdm import tqdm
 from machine.device import choose_device, set_up
 from machine.progress import progress_bar
 from pictures import Answer, sheet, thumbnail
-from searching.gallery import Gallery, Hit, build
+from searching.build import build
+from searching.gallery import Gallery, Hit
 
 
 def open_index(args: argparse.Namespace) -> Gallery:
@@ -107,20 +114,22 @@ def start_device(args: argparse.Namespace):
 def index(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     built = build(args.model_checkpoint, args.images, args.out, args.ivf, start_device(args), args.batch_size,
-                  args.loader_num_workers, progress_bar)
-    for path, reason in list(built.broken.items())[:SHOWN_BROKEN]:
-        tqdm.write(f"left out {path}: {reason}", file=sys.stderr)
-    if len(built.broken) > SHOWN_BROKEN:
-        tqdm.write(f"... and {len(built.broken) - SHOWN_BROKEN} more", file=sys.stderr)
-    print(f"{args.out}: {built.images} images, {built.new} of them encoded now, {len(built.broken)} left out, "
-          f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {args.out}")
+                  args.loader_num_workers, progress_bar, args.prune)
+    for path, reason in list(built.left_out.items())[:SHOWN_BROKEN]:
+        tqdm.write(shown(f"left out {path}: {reason}"), file=sys.stderr)
+    if len(built.left_out) > SHOWN_BROKEN:
+        tqdm.write(f"... and {len(built.left_out) - SHOWN_BROKEN} more", file=sys.stderr)
+    out = shown_name(args.out)
+    print(f"{out}: {built.images} images, {built.new} of them encoded now, {built.summary}; "
+          f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {out}")
 
 
 def query(args: argparse.Namespace) -> None:
     gallery = open_index(args)
     hits, unknown = gallery.search(gallery.picture(args.image), args.text, args.k)
     if unknown:
-        print(f"note: not known to the model, so read as one unknown word: {', '.join(unknown)}", file=sys.stderr)
+        words = shown(", ".join(unknown))
+        print(f"note: not known to the model, so read as one unknown word: {words}", file=sys.stderr)
     if args.json:
         print(json.dumps({"image": str(args.image), "text": args.text, "unknown_words": unknown, "results": [
             {"rank": rank, "score": hit.score, "path": str(gallery.folder / hit.path)}
@@ -128,7 +137,7 @@ def query(args: argparse.Namespace) -> None:
     else:
         print("rank   score  image")
         for rank, hit in enumerate(hits, start=1):
-            print(f"{rank:4}  {hit.score:6.4f}  {gallery.folder / hit.path}")
+            print(f"{rank:4}  {hit.score:6.4f}  {shown_name(gallery.folder / hit.path)}")
     if "png" in args:
         notes = [f"{rank}.  {hit.score:.4f}" for rank, hit in enumerate(hits, start=1)]
         picture = sheet([Answer(thumbnail(args.image), words_of(args.text), [result(gallery, hit) for hit in hits],
@@ -196,14 +205,14 @@ def serve(args: argparse.Namespace) -> None:
     gallery = open_index(args)
     try:
         from searching import page
-    except ImportError:
-        raise InputError("the page needs Gradio: pip install -r requirements-search.txt") from None
-    page.open_page(gallery, args.k, args.host, args.port)
+    except ModuleNotFoundError as error:
+        raise InputError(f"the page needs {error.name}: pip install -r requirements-search.txt") from None
+    page.open_page(gallery, args.k, args.host, args.port, args.allow_host)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run with these flags; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
-    logging.basicConfig(format="%(message)s")
+    """Run with these flags; returns the exit code, as `ending` says."""
+    log_to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="PIL")
 
@@ -214,6 +223,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="surrogateescape")                            # a file's name may be any bytes
     sys.exit(main())

@@ -156,6 +156,8 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
     """
     if not (queries.sum() + gallery.sum()).isfinite():
         raise FloatingPointError("the model's features are not finite, so nothing can be ranked: the training diverged")
+    if queries.device.type == "mps":                                            # whose memory is the CPU's
+        queries, gallery = queries.cpu(), gallery.cpu()
     kind = queries.device.type
     correct = [CorrectImages(judge) for judge in judges]
     own = torch.as_tensor(own, device=queries.device)

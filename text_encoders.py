@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from image_encoders import LIBRARIES, quiet
-from machine.errors import InputError
-from machine.weights import fingerprint, first_line, read_weights
+from machine.errors import InputError, first_line
+from machine.tensor_files import fingerprint, read_weights
 from text_model import SentenceService
 
 AT_ONCE = 64                            # texts a model in this process encodes

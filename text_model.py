@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from machine.device import send
 from machine.errors import InputError
+from machine.regular_files import check_own
 
 log = logging.getLogger(__name__)
 
@@ -232,6 +233,8 @@ class SentenceFile:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            for kind in ("", "-journal", "-wal", "-shm"):                       # SQLite's own beside it
+                check_own(Path(f"{self.path}{kind}"))
             with closing(sqlite3.connect(self.path, timeout=5)) as database, database:
                 database.execute("CREATE TABLE IF NOT EXISTS vectors (text BLOB PRIMARY KEY, vector BLOB, crc INT)")
                 work(database)

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -19,12 +20,13 @@ from datasets import CompositionDataset, Epoch
 from flags import plain
 from img_text_composition_models import ImgTextCompositionBase
 from machine import distributed
+from machine.checksums import digest
 from machine.errors import InputError, PeerLost
 from machine.feature_store import FeatureStore
 from machine.image_store import DeviceStore, ImageStore, prefetch
 from machine.progress import progress_bar
 from machine.stopping import Stopped, Stopping
-from text_model import SentenceTable
+from text_model import SentenceTable, spread
 from torch_function import composition_losses
 
 
@@ -33,6 +35,37 @@ class Split:
     """A dataset with the pixels of its images, or a frozen encoder's features."""
     data: CompositionDataset
     store: ImageStore | DeviceStore | FeatureStore
+
+    LOOKED_INTO = 256                   # images, of which the first 64 KB count
+
+    def digests(self, seed: int) -> dict[str, str]:
+        """{what: its digest}: of its images' names, their files' sizes and some of their content, in order, and of its
+        texts and pairs, as far as a run's results depend on them. Times of change do not count."""
+        name, paths = self.data.split, self.data.paths
+        sizes = np.array([length for length, _ in self.store.versions], np.int64)
+        heads = (head_of(path) for path in spread(paths, self.LOOKED_INTO))
+        texts: list = list(self.data.training_texts())
+        if name == "train":
+            samples = Epoch(self.data, seed, 0)
+            texts += [tuple(samples[i]) for i in spread(range(len(samples)), 2000)]
+        else:
+            texts += [(asked.sources.tolist(), asked.texts) for asked in self.data.task(seed).query_sets]
+        return {f"{name} images": digest([as_bytes(self.data.images), sizes, *heads]), f"{name} texts":
+                digest([as_bytes(texts)])}
+
+
+def as_bytes(values: list) -> bytes:
+    """Strings and numbers, in lists, as bytes that differ where they do."""
+    return repr(values).encode("utf-8", "surrogatepass")
+
+
+def head_of(path: str) -> bytes:
+    """The first 64 KB of a file, or nothing: what cannot be read is said by whoever needs all of it."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(2**16)
+    except OSError:
+        return b""
 
 
 class Part(NamedTuple):
@@ -159,12 +192,13 @@ def show(bar: tqdm, losses: dict[str, Tensor]) -> None:
 class Training:
     """A run of --num_iters steps: where it stands, and what is done between its steps.
 
-    judge: tests the model as it is after so many iterations, {split: what was found}.
+    judge: tests the model as it is after so many iterations, {split: what was found}. of_run: what is in each of the
+    run's checkpoints alike, beside its flags.
     """
 
     def __init__(self, args: Namespace, model: ImgTextCompositionBase, split: Split, log: report.Report,
-                 judge: Callable[[int], dict[str, report.Tested]], stopping: Stopping):
-        self.args, self.model, self.split, self.log = args, model, split, log
+                 judge: Callable[[int], dict[str, report.Tested]], stopping: Stopping, of_run: dict | None = None):
+        self.args, self.model, self.split, self.log, self.of_run = args, model, split, log, of_run or {}
         self.judge, self.stopping = judge, stopping
         self.shared = distributed.averaging(model, args.sync_bn)                # the same weights, trained by several
         self.optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, args.optimizer)
@@ -198,7 +232,7 @@ class Training:
         self.meter.check(self.it)                                               # nothing that is not finite is saved
         self.log.flush()
         progress = {"tested": self.tested, "best": self.best, "sums": self.meter.sums, "steps": self.meter.steps,
-                    "samples": len(self.split.data)}
+                    "samples": len(self.split.data), **self.of_run}
         checkpoint.save(self.log.folder, self.model, self.optimizer, self.it, plain(self.args), progress, best)
 
     def test_is_due(self) -> bool:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from machine.device import random_numbers
 from machine.errors import PeerLost
 
 CPU = torch.device("cpu")
@@ -250,7 +251,7 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
     if world() == 1:
         yield
         return
-    source = torch.cuda if device.type == "cuda" else torch
+    source = random_numbers(device)
     mine = source.get_rng_state()
     drawn = mine.clone()
     dist.broadcast(drawn, 0)                                                    # a few bytes, which never were on a GPU

@@ -4,13 +4,12 @@ The original transforms train and test images alike and without chance, so its p
 They lie channels last, as PIL gives them and as the encoder is fastest with: (S, S, 3) in memory, seen as (3, S, S).
 """
 
-import errno
-import fcntl
 import json
 import logging
 import math
 import os
 import shutil
+import struct
 import weakref
 import zlib
 from collections import deque
@@ -22,17 +21,22 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from machine.device import free_memory, send, usable_cores
 from machine.errors import InputError
-from machine.resizing import square
+from machine.picture_files import decode
+from machine.regular_files import open_own
+
+try:
+    import fcntl
+except ImportError:                     # a system without file locks: nothing is kept
+    fcntl = None
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECORD = np.dtype([("bytes", "u8"), ("modified_ns", "i8"), ("checksum", "u4"), ("filled", "u4")])
+FIELDS = struct.Struct("=QqII")         # of one record
 
-NOT_THE_IMAGES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 CPU = torch.device("cpu")
 RESERVE = 2 * 10**9                     # bytes of the disk that the cache leaves to checkpoints and logs
 
@@ -65,29 +69,6 @@ def file_version(path: str) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def decode(path: str, size: int, resampling: str = "bilinear", upright: bool = False,
-           to_square: Callable = square) -> np.ndarray:
-    """(size, size, 3) uint8: the file's RGB pixels, shorter side resized to `size`, the centre cut out.
-
-    resampling: Pillow's filter, by name. upright: turned as the camera noted, which training on the published data does
-    not do. to_square: of resizing.py.
-    Raises InputError for what is no whole image.
-    """
-    try:
-        with Image.open(path) as image:
-            turned = ImageOps.exif_transpose(image) if upright else image
-            return to_square(turned if turned.mode == "RGB" else turned.convert("RGB"), size, resampling)
-    except Exception as error:                                                  # PIL's plugins raise anything at all
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_IMAGES_FAULT:
-            raise
-        reason = "the file is empty" if is_empty(path) else (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot read the image {path} ({reason})") from None
-
-
-def is_empty(path: str) -> bool:
-    return os.path.exists(path) and os.path.getsize(path) == 0
-
-
 def relative(paths: Sequence[str], folder: Path) -> list[str]:
     """The paths as seen from `folder`, so that a dataset may move with the cache inside it."""
     shared = os.path.commonprefix(paths)  # noqa: RUF071 cut to whole folders in the next line
@@ -117,35 +98,37 @@ def prefetch(make: Callable, items: Iterable, workers: int) -> Iterator:
 
 
 class RowFile:
-    """What was made of images, pixels or features, in one memory-mapped file, a slot a path, shared by any number of
-    processes.
+    """What was made of images, pixels or features, in one file, a slot a path, shared by any number of processes.
 
     FOLDER/NAME.paths lists the slots' paths (one JSON string a line, only ever appended to under a lock),
     NAME.KIND holds their rows, NAME.records what each was made from. A slot counts only while its record agrees with
     the image file's size and time of change, and its checksum with path, row and `made_by`, which names whatever else
     the row depends on; the record is written after the row. So a process killed at any moment leaves nothing that
     would be believed, two processes that fill a slot at once write the same, and damage only costs making it again.
+    The files are read, not mapped: one cut short meanwhile would else end the process.
     """
 
     def __init__(self, folder: Path, name: str, kind: str, paths: Sequence[str], shape: tuple[int, ...], dtype: type,
                  made_by: str):
-        """Raises OSError where the folder cannot be written or its disk has no room for the missing rows."""
+        """Raises OSError where the folder cannot be written, one of the three is no file of our own, the disk has no
+        room for the missing rows, or the system no file locks."""
+        if not fcntl:
+            raise OSError("this system has no file locks")
         self.stride, self.made_by = math.prod(shape) * np.dtype(dtype).itemsize, made_by
         folder.mkdir(parents=True, exist_ok=True)
         names, records, rows = (folder / f"{name}.{part}" for part in ("paths", "records", kind))
         self.paths = paths = relative(paths, folder)
-        with open(names, "a+b") as listing:
+        with open(open_own(names, os.O_APPEND), "a+b") as listing:
             fcntl.flock(listing, fcntl.LOCK_EX)                                 # the kernel frees it if we are killed
             slot_of = self.register(listing, paths)
             self.record_file = self.grown(records, len(slot_of) * RECORD.itemsize)
             self.row_file = self.grown(rows, len(slot_of) * self.stride)
         for descriptor in (self.record_file, self.row_file):
             weakref.finalize(self, os.close, descriptor)
-        self.records = np.memmap(records, RECORD, "r", shape=len(slot_of))
-        self.rows = np.asarray(np.memmap(rows, dtype, "r", shape=(len(slot_of), *shape)))
         self.verified = np.zeros(len(slot_of), bool)                            # checksums are looked at once a process
         self.slots = np.array([slot_of[path] for path in paths])
-        needed = int((self.records["filled"] == 0).sum()) * self.stride         # also for the other split's images
+        records = np.fromfile(records, RECORD, len(slot_of))
+        needed = int((records["filled"] == 0).sum()) * self.stride              # also for the other split's images
         free = shutil.disk_usage(folder).free
         if needed and needed > free - RESERVE:
             raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB free, of which "
@@ -169,7 +152,7 @@ class RowFile:
     @staticmethod
     def grown(file: Path, length: int) -> int:
         """An open descriptor on the file, made at least `length` bytes long (sparse: room is taken as slots fill)."""
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_own(file)
         if os.fstat(descriptor).st_size < length:
             os.ftruncate(descriptor, length)
         return descriptor
@@ -180,17 +163,23 @@ class RowFile:
 
     def holds(self, index: int, version: tuple[int, int]) -> bool:
         """Whether an image's slot is filled, from this version of its file; the checksum is for `read`."""
-        record = self.records[self.slots[index]]
-        return bool(record["filled"]) and (record["bytes"], record["modified_ns"]) == version
+        return self.recorded(index, version) is not None
+
+    def recorded(self, index: int, version: tuple[int, int]) -> int | None:
+        """The checksum in an image's record, if its slot is filled, from this version of its file."""
+        record = os.pread(self.record_file, RECORD.itemsize, int(self.slots[index]) * RECORD.itemsize)
+        length, modified, checksum, filled = FIELDS.unpack(record.ljust(RECORD.itemsize, b"\0"))
+        return checksum if filled and (length, modified) == version else None
 
     def read(self, index: int, version: tuple[int, int], row: np.ndarray) -> bool:
         """Copy an image's row into `row`; False where they are not there, damaged, or of another version."""
-        if not self.holds(index, version):
+        if (checksum := self.recorded(index, version)) is None:
             return False
-        slot = self.slots[index]
-        row[:] = self.rows[slot]
-        if not self.verified[slot]:
-            self.verified[slot] = self.checksum(index, row) == self.records[slot]["checksum"]
+        slot = int(self.slots[index])
+        if os.preadv(self.row_file, [row], slot * self.stride) != self.stride:
+            return False
+        if not self.verified[slot] or not row.reshape(-1).view(np.uint8)[-1]:   # 0: maybe cut short and grown again
+            self.verified[slot] = self.checksum(index, row) == checksum
         return bool(self.verified[slot])
 
     def write(self, index: int, version: tuple[int, int], row: np.ndarray) -> None:
@@ -214,6 +203,8 @@ class ImageStore:
         self.paths, self.size, self.resampling = list(paths), size, resampling
         self.versions = [file_version(path) for path in self.paths]
         self.file, self.writable = None, True
+        self.more_than_rgb: list[str] = []                                      # paths, of which is told once
+        self.has_told = False
         if cache is not None:
             try:
                 name = f"images_{size}" + f"_{resampling}" * (resampling != "bilinear")
@@ -233,7 +224,7 @@ class ImageStore:
     def decode(self, index: int) -> np.ndarray:
         """One image's pixels (S, S, 3) from its file, kept in the cache. Raises InputError."""
         try:
-            pixels = decode(self.paths[index], self.size, self.resampling)
+            pixels = decode(self.paths[index], self.size, self.resampling, told=self.more_than_rgb.append)
         except InputError as error:
             raise InputError(f"{error}; replace it, or pass --skip_bad_images True to leave such images out") from None
         if self.file and self.writable:
@@ -249,11 +240,19 @@ class ImageStore:
         pixels = torch.empty((len(ids), self.size, self.size, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
         for row, index in zip(pixels.numpy(), ids, strict=True):
             self.load(int(index), row)
+        self.tell()
         return send(pixels, device).permute(0, 3, 1, 2)
 
     def picture(self, index: int) -> np.ndarray:
         """(S, S, 3) uint8, to be looked at."""
         return self.batch([index])[0].permute(1, 2, 0).numpy()
+
+    def tell(self) -> None:
+        """Say, once, that images hold more than is read of them."""
+        if self.more_than_rgb and not self.has_told:
+            self.has_told = True
+            log.warning("note: %d of the images read now have 16 bits or transparency, first %s; they are read as the "
+                        "original did: clipped, on black", len(self.more_than_rgb), min(self.more_than_rgb))
 
     def missing(self) -> list[str]:
         """Paths that do not exist or are empty, found without opening anything."""
@@ -279,7 +278,8 @@ class ImageStore:
             found = {}
             for complaints in progress(pool.map(attempt, parts), desc="checking images", total=len(parts)):
                 found |= complaints
-            return found
+        self.tell()
+        return found
 
 
 class DeviceStore:

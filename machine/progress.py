@@ -5,6 +5,7 @@ from functools import partial
 from tqdm import tqdm
 
 from machine import distributed
+from machine.streams import shown
 
 NO_BAR = None if distributed.first() else True                                  # None: where it would go into a file
 progress_bar = partial(tqdm, leave=False, dynamic_ncols=True, disable=NO_BAR)
@@ -16,6 +17,6 @@ def no_progress(items, **_):
 
 
 def say(text: str) -> None:
-    """Print beside the bars."""
+    """Print beside the bars; a name in it commands no terminal."""
     if distributed.first():
-        tqdm.write(text)
+        tqdm.write("\n".join(map(shown, text.split("\n"))))

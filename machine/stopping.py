@@ -1,6 +1,7 @@
 """How a program starts and ends: wrong flags at once, faults and signals in one line, each with its exit code.
 
-Heard are Ctrl-C, SIGTERM, and where the platform has it the SIGUSR1 that Slurm sends before a time limit.
+Heard are Ctrl-C, SIGTERM, SIGHUP (the terminal or the ssh session is gone; not under nohup, which asks to go on), and
+where the platform has it the SIGUSR1 that Slurm sends before a time limit.
 """
 
 import os
@@ -12,9 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from machine.errors import InputError, PeerLost
+from machine.streams import prepare_streams, shown
 
-EXIT_CODES = {getattr(signal, name): code for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 143))
-              if hasattr(signal, name)}
+EXIT_CODES = {getattr(signal, name): code for name, code in
+              (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 143)) if hasattr(signal, name)}
+# What torch and Python say where there is not enough memory; most of it has no type of its own.
+NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "can't allocate memory", "bad_alloc", "Storage size calculation "
+             "overflowed", "numel: integer multiplication overflow")
 
 
 class Stopped(BaseException):
@@ -32,6 +37,12 @@ def name_of(number: int) -> str:
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
+def signals() -> list[int]:
+    """Those that a program heeds."""
+    return [number for number in EXIT_CODES
+            if signal.Signals(number).name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN]
+
+
 class Stopping:
     """Within it the signals raise Stopped, once; a second Ctrl-C raises KeyboardInterrupt at once."""
 
@@ -40,7 +51,7 @@ class Stopping:
         self.is_held = False
 
     def __enter__(self) -> "Stopping":
-        heard = EXIT_CODES if threading.current_thread() is threading.main_thread() else ()  # no other may listen
+        heard = signals() if threading.current_thread() is threading.main_thread() else ()  # no other may listen
         self.before = {number: signal.signal(number, self.receive) for number in heard}
         return self
 
@@ -77,12 +88,14 @@ def starting(parser: ArgumentParser) -> None:
     """For a program's first line, before it loads what takes seconds: wrong flags and --help are answered at once, a
     stop is one line, and who looks on is told what takes so long."""
     if os.name == "nt":
-        sys.exit(f"{parser.prog}: Windows itself is not supported; run it in WSL (wsl --install, then as on Linux)")
+        parser.exit(2, f"{parser.prog}: error: Windows itself is not supported; run it in WSL (wsl --install, then as "
+                       "on Linux)\n")
+    prepare_streams()
 
     def leave(number: int, _frame) -> None:
         print(f"{parser.prog}: stopped by {name_of(number)}", file=sys.stderr, flush=True)
         os._exit(EXIT_CODES[number])                                            # half-loaded libraries end badly
-    for number in EXIT_CODES:
+    for number in signals():
         signal.signal(number, leave)
     parser.parse_args()
     if sys.stderr.isatty():
@@ -90,12 +103,19 @@ def starting(parser: ArgumentParser) -> None:
 
 
 def ending(program: str, work: Callable[[Stopping], None]) -> int:
-    """Do the work; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Do the work; returns the exit code: 0, 2 for bad input, 129 for SIGHUP, 130 for Ctrl-C, 143 for SIGTERM."""
     try:
         with Stopping() as stopping:
             work(stopping)
+            if sys.stdout:
+                sys.stdout.flush()                                              # now: a full disk can still be said
     except (InputError, OSError, FloatingPointError, PeerLost) as error:
         complain(error, f"{program}: error:")
+        return 2
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in NO_MEMORY):
+            raise
+        complain(out_of_memory(error), f"{program}: error:")
         return 2
     except Stopped as stop:
         complain(stop, f"{program}:")
@@ -106,6 +126,16 @@ def ending(program: str, work: Callable[[Stopping], None]) -> int:
     return 0
 
 
+def out_of_memory(error: Exception) -> InputError:
+    """The same in words, with what was said to someone on the way."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    said = InputError(f"there is not enough memory for this ({reason:.200}); lower the batch size, image size or "
+                      "the sizes of the features")
+    for note in getattr(error, "__notes__", []):
+        said.add_note(note)
+    return said
+
+
 def complain(reason: BaseException, before: str) -> None:
     """Say in one line why the program ends, of several processes one, and what the first of them has saved."""
     from machine import distributed  # here: it loads torch, which wrong flags do not wait for
@@ -113,4 +143,4 @@ def complain(reason: BaseException, before: str) -> None:
     follows = isinstance(reason, Stopped | PeerLost)                            # from what others say too
     new = distributed.first() if follows else distributed.first_to_say(str(reason))
     if line := [str(reason)] * new + getattr(reason, "__notes__", []):
-        print(before, "; ".join(line), file=sys.stderr)
+        print(before, shown("; ".join(line)), file=sys.stderr)

@@ -4,30 +4,46 @@ A visitor's session is a plain value; every event changes it and shows it whole,
 """
 
 import html
+import logging
 import os
-import shutil
-import tempfile
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 
-CACHE = tempfile.mkdtemp(prefix="search-page-")                                 # read by Gradio as it is imported
-os.environ |= {"GRADIO_TEMP_DIR": CACHE, "GRADIO_ANALYTICS_ENABLED": "False"}
+# The page asks nobody on the network; Gradio, as it is imported, would look at the proxies that are set.
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": "*", "NO_PROXY": "*"}
 
 import gradio as gr
+from fastapi import FastAPI
+from gradio import processing_utils, queueing, routes
 from PIL import Image
 
 from flags import MOST_RESULTS
 from machine.errors import InputError
 from pictures import thumbnail
 from searching.gallery import Gallery, Hit, Source, printable
+from searching.guard import (
+    LARGEST_UPLOAD,
+    UPLOAD,
+    Guard,
+    Names,
+    Uploads,
+    address,
+    in_one_line,
+    listening,
+    running,
+    temporary_folder,
+)
 from text_model import spread
 
 OFFERED, EXAMPLES, LONGEST_TRAIL = 12, 6, 30
-LARGEST_UPLOAD = "50mb"
+SESSIONS = 200                          # that are remembered, each of some megabytes
+log = logging.getLogger(__name__)
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 1240px !important; margin: auto !important }
 .pictures .grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important; padding: 0 }
@@ -87,10 +103,11 @@ def told(handler: Callable) -> Callable:
 
 
 class Page:
-    """The page of one gallery; k: how many results it shows."""
+    """The page of one gallery; k: how many results it shows; uploads: visitors' pictures, looked at once."""
 
-    def __init__(self, gallery: Gallery, k: int):
-        self.gallery, self.k = gallery, k
+    def __init__(self, gallery: Gallery, k: int, uploads: Uploads):
+        self.gallery, self.k, self.uploads = gallery, k, uploads
+        self.dropped = lru_cache(SESSIONS)(self.look_at)
         texts = spread(gallery.encoder.examples, EXAMPLES)
         pictures = spread(gallery.images.ids(), len(texts) + 2)[1:-1]
         self.examples = list(zip(pictures, texts, strict=False))
@@ -154,15 +171,19 @@ class Page:
         session.source = session.picture = None
         if path is None:
             return "Choose a picture or drop one in."
-        session.take(self.dropped(path), thumbnail(Path(path)))
+        session.take(*self.dropped(path))
         return "Now say what should change."
 
-    def dropped(self, path: str) -> Source:
-        """A visitor's picture; what is said of it names it as the visitor does."""
+    def look_at(self, path: str) -> tuple[Source, Image.Image]:
+        """An upload, after which it is removed; what is said of it names it as the visitor does."""
+        if path not in self.uploads:
+            raise InputError("this upload is no more there: drop the picture in again")
         try:
-            return self.gallery.picture(path)
+            return self.gallery.picture(path), thumbnail(Path(path))
         except InputError as error:
             raise InputError(str(error).replace(path, Path(path).name)) from None
+        finally:
+            self.uploads.remove(path)
 
     @told
     def find(self, session: Session, text: str | None) -> str:
@@ -184,10 +205,10 @@ class Page:
     def search_by_file(self, image: gr.FileData, text: str = "", k: int = 20) -> list[dict]:
         """The k images nearest to an uploaded picture plus a change: [{"rank", "score", "image"}], best first; image is
         a path below the gallery's folder."""
-        path = Path(str(image.get("path") if isinstance(image, dict) else None)).resolve()
-        if not path.is_relative_to(Path(CACHE).resolve()):
+        path = image.get("path") if isinstance(image, dict) else None
+        if not isinstance(path, str):
             raise gr.Error("give the picture as a file: gradio_client.handle_file(PATH)", print_exception=False)
-        return self.answer(partial(self.dropped, str(path)), text, k)
+        return self.answer(lambda: self.dropped(path)[0], text, k)
 
     def search_by_path(self, path: str, text: str = "", k: int = 20) -> list[dict]:
         """The same for one of the gallery's own images, named by its path below the gallery's folder."""
@@ -213,9 +234,11 @@ class Page:
         opt = self.gallery.encoder.opt
         hint = "what you look for" if opt.get("use_complete_text_query") else "what should change"
         such = f", such as: {self.gallery.encoder.examples[0]}" if self.gallery.encoder.examples else ""
-        with gr.Blocks(title="A picture plus a change", fill_width=True, delete_cache=(3600, 86400)) as blocks:
-            session = gr.State(Session())
-            gr.Markdown(f"## A picture plus a change\n{opt.get('model', 'model')} over {self.gallery.size:,} images")
+        with gr.Blocks(title="A picture plus a change", fill_width=True, delete_cache=(300, 3600)) as blocks:
+            session = gr.State(Session(), time_to_live=86400)
+            blocks.queue(max_size=200)
+            gr.Markdown("## A picture plus a change")
+            gr.HTML(html.escape(f"{opt.get('model', 'model')} over {self.gallery.size:,} images"))
             with gr.Row(elem_id="board"):
                 with gr.Column(scale=2, min_width=300):
                     picture = gr.Image(label="Picture", sources=["upload", "clipboard"], type="filepath", height=230,
@@ -236,7 +259,7 @@ class Page:
                                               elem_id="part", scale=2, min_width=120)
                             others = gr.Button("Show others", size="sm", elem_id="others", scale=1, min_width=100)
                 with gr.Column(scale=5, min_width=320):
-                    status = gr.Markdown(elem_id="status", sanitize_html=True)
+                    status = gr.HTML(elem_id="status")
                     trail = picture_grid("trail")
                     results = picture_grid("results")
             outputs = [session, picture, text, status, results, trail, choice]
@@ -277,18 +300,43 @@ def picture_grid(name: str, items: Sequence = ()) -> gr.Gallery:
                       visible=bool(items))
 
 
-def open_page(gallery: Gallery, k: int, host: str, port: int) -> None:
-    """Serve the page until the program is stopped. Raises InputError where the address cannot be had."""
-    blocks = Page(gallery, k).build()
-    try:
-        blocks.launch(server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, css=STYLE,
-                      theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]), ssr_mode=False,
-                      footer_links=["api"], max_file_size=LARGEST_UPLOAD, inbrowser=False)
-        print(f"The page is at http://{host}:{port} (Ctrl-C ends it)", flush=True)
+@contextmanager
+def serving(gallery: Gallery, k: int, host: str, port: int, allowed: Iterable[str] = ()) -> Iterator[str]:
+    """The page, served meanwhile; yields its address. allowed: other names it goes by. Raises InputError where the
+    address cannot be had."""
+    names = Names(host, allowed)
+    with listening(host, port) as listener, temporary_folder() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = routes.DEFAULT_TEMP_DIR = str(folder)   # or it leaves a folder "gradio"
+        uploads = Uploads(folder)
+        app, blocks = FastAPI(openapi_url=None), Page(gallery, k, uploads).build()
+        app.add_route(UPLOAD, uploads.take, methods=["POST"])                   # in place of Gradio's
+        gr.mount_gradio_app(app, blocks, "/", show_error=False, max_file_size=LARGEST_UPLOAD, ssr_mode=False, css=STYLE,
+                            theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+                            footer_links=["api"], run_history=False, enable_monitoring=False, pwa=False,
+                            mcp_server=False)
+        blocks.has_launched, blocks.state_session_capacity = True, SESSIONS     # launched: it checks paths it is sent
+        with running(Guard(app, names), listener):
+            yield f"http://{address(host.strip('[]'), port)}"
+
+
+def open_page(gallery: Gallery, k: int, host: str, port: int, allowed: Iterable[str] = ()) -> None:
+    """Serve the page until the program is stopped."""
+    with serving(gallery, k, host, port, allowed) as url:
+        print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"cannot listen on {host}:{port} ({reason}); choose another --port or --host") from None
-    finally:
-        blocks.close(verbose=False)
-        shutil.rmtree(CACHE, ignore_errors=True)
+
+
+async def nothing_from_outside(url: str, cache_dir: str) -> str:
+    raise gr.Error("give a file, not an address", print_exception=False)
+
+
+class OneLine:
+    """In place of the module traceback where Gradio prints what a request has raised."""
+
+    @staticmethod
+    def print_exc() -> None:
+        log.warning("a request failed: %s", in_one_line(sys.exception()))
+
+
+processing_utils.async_ssrf_protected_download = nothing_from_outside
+queueing.traceback = OneLine

@@ -1,6 +1,7 @@
 """Sentence services for the tests: real server processes, small models made here, and one that misbehaves on order."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +62,7 @@ class Service:
 
     def client(self, **how):
         """The unmodified client, which does not warn of long texts; made once the server has answered."""
-        return BertClient(port=self.port, port_out=self.port_out, timeout=60_000, check_length=False, **how)
+        return BertClient(port=self.port, port_out=self.port_out, timeout=120_000, check_length=False, **how)
 
     def status(self):
         with self.client() as client:
@@ -75,11 +77,36 @@ class Service:
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            self.process.wait(10)
+            self.process.wait(30)
         finally:
             self.process.kill()
         self.log.seek(0)
         return self.process.returncode, self.log.read()
+
+
+class Raw:
+    """The two sockets of a client, frame by frame."""
+
+    def __init__(self, service, identity=None, unread=1000):
+        self.identity = identity or str(uuid.uuid4()).encode()
+        self.context = zmq.Context()
+        self.push, self.sub = self.context.socket(zmq.PUSH), self.context.socket(zmq.SUB)
+        self.sub.rcvhwm = unread                                            # answers that it takes before they are read
+        self.sub.subscribe(self.identity)
+        self.push.connect(f"tcp://127.0.0.1:{service.port}")
+        self.sub.connect(f"tcp://127.0.0.1:{service.port_out}")
+
+    def send(self, payload, number=b"1", length=b"1"):
+        self.push.send_multipart([self.identity, payload, number, length])
+
+    def answer(self, seconds=20.0):
+        return self.sub.recv_multipart() if self.sub.poll(1000 * seconds) else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.context.destroy(linger=0)
 
 
 @contextmanager
@@ -93,6 +120,42 @@ def serving(model, *words, **how):
     finally:
         code, output = service.stop()
     assert code in (0, -signal.SIGKILL) and "Traceback" not in output, output
+
+
+class WebPage:
+    """A process of search.py serve, its output kept; temporary: the folder it takes for temporary files."""
+
+    def __init__(self, index, port, temporary, *words, **environment):
+        self.port, self.temporary, self.address = port, temporary, f"http://127.0.0.1:{port}"
+        self.log = tempfile.TemporaryFile("w+")                                 # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "search.py", "serve", "--index", index, "--port", str(port), *map(str, words)], cwd=ROOT,
+            stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **environment, "TMPDIR": str(temporary)})
+
+    def output(self):
+        self.log.seek(0)
+        return self.log.read()
+
+    def wait_until(self, what):
+        """Until it has said this."""
+        end = time.monotonic() + 180
+        while what not in self.output():
+            assert self.process.poll() is None and time.monotonic() < end, self.output()
+            time.sleep(0.05)
+
+
+@contextmanager
+def serving_page(index, port, temporary, *words, **environment):
+    """A page that answers; ended by SIGTERM."""
+    page = WebPage(index, port, temporary, *words, **environment)
+    try:
+        page.wait_until("The page is at")
+        yield page
+        page.process.terminate()
+        page.process.wait(60)
+    finally:
+        page.process.kill()
+        page.process.wait()
 
 
 class Misbehaving:

@@ -13,15 +13,12 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-import search
-
-from .conftest import picture, run_main, write_mitstates
+from .conftest import picture
 from .services import ROOT, free_ports
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -44,18 +41,12 @@ def tab(browser):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(WAIT)
     expect.set_options(timeout=WAIT)
-    wrong = []
+    page.wrong = wrong = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("dialog", lambda dialog: (wrong.append(f"dialog {dialog.message}"), dialog.dismiss()))
     yield page
     page.close()
     assert not wrong
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    root = tmp_path_factory.mktemp("run")
-    return run_main("mitstates", write_mitstates(root / "data"), root / "logs", num_iters=30, eval_frequency=0)
 
 
 @contextmanager
@@ -77,9 +68,9 @@ def program(address, *words):
         process.communicate(timeout=20)
 
 
-def test_tensorboard_shows_scalars_and_the_pictures_of_results(run, tab):
+def test_tensorboard_shows_scalars_and_the_pictures_of_results(trained, tab):
     (port,) = free_ports(1)
-    with program(port, "-m", "tensorboard.main", "--logdir", run.folder.parent, "--port", port, "--bind_all"):
+    with program(port, "-m", "tensorboard.main", "--logdir", trained.folder.parent, "--port", port, "--bind_all"):
         tab.goto(f"http://127.0.0.1:{port}/#timeseries")
         for title in ("soft_triplet", "test_recall_top10_correct_composition", "scale", "gradient_norm"):
             expect(tab.get_by_title(title, exact=True).first).to_be_attached()
@@ -92,26 +83,15 @@ def test_tensorboard_shows_scalars_and_the_pictures_of_results(run, tab):
         assert any(width > 600 and height > 500 for width, height, _ in sizes), sizes
 
 
-@pytest.fixture(scope="module")
-def gallery(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gallery")
-    for number in range(12):
-        picture(folder / "<b>x" / f"{number}.jpg")
-    (folder / "<b>x" / "11.jpg").rename(folder / "<b>x" / os.fsdecode(b"11\xe9.jpg"))       # a name that is no text
-    return folder
-
-
-@pytest.fixture(scope="module")
-def address(run, gallery, tmp_path_factory):
-    """Of search.py's page on twelve pictures, served by a process."""
-    out, (port,) = tmp_path_factory.mktemp("index") / "index", free_ports(1)
-    assert search.main(["index", "--model_checkpoint", str(run.checkpoint), "--images", str(gallery), "--out",
-                        str(out)]) == 0
-    with program(port, "search.py", "serve", "--index", out, "--port", port, "-k", 8):
-        yield f"http://127.0.0.1:{port}"
+@pytest.fixture
+def address(web_page):
+    return web_page.address
 
 
 def opened(tab, address):
+    """The page, which asks no other host for anything."""
+    tab.on("request", lambda request: request.url.startswith((address, "data:", "blob:"))
+           or tab.wrong.append(request.url))
     tab.goto(address)
     expect(grid(tab, "choice")).to_have_count(12)
     return tab
@@ -189,6 +169,37 @@ def test_what_cannot_be_searched_with_is_said_and_nothing_is_executed(tab, addre
     assert tab.locator("img[src='x']").count() == 0
 
 
+def test_names_and_texts_are_neither_markdown_nor_html(tab, address, tmp_path):
+    opened(tab, address)
+    tab.fill("#part textarea, #part input", "evil")
+    tab.click("button#others")
+    expect(grid(tab, "choice")).to_have_count(1)
+    grid(tab, "choice").nth(0).click()
+    expect(tab.locator("#status")).to_contain_text("picture is <b>x/![x](http:/evil.example/x.png).jpg: now")
+    ask(tab, "wet <img src=//evil.example/1> ![x](http://evil.example/2) **dog**")
+    expect(grid(tab, "results")).to_have_count(8)
+    expect(tab.locator("#trail")).to_contain_text("<img src=//evil.example/1> ![x](http://evil.example/2) **dog**")
+    name = "![x](http:&#47;&#47;evil.example&#47;3) **d** <b>b.jpg"
+    (tmp_path / name).write_text("no picture")
+    tab.set_input_files("#picture input[type=file]", tmp_path / name)
+    expect(tab.locator("#status")).to_contain_text(name)
+    expect(tab.locator(".toast-body, [data-testid=toast-body]").last).to_contain_text(name)
+    assert tab.locator("[src*='evil.example'], [href*='evil.example']").count() == 0
+
+
+def test_an_upload_is_removed_when_it_has_been_looked_at(tab, address, web_page, tmp_path):
+    opened(tab, address)
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "fine.png")
+    tab.set_input_files("#picture input[type=file]", tmp_path / "fine.png")
+    says(tab, "Now say what should change")
+    expect(tab.locator("#picture img")).to_be_visible()
+    tab.wait_for_function("document.querySelector('#picture img').naturalWidth == 256")     # the small copy
+    assert list(web_page.temporary.glob("*/uploads/*")) == []
+    for text, count in (("wet", 1), ("old", 2)):                                # asked about again and again
+        ask(tab, text)
+        expect(grid(tab, "trail")).to_have_count(count)
+
+
 def test_the_page_fits_a_phone(tab, address):
     tab.set_viewport_size({"width": 390, "height": 844})
     opened(tab, address)
@@ -263,14 +274,3 @@ def test_what_only_a_program_can_send_is_answered_too(address):
     hits = json.loads(post(address, "search_gallery", "<b>x/5.jpg", "wet \ud800", 12).split("data: ")[1])
     assert "<b>x/11\ufffd.jpg" in [hit["image"] for hit in hits[0]]
     assert "knows none of these words" in post(address, "search_gallery", "<b>x/5.jpg", "\ud800", 12)
-
-
-def test_a_port_in_use_is_one_line_and_nothing_is_left_behind(address, run, gallery, tmp_path):
-    out, port = tmp_path / "index", address.rsplit(":", 1)[1]
-    assert search.main(["index", "--model_checkpoint", str(run.checkpoint), "--images", str(gallery), "--out",
-                        str(out)]) == 0
-    (tmp_path / "tmp").mkdir()
-    done = subprocess.run([sys.executable, "search.py", "serve", "--index", out, "--port", port], cwd=ROOT, text=True,
-                          capture_output=True, check=False, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")})
-    assert done.returncode == 2 and "choose another --port" in done.stderr and "Traceback" not in done.stderr
-    assert list(Path(tmp_path / "tmp").iterdir()) == []

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,12 @@ import training
 from datasets import DATASETS
 from img_text_composition_models import MODELS
 from machine import distributed
+from machine.device import usable_cores
 from machine.errors import InputError
 from torch_function import LOSSES
 
 from . import together
-from .conftest import WRITERS, Run, flags, run_main
+from .conftest import WRITERS, Run, flags, run_main, write_mitstates
 from .test_resume import assert_same_run, saved_at, wait_for
 
 ROOT = Path(main.__file__).parent
@@ -37,7 +37,7 @@ def torchrun(processes, *words, restarts=0):
 
 def run(*command, code=0):
     """What the program's own lines on standard error say."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert bool(done.returncode) == bool(code), done.stderr
     return [line for line in done.stderr.splitlines() if line.startswith("main.py:")]
 
@@ -55,35 +55,53 @@ def alone(trees):
     return together.steps(trees)
 
 
-def results(processes, what, trees, out):
-    """What each process found."""
-    run(*torchrun(processes, "-m", "tests.together", what, trees, out))
-    return [torch.load(out / f"{what}{rank}.pt", weights_only=False) for rank in range(processes)]
+def results(processes, trees, out):
+    """What each process of a job found: {what: its result}."""
+    run(*torchrun(processes, "-m", "tests.together", trees, out))
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def two(trees, tmp_path_factory):
+    """What each of two processes found."""
+    return results(2, trees, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.long("a job of its own")), 2,
+                                        pytest.param(4, marks=pytest.mark.long("a job of its own"))])
+def found(request, trees, tmp_path_factory):
+    """What each of one, two and four processes found."""
+    if request.param == 2:
+        return request.getfixturevalue("two")
+    return results(request.param, trees, tmp_path_factory.mktemp("found"))
+
+
+def test_the_machines_cores_are_shared(found):
+    assert [each["threads"] for each in found] == [max(1, usable_cores() // len(found))] * len(found)
 
 
 def assert_same_step(found, expected):
     for what in ("losses", "gradients", "weights"):
         assert found[what].keys() == expected[what].keys()
         for name, value in expected[what].items():
-            torch.testing.assert_close(found[what][name], value, rtol=1e-4, atol=1e-6,
+            torch.testing.assert_close(found[what][name], value, rtol=1e-7, atol=1e-12,
                                        msg=lambda message, name=name: f"{name}: {message}")
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_losses_gradients_and_samples_are_those_of_one_process(trees, alone, tmp_path, processes):
+def test_losses_gradients_and_samples_are_those_of_one_process(alone, found):
     """For each composer and loss, batch norm's statistics held fixed."""
-    found = results(processes, "steps", trees, tmp_path)
-    samples = [sample for each in found for sample in each["samples"]]
+    steps = [each["steps"] for each in found]
+    samples = [sample for each in steps for sample in each["samples"]]
     assert [text for text, *_ in samples] == [text for text, *_ in alone["samples"]]
     for (_, *ours), (_, *theirs) in zip(samples, alone["samples"], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    for each in found:
+    for each in steps:
         sources = [source for _, source, _ in each["samples"]]
-        assert len(sources) == 8 // processes
+        assert len(sources) == 8 // len(found)
         assert all(torch.equal(a, b) for a, b in zip(sources[::2], sources[1::2], strict=True))     # pairs are whole
         for kind in KINDS:
             assert_same_step(each[kind], alone[kind])
-    assert all(alone[kind]["gradients"]["img_model.conv1.weight"].norm() > 0 for kind in KINDS)
+    assert all(alone[kind]["gradients"]["img_model.features.0.0.weight"].norm() > 0 for kind in KINDS)
 
 
 def halves(trees):
@@ -93,7 +111,7 @@ def halves(trees):
     for name in MODELS:
         parts = []
         for half in next(training.batches(split, 5, 0, 8, 0, together.CPU, parts=2)):
-            model = together.a_model(name, split.data).eval()
+            model = together.exact(together.a_model(name, split.data))
             optimizer = training.make_optimizer(model, 0, 0)
             losses = training.train_step(model, optimizer, "batch_based_classification", [half])
             parts.append((losses, {key: weight.grad for key, weight in model.named_parameters()}))
@@ -102,9 +120,9 @@ def halves(trees):
     return found
 
 
-def test_without_gather_each_process_has_its_own_negatives(trees, alone, tmp_path):
+def test_without_gather_each_process_has_its_own_negatives(trees, alone, two):
     expected = halves(trees)
-    for each in results(2, "apart", trees, tmp_path):
+    for each in (process["apart"] for process in two):
         for name in MODELS:
             kind = name, "batch_based_classification"
             assert_same_step({**each[kind], "weights": {}},
@@ -120,11 +138,9 @@ def test_accumulated_parts_are_as_steps_of_their_own(trees, alone):
                          {"losses": expected[name][0], "gradients": expected[name][1], "weights": {}})
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_tests_give_exactly_one_processs_metrics_and_decode_each_image_once(trees, tmp_path, processes):
-    (tmp_path / "one").mkdir()
-    expected = together.tests(trees, tmp_path / "one" / "cache")
-    for each in results(processes, "tests", trees, tmp_path):
+def test_tests_give_exactly_one_processs_metrics_and_decode_each_image_once(trees, found, tmp_path):
+    expected = together.tests(trees, tmp_path)
+    for each in (process["tests"] for process in found):
         for key, value in expected.items():
             if key not in ("composed",) and key[-1] != "queries":
                 assert each[key] == value, key
@@ -135,6 +151,7 @@ def test_tests_give_exactly_one_processs_metrics_and_decode_each_image_once(tree
         assert sum(each["composed"]) == expected["composed"][0] and min(each["composed"]) > 0
 
 
+@pytest.mark.long("a job for each benchmark")
 def test_a_trained_model_is_tested_by_several_as_by_one(benchmark_tree, tmp_path):
     """Through the program, where the batch size need not suit the processes."""
     name, path = benchmark_tree
@@ -147,10 +164,10 @@ def test_a_trained_model_is_tested_by_several_as_by_one(benchmark_tree, tmp_path
     assert only_run(tmp_path / "two").metrics == one.metrics
 
 
+@pytest.mark.long("a job of its own")
 def test_several_processes_train_on_sentence_vectors(fashion200k, tmp_path, minilm):
     """Of modifications, which are new in each epoch, kept in one file; nothing trains the LSTM."""
-    words = flags("fashion200k", fashion200k, tmp_path / "logs", **minilm.flags, num_iters=3, batch_size=8,
-                  learning_rate=0.001)
+    words = flags("fashion200k", fashion200k, tmp_path / "logs", **minilm.flags, num_iters=3, batch_size=8)
     run(*torchrun(2, "main.py", *words))
     found = only_run(tmp_path / "logs")
     assert found.metrics["it"] == 3 and len(list((fashion200k / "image_cache").glob("sentences_*.sqlite"))) == 1
@@ -183,7 +200,9 @@ def workers(process):
     return found
 
 
-SETTINGS = {"num_iters": 24, "save_frequency": 4, "eval_frequency": 7, "loader_num_workers": 2, "model": "composeAE"}
+# Two of MIT-States' pairs a process: one alone has one source image, twice, in which batch norm finds no variance, and
+# what is divided by nearly nothing, layer after layer, is no training.
+SETTINGS = {"num_iters": 24, "batch_size": 8, "save_frequency": 4, "eval_frequency": 7, "loader_num_workers": 2}
 
 
 def start(command, **how):
@@ -195,6 +214,7 @@ def only_run(log_dir):
     return Run(folder)
 
 
+@pytest.mark.long("three jobs' starts")
 def test_a_job_that_loses_a_process_starts_again_and_ends_as_if_it_had_not(mitstates, tmp_path):
     """kill -9 of each process in turn; dropout is on, and batch norm each process's own."""
     run(*torchrun(2, "main.py", *flags("mitstates", mitstates, tmp_path / "whole", **SETTINGS)))
@@ -203,11 +223,12 @@ def test_a_job_that_loses_a_process_starts_again_and_ends_as_if_it_had_not(mitst
     for rank, it in ((1, 4), (0, 12)):
         wait_for(lambda it=it: saved_at(tmp_path / "killed") >= it, job)
         os.kill(workers(job)[rank], signal.SIGKILL)
-    said = job.communicate(timeout=120)[1]
+    said = job.communicate(timeout=600)[1]
     assert job.returncode == 0, said
     assert_same_run(only_run(tmp_path / "killed"), only_run(tmp_path / "whole"))
 
 
+@pytest.mark.long("two jobs' starts, twice")
 def test_two_machines_find_together_again(mitstates, tmp_path):
     """Two torchruns as on two machines, of which one loses its process: their counts of restarts then differ."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -219,32 +240,34 @@ def test_two_machines_find_together_again(mitstates, tmp_path):
     wait_for(lambda: saved_at(tmp_path / "logs") >= 4, machines[0])
     (lost,) = [found[0] for found in map(workers, machines) if 0 in found]
     os.kill(lost, signal.SIGKILL)
-    said = [machine.communicate(timeout=150)[1] for machine in machines]
+    said = [machine.communicate(timeout=600)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     found = only_run(tmp_path / "logs")
     assert found.metrics["it"] == 24
     assert [step for step, _ in found.scalars()["soft_triplet"]] == list(range(1, 25))
 
 
-def test_a_run_goes_on_with_more_and_with_fewer_processes(mitstates, tmp_path):
-    settings = {**SETTINGS, "model": "tirg", "batch_size": 8, "eval_frequency": 0, "resume": "auto"}
+@pytest.mark.long("three jobs")
+def test_a_run_goes_on_with_more_and_with_fewer_processes(tmp_path):
+    path = write_mitstates(tmp_path / "data", images=6)
+    settings = {**SETTINGS, "model": "tirg", "batch_size": 16, "eval_frequency": 0, "resume": "auto"}
     for processes, num_iters in ((2, 3), (4, 6), (1, 9)):
-        words = flags("mitstates", mitstates, tmp_path / "logs", **settings | {"num_iters": num_iters})
+        words = flags("mitstates", path, tmp_path / "logs", **settings | {"num_iters": num_iters})
         run(*torchrun(processes, "main.py", *words))
     found = only_run(tmp_path / "logs")
     assert found.metrics["it"] == 9
     assert [step for step, _ in found.scalars()["soft_triplet"]] == list(range(1, 10))
 
 
+@pytest.mark.long("a job of its own")
 def test_a_lost_process_ends_the_job_with_its_reason(mitstates, tmp_path):
     job = start(torchrun(2, "main.py", *flags("mitstates", mitstates, tmp_path / "logs", **SETTINGS | {
         "num_iters": 100_000})))
     wait_for(lambda: saved_at(tmp_path / "logs") >= 4, job)
     lost = workers(job)[1]
-    began = time.monotonic()
     os.kill(lost, signal.SIGKILL)
-    said = job.communicate(timeout=60)[1]
-    assert time.monotonic() - began < 60 and job.returncode != 0
+    said = job.communicate(timeout=600)[1]
+    assert job.returncode != 0
     assert f"Signal 9 (SIGKILL) received by PID {lost}" in said
     assert "main.py: error: another process of the job ended" in said
     assert checkpoint.load(next((tmp_path / "logs").iterdir()) / checkpoint.LATEST)["it"] >= 4
@@ -255,12 +278,13 @@ def test_asked_to_stop_all_stop_in_one_step_and_one_saves(mitstates, tmp_path):
     job = start(torchrun(2, "main.py", *words))
     wait_for(lambda: saved_at(tmp_path / "logs") >= 4, job)
     job.send_signal(signal.SIGTERM)
-    said = job.communicate(timeout=60)[1]
+    said = job.communicate(timeout=600)[1]
     lines = [line for line in said.splitlines() if line.startswith("main.py:")]
     assert len(lines) == 1 and re.fullmatch(r"main.py: .*; saved at iteration (\d+), go on with --resume .*", lines[0])
     assert f"saved at iteration {saved_at(tmp_path / 'logs')}," in lines[0]
 
 
+@pytest.mark.long("three jobs")
 def test_bad_input_is_said_once(mitstates, tmp_path):
     words = flags("mitstates", mitstates, tmp_path / "logs", image_cache="none")
     assert len(run(*torchrun(2, "main.py", *words, "--loss=none"), code=2)) == 1
@@ -269,6 +293,7 @@ def test_bad_input_is_said_once(mitstates, tmp_path):
     assert len(run(*torchrun(2, "main.py", *words, f"--dataset_path={tmp_path / 'empty'}"), code=2)) == 1
 
 
+@pytest.mark.long("two jobs")
 def test_a_broken_image_ends_a_job_in_its_line_after_a_checkpoint(mitstates, tmp_path):
     (mitstates / "images" / "old dog" / "1.jpg").write_bytes(b"no image")
     words = flags("mitstates", mitstates, tmp_path / "logs", image_cache="none", num_iters=100, eval_frequency=0)
@@ -278,13 +303,3 @@ def test_a_broken_image_ends_a_job_in_its_line_after_a_checkpoint(mitstates, tmp
     assert checkpoint.load(next((tmp_path / "logs").iterdir()) / checkpoint.LATEST)["it"] >= 0
     lines = run(*torchrun(2, "main.py", *words, "--skip_bad_images", "--num_iters=2", "--comment=_s"))
     assert lines == []
-
-
-def test_the_machines_cores_are_shared(mitstates, tmp_path):
-    program = tmp_path / "threads.py"
-    program.write_text("import torch\nfrom machine import device, distributed\n"
-                       "device.set_up(torch.device('cpu'), 'fp32', distributed.local_world())\n"
-                       "print(torch.get_num_threads())")
-    done = subprocess.run(torchrun(2, program), cwd=ROOT, capture_output=True, text=True, check=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.stdout.split() == [str(max(1, len(os.sched_getaffinity(0)) // 2))] * 2

@@ -23,7 +23,7 @@ from machine.errors import InputError
 from machine.image_store import ImageStore
 from text_model import SimpleVocab
 
-from .conftest import flags, picture, run_main
+from .conftest import flags, picture, run_main, some
 
 TOWER = {"embed_dim": 24,
          "vision_cfg": {"image_size": 48, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
@@ -199,10 +199,10 @@ def searched(run, images, out, capsys):
     return query, json.loads(capsys.readouterr().out)["results"]
 
 
-@pytest.mark.parametrize("name", ["timm:test_vit", "open_clip:tiny-tower"])
+@pytest.mark.parametrize("name", some(["timm:test_vit", "open_clip:tiny-tower"]))
 def test_one_of_each_is_trained_resumed_tested_indexed_and_searched(name, mitstates, tower, tmp_path, capsys):
     weights = str(tower[0]) if name.startswith("open_clip") else "none"
-    changes = {"image_encoder": name, "image_weights": weights, "image_size": None, "learning_rate": 1e-3}
+    changes = {"image_encoder": name, "image_weights": weights, "image_size": None}
     run = run_main("mitstates", mitstates, tmp_path / "logs", **changes)
     changes["num_iters"] = 5
     assert main.main(flags("mitstates", mitstates, tmp_path / "logs", resume=run.checkpoint, **changes)) == 0

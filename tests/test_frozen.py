@@ -15,13 +15,15 @@ from datasets import DATASETS
 from img_text_composition_models import Recipe
 from machine.errors import InputError
 from machine.feature_store import FeatureStore
+from machine.folder_lock import FolderLock
 from machine.image_store import ImageStore
 from test_retrieval import evaluate
 from training import make_optimizer, rate_at
 
-from .conftest import flags, picture, run_main
+from .conftest import WRITERS, flags, picture, run_main, some
 
-FROZEN = {"freeze_image_encoder": True, "image_encoder": "shufflenet_v2_x0_5", "image_size": 64, "learning_rate": 1e-3}
+FROZEN = {"freeze_image_encoder": True, "eval_frequency": 0}
+HEAD = "img_model.classifier.3."        # of conftest's encoder
 
 
 class Bar:
@@ -166,11 +168,12 @@ def encoded(monkeypatch):
 
 def backbone_of(path):
     state = torch.load(path, weights_only=True)["model_state_dict"]
-    return {name: value for name, value in state.items() if name.startswith("img_model.") and ".fc." not in name}
+    return {name: value for name, value in state.items() if name.startswith("img_model.") and not name.startswith(HEAD)}
 
 
-def test_a_frozen_run_learns_all_but_the_backbone_and_encodes_once(benchmark_tree, tmp_path, monkeypatch):
-    dataset, path = benchmark_tree
+@pytest.mark.parametrize("dataset", some(["mitstates", "fashion200k", "fashionIQ"]))
+def test_a_frozen_run_learns_all_but_the_backbone_and_encodes_once(dataset, tmp_path, monkeypatch):
+    path = WRITERS[dataset](tmp_path / dataset)
     seen = encoded(monkeypatch)
     run = run_main(dataset, path, tmp_path / "logs", **FROZEN)
     count = sum(seen)
@@ -181,12 +184,13 @@ def test_a_frozen_run_learns_all_but_the_backbone_and_encodes_once(benchmark_tre
     first, last = (torch.load(each.checkpoint, weights_only=True)["model_state_dict"] for each in (short, run))
     moved = {name for name in first if not torch.equal(first[name], last[name])}
     assert not any(name in moved for name in backbone_of(run.checkpoint))
-    assert {"img_model.fc.0.weight", "a", "normalization_layer.norm_s"} <= moved
+    assert {f"{HEAD}0.weight", "a", "normalization_layer.norm_s"} <= moved
     model = checkpoint.rebuild_model(run.checkpoint)
-    found = evaluate(model, splits[1], ImageStore(splits[1].paths, 64))["model"]
+    found = evaluate(model, splits[1], ImageStore(splits[1].paths, 32))["model"]
     assert found == pytest.approx(run.metrics["test"], abs=0.03)                # the whole encoder, of pixels
 
 
+@pytest.mark.long("four runs")
 def test_a_resumed_frozen_run_ends_as_one_that_was_not_stopped(mitstates, tmp_path, monkeypatch):
     changes = {**FROZEN, "optimizer": "adamw", "schedule": "cosine", "warmup": 2, "num_iters": 6}
     whole = run_main("mitstates", mitstates, tmp_path / "logs", comment="_whole", **changes)
@@ -199,9 +203,10 @@ def test_a_resumed_frozen_run_ends_as_one_that_was_not_stopped(mitstates, tmp_pa
         if it == 3:
             raise OSError("stopped here")
     monkeypatch.setattr(checkpoint, "save", stop)
-    with pytest.raises(OSError, match="stopped here"):
+    with FolderLock() as lock, pytest.raises(OSError, match="stopped here"):
         main.run(main.get_parser().parse_args(flags("mitstates", mitstates, tmp_path / "logs", comment="_stopped",
-                                                    save_frequency=3, **changes)), main.Stopping(), torch.device("cpu"))
+                                                    save_frequency=3, **changes)), main.Stopping(),
+                 torch.device("cpu"), lock)
     monkeypatch.undo()
     (stopped,) = (tmp_path / "logs").glob("*_stopped")
     assert main.main(flags("mitstates", mitstates, tmp_path / "logs", comment="_stopped", resume="auto",
@@ -222,6 +227,7 @@ def test_a_frozen_runs_model_is_tested_and_searched_without_any_flag_of_it(mitst
     assert "rank   score  image" in capsys.readouterr().out
 
 
+@pytest.mark.long("two runs")
 def test_a_checkpoint_trained_whole_may_be_frozen_and_that_is_said(mitstates, tmp_path, caplog):
     whole = run_main("mitstates", mitstates, tmp_path / "logs", **{**FROZEN, "freeze_image_encoder": False})
     with caplog.at_level(logging.WARNING):
@@ -242,7 +248,7 @@ def test_rates_by_schedule_and_warmup():
 
 
 def test_adamw_has_the_groups_and_rates_of_sgd():
-    model = Recipe("tirg", "shufflenet_v2_x0_5", 64, 12, "lstm", 8, {"<UNK>": 0}).build()
+    model = Recipe("tirg", "mobilenet_v3_small", 32, 12, "lstm", 8, {"<UNK>": 0}).build()
     adamw, sgd = (make_optimizer(model, 0.01, 1e-4, kind) for kind in ("adamw", "sgd"))
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(sgd, torch.optim.SGD)
     for ours, theirs in zip(adamw.param_groups, sgd.param_groups, strict=True):

@@ -8,9 +8,9 @@ from torch import nn
 from image_encoders import encoder_head, image_encoder, load_image_weights
 from img_text_composition_models import MODELS
 from machine.errors import InputError
-from main import parameter_groups
 from text_model import SimpleVocab
 from torch_function import composition_losses
+from training import parameter_groups
 
 from . import golden
 

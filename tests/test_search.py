@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -25,7 +24,10 @@ import search
 from machine.errors import InputError
 from machine.image_store import decode, normalize_images
 from machine.stopping import Stopped
-from searching.gallery import Gallery, ImageList, build, rank, read_picture
+from searching.build import build
+from searching.gallery import Gallery, read_picture
+from searching.image_list import ImageList
+from searching.ranking import rank
 
 from .conftest import picture, run_main, write_mitstates
 from .services import ROOT, serving, write_bert
@@ -185,7 +187,7 @@ def test_a_killed_index_process_loses_no_more_than_a_batch(trained, tmp_path):
 def held(out):
     try:
         return len(ImageList(out / "images.sqlite"))
-    except sqlite3.OperationalError:                                            # not yet made
+    except InputError:                                                          # not yet made
         return 0
 
 
@@ -298,7 +300,7 @@ def test_bad_input_is_one_line_and_code_2(trained, images, index, tmp_path, caps
     assert sorted(images.rglob("*")) == before
 
 
-@pytest.mark.parametrize("damaged", ["model.pth", "images.sqlite", "index.faiss"])
+@pytest.mark.parametrize("damaged", ["model.pth", "images.sqlite"])            # of index.faiss: test_index_safety
 @pytest.mark.parametrize("content", [b"", b"nonsense" * 1000])
 def test_a_damaged_index_is_one_line(index, images, tmp_path, capsys, damaged, content):
     shutil.copytree(index, tmp_path / "out")

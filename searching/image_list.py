@@ -1,0 +1,321 @@
+"""The list of an index's images: an SQLite file, checked before it is believed, whoever made it.
+
+Its schema is exactly ours, no row is believed that its checksum does not fit, and whoever only asks cannot change it.
+A process killed at any moment leaves whole entries.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from machine.checksums import digest
+from machine.errors import InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
+ROWS_AT_ONCE = 10_000                   # of features, in reading them all
+SMALLEST_ROW = 16                       # bytes of the file that an image takes at the very least
+SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")                               # ends a journal that names another file
+SCHEMA = ("CREATE TABLE folder (path BLOB, changes INT, checksum TEXT)",        # one row; changes of the list so far
+          "CREATE TABLE images (id INTEGER PRIMARY KEY AUTOINCREMENT, path BLOB UNIQUE, bytes INT, modified_ns INT, "
+          "feature BLOB, checksum TEXT)",
+          # The index's other files; changes: of the list, when they were made.
+          "CREATE TABLE files (name TEXT PRIMARY KEY, checksum TEXT, changes INT)")
+BEFORE_CHECKSUMS = ("CREATE TABLE folder (path BLOB)", "CREATE TABLE images (id INTEGER PRIMARY KEY AUTOINCREMENT, "
+                    "path BLOB UNIQUE, bytes INT, modified_ns INT, feature BLOB)")
+
+
+class Doubtful(ValueError):
+    """A row that is not what was written, or nothing that we would write."""
+
+
+@dataclass
+class Entry:
+    """An image: its path below the folder, its file's version (bytes, time of change in ns), its feature's bytes."""
+    number: int
+    path: str
+    version: tuple[int, int]
+    feature: bytes
+
+
+@cache
+def schema(tables: Sequence[str]) -> frozenset[tuple]:
+    """What SQLite notes of these tables."""
+    with closing(sqlite3.connect(":memory:")) as database:
+        for table in tables:
+            database.execute(table)
+        return frozenset(database.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"))
+
+
+def checksum(number: int, path: bytes, length: int, modified: int, feature: bytes) -> str:
+    return digest([b"%d %d %d " % (number, length, modified), path, b"\0", feature])
+
+
+def folder_checksum(path: bytes, changes: int) -> str:
+    return digest([path, b"\0%d" % changes])
+
+
+def lies_below(path: bytes) -> bool:
+    """Whether it could be an image's below a folder: neither absolute nor leading out, with an image's ending."""
+    return (not path.startswith(b"/") and b"\0" not in path and b".." not in path.split(b"/")
+            and path.lower().endswith(tuple(map(str.encode, SUFFIXES))))
+
+
+def checked(row: tuple) -> Entry:
+    """(id, path, bytes, modified_ns, feature, checksum or None where there are none) as an entry. Raises Doubtful."""
+    number, path, length, modified, feature, noted = row
+    kinds = [type(value) for value in row[:5]]
+    if kinds != [int, bytes, int, int, bytes] or number < 1 or len(feature) % 4 or not feature:
+        raise Doubtful("an entry is of the wrong kind")
+    if not lies_below(path):
+        raise Doubtful(f"its path {os.fsdecode(path)!r} is none of an image in the folder")
+    if noted is not None and noted != checksum(number, path, length, modified, feature):
+        raise Doubtful("an entry is not what its checksum says")
+    return Entry(number, os.fsdecode(path), (length, modified), feature)
+
+
+class ImageList:
+    """The images of an index. All that is asked raises InputError where the file is damaged, or none of ours.
+
+    An id is never given twice, so that a ranking older than the list names no wrong image.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @contextmanager
+    def opened(self, mode: str = "ro") -> Iterator[tuple[sqlite3.Connection, bool]]:
+        """A connection to the list, with its schema checked, and whether it has checksums; mode: ro, rw, or rwc to
+        make a new one."""
+        with self.telling(), closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", timeout=30,
+                                                     uri=True, isolation_level=None)) as database:
+            database.execute("PRAGMA trusted_schema = OFF")
+            found = frozenset(database.execute("SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT 20"))
+            if mode == "rwc" and not found:
+                with database:
+                    database.execute("BEGIN IMMEDIATE")
+                    for table in SCHEMA:
+                        database.execute(table)
+            elif found not in (schema(SCHEMA), schema(BEFORE_CHECKSUMS)):
+                raise Doubtful("its tables are none of ours")
+            yield database, found != schema(BEFORE_CHECKSUMS)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """What SQLite complains of, and what is doubtful, in a user's words."""
+        try:
+            yield
+        except Doubtful as doubt:
+            raise InputError(f"{self.path} is damaged, or none of this program's ({doubt}); remove "
+                             f"{self.path.parent} and make it again with search.py index") from None
+        except sqlite3.Error as error:
+            kind = getattr(error, "sqlite_errorname", None) or ""
+            if kind.startswith("SQLITE_BUSY"):
+                said = f"{self.path} is being changed by another process; try it again"
+            elif kind == "SQLITE_READONLY_ROLLBACK" or (kind.startswith("SQLITE_CANTOPEN") and self.journal().exists()):
+                said = f"{self.path} is in the middle of a change that was stopped; search.py index goes on"
+            elif kind.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):
+                said = f"cannot use {self.path} ({error}); make room, or see that it may be read and written"
+            else:
+                said = (f"{self.path} is damaged ({error}); remove {self.path.parent} and make it again with "
+                        "search.py index")
+            raise InputError(said) from None
+
+    def journal(self) -> Path:
+        return Path(f"{self.path}-journal")
+
+    @contextmanager
+    def changing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that changes the list, whole or not at all."""
+        with self.opened("rw") as (database, has_checksums), database:
+            database.execute("BEGIN IMMEDIATE")
+            path, changes = self.folder_row(database, has_checksums)
+            database.execute("UPDATE folder SET changes = ?, checksum = ?",
+                             (changes + 1, folder_checksum(path, changes + 1)))
+            yield database
+
+    def create(self, folder: Path) -> bool:
+        """Make the list where there is none, with checksums where it has none yet; whether these were added.
+
+        Raises InputError where the list is another folder's, or may not be written to.
+        """
+        if self.journal().exists() and self.journal().read_bytes()[-8:] == SUPER_JOURNAL:
+            raise InputError(f"{self.journal()} is none of this program's; remove it")
+        with self.opened("rwc") as (database, has_checksums), database:
+            database.execute("BEGIN IMMEDIATE")
+            if not has_checksums:
+                self.add_checksums(database)
+            if not database.execute("SELECT 1 FROM folder").fetchone():
+                path = os.fsencode(folder)
+                database.execute("INSERT INTO folder VALUES (?, 0, ?)", (path, folder_checksum(path, 0)))
+        if self.folder() != folder:
+            raise InputError(f"{self.path.parent} is the index of {self.folder()}; give another folder's its own --out")
+        return not has_checksums
+
+    def add_checksums(self, database: sqlite3.Connection) -> None:
+        """To a list that was made before there were any."""
+        path, _ = self.folder_row(database, False)
+        last = database.execute("SELECT seq FROM sqlite_sequence WHERE name = 'images'").fetchone()
+        database.execute("DROP TABLE folder")
+        database.execute("ALTER TABLE images RENAME TO older")
+        for table in SCHEMA:
+            database.execute(table)
+        database.execute("INSERT INTO folder VALUES (?, 0, ?)", (path, folder_checksum(path, 0)))
+        for row in database.execute("SELECT id, path, bytes, modified_ns, feature, NULL FROM older ORDER BY id"):
+            checked(row)
+            database.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", (*row[:5], checksum(*row[:5])))
+        database.execute("DROP TABLE older")
+        if last and isinstance(last[0], int):
+            database.execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'images'", last)
+
+    @staticmethod
+    def folder_row(database: sqlite3.Connection, has_checksums: bool) -> tuple[bytes, int]:
+        """The folder's path, and how many changes the list has seen. Raises Doubtful."""
+        columns = "path, changes, checksum" if has_checksums else "path, 0, NULL"
+        rows = database.execute(f"SELECT {columns} FROM folder LIMIT 2").fetchall()
+        if len(rows) != 1 or [type(value) for value in rows[0][:2]] != [bytes, int]:
+            raise Doubtful("it does not say its folder")
+        path, changes, noted = rows[0]
+        if has_checksums and noted != folder_checksum(path, changes):
+            raise Doubtful("its folder is not what its checksum says")
+        if not path.startswith(b"/") or b"\0" in path or set(path.split(b"/")[1:]) & {b"", b"..", b"."}:
+            raise Doubtful(f"its folder {os.fsdecode(path)!r} is none that could be indexed")
+        return path, changes
+
+    def state(self) -> tuple[Path, int]:
+        """The folder whose images are listed, and how many changes the list has seen."""
+        with self.opened() as (database, has_checksums):
+            path, changes = self.folder_row(database, has_checksums)
+            return Path(os.fsdecode(path)), changes
+
+    def folder(self) -> Path:
+        return self.state()[0]
+
+    def note_file(self, name: str, content: str, changes: int | None = None) -> None:
+        """Keep the checksum of another of the index's files, made when the list had seen so many changes."""
+        with self.opened("rw") as (database, _), database:
+            database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (name, content, changes))
+
+    def file_note(self, name: str) -> tuple[str | None, int | None]:
+        """The checksum of another of the index's files, and the changes of the list when it was made; None where that
+        was never noted."""
+        with self.opened() as (database, has_checksums):
+            asked = "SELECT checksum, changes FROM files WHERE name = ?"
+            return (has_checksums and database.execute(asked, (name,)).fetchone()) or (None, None)
+
+    def has_checksums(self) -> bool:
+        with self.opened() as (_, has_checksums):
+            return has_checksums
+
+    def rows(self, where: str, values: Sequence = ()) -> Iterator[tuple]:
+        """Rows as `checked` takes them; ids rise, or the file is damaged: so a file that leads in circles is left."""
+        with self.opened() as (database, has_checksums):
+            columns = f"id, path, bytes, modified_ns, feature, {'checksum' if has_checksums else 'NULL'}"
+            last = 0
+            for row in database.execute(f"SELECT {columns} FROM images WHERE {where} ORDER BY id", values):
+                if has_checksums and row[5] is None:
+                    row = (*row[:5], "")
+                if not isinstance(row[0], int) or row[0] <= last:
+                    raise Doubtful("its ids are in no order")
+                last = row[0]
+                yield row
+
+    def entries(self, where: str, values: Sequence = ()) -> list[Entry]:
+        with self.telling():
+            return [checked(row) for row in self.rows(where, values)]
+
+    def held(self) -> tuple[dict[str, tuple[int, tuple[int, int]]], list[int]]:
+        """Of all entries, path -> (id, version); and the ids of damaged ones."""
+        whole, damaged = {}, []
+        for row in self.rows("true"):
+            try:
+                entry = checked(row)
+                if entry.path in whole:
+                    raise Doubtful("an image is listed twice")
+                whole[entry.path] = entry.number, entry.version
+            except Doubtful:
+                damaged.append(row[0])
+        return whole, damaged
+
+    def __len__(self) -> int:
+        with self.opened() as (database, _):
+            return database.execute("SELECT count(*) FROM (SELECT 1 FROM images LIMIT ?)", (self.most(),)).fetchone()[0]
+
+    def most(self) -> int:
+        """More images than a file of this size can hold."""
+        return self.path.stat().st_size // SMALLEST_ROW
+
+    def add(self, entries: list[tuple[str, tuple[int, int]]], features: np.ndarray) -> None:
+        """Images with their files' versions, each in the place of an earlier one of its path."""
+        with self.changing() as database:
+            last = database.execute("SELECT max(coalesce((SELECT max(id) FROM images), 0), coalesce((SELECT seq FROM "
+                                    "sqlite_sequence WHERE name = 'images'), 0))").fetchone()[0]
+            paths = [os.fsencode(path) for path, _ in entries]
+            rows = [(number, path, *version, row.astype("<f4").tobytes()) for number, (path, (_, version), row) in
+                    enumerate(zip(paths, entries, features, strict=True), start=last + 1)]
+            database.executemany("DELETE FROM images WHERE path = ?", [(path,) for path in paths])
+            database.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", [(*row, checksum(*row))
+                                                                                 for row in rows])
+
+    def remove(self, numbers: Sequence[int]) -> None:
+        with self.changing() as database:
+            database.executemany("DELETE FROM images WHERE id = ?", [(number,) for number in numbers])
+
+    def features(self, numbers: Sequence[int], dim: int | None = None) -> tuple[list[int], np.ndarray]:
+        """Those of these ids that are listed, in order, and their features (n, D); dim: what D has to be."""
+        found = []
+        for start in range(0, len(numbers), ROWS_AT_ONCE):
+            part = sorted({int(number) for number in numbers[start:start + ROWS_AT_ONCE]})
+            found += self.entries(f"id IN ({','.join('?' * len(part))})", part)
+        with self.telling():
+            return [entry.number for entry in found], unpacked(found, dim)
+
+    def all_features(self, every: int = 1, dim: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids (n,) and features (n, D) of all images, or of about one in `every`, some thousand at a time."""
+        rows, part = self.rows("id % ? = 0", (every,)), []
+        with self.telling():
+            for row in rows:
+                part.append(checked(row))
+                if len(part) == ROWS_AT_ONCE:
+                    yield np.array([entry.number for entry in part]), unpacked(part, dim)
+                    part = []
+            if part:
+                yield np.array([entry.number for entry in part]), unpacked(part, dim)
+
+    def path_of(self, number: int) -> str | None:
+        found = self.entries("id = ?", (number,))
+        return found[0].path if found else None
+
+    def id_of(self, path: str) -> int | None:
+        """Of the image of this path; one that is no text has none that a program could ask for."""
+        found = self.entries("path = ?", (path.encode("utf-8", "surrogatepass"),))
+        return found[0].number if found else None
+
+    def some(self, count: int, part: str = "") -> list[int]:
+        """Ids of some images, drawn anew each time, whose paths hold this text."""
+        with self.opened() as (database, _):
+            return [number for number, in database.execute(
+                "SELECT id FROM (SELECT id, path FROM images LIMIT ?) WHERE instr(path, ?) ORDER BY random() LIMIT ?",
+                (self.most(), part.encode("utf-8", "surrogatepass"), count))]
+
+    def ids(self) -> list[int]:
+        """Of all images, in the order of their paths."""
+        with self.opened() as (database, _):
+            return [number for number, in database.execute("SELECT id FROM images ORDER BY path LIMIT ?",
+                                                           (self.most(),))]
+
+
+def unpacked(entries: Sequence[Entry], dim: int | None) -> np.ndarray:
+    """Their features (n, D). Raises Doubtful where they are of several sizes or of another, or not finite."""
+    sizes = {len(entry.feature) // 4 for entry in entries}
+    if len(sizes | {dim or size for size in sizes}) > 1:
+        raise Doubtful(f"features of {' and '.join(map(str, sorted(sizes)))} values" + f", not {dim}" * bool(dim))
+    features = np.frombuffer(b"".join(entry.feature for entry in entries), "<f4")
+    if not np.isfinite(features).all():
+        raise Doubtful("features that are not finite")
+    return features.reshape(len(entries), -1 if entries else 0)

@@ -1,0 +1,188 @@
+"""An index loses nothing to a failure, and believes nothing that is damaged or a stranger's."""
+
+import os
+import random
+import re
+import shutil
+import sqlite3
+
+import pytest
+
+import search
+from machine.errors import InputError
+from searching.gallery import Gallery
+from searching.image_list import BEFORE_CHECKSUMS, ImageList
+
+from .conftest import picture
+from .index_faults import FILES, by_hand, circles, copied, execute, flip, folder_is, write_model
+from .test_search import CPU, made, quiet  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("safety") / "model.pth")
+
+
+@pytest.fixture(scope="module")
+def first(trained, tmp_path_factory):
+    """Twelve pictures in three folders, and their index."""
+    root = tmp_path_factory.mktemp("first")
+    for number in range(4):
+        for folder in ("", "a", "a/b"):
+            picture(root / "images" / folder / f"{number}.jpg")
+    made(trained, root / "images", root / "out")
+    return root
+
+
+@pytest.fixture
+def both(first, tmp_path):
+    """A folder and its index, to be spoilt."""
+    folder = shutil.copytree(first / "images", tmp_path / "images", copy_function=shutil.copy2)
+    copied(first / "out", tmp_path / "out")
+    folder_is(tmp_path / "out", os.fsencode(folder.resolve()))
+    return folder, tmp_path / "out"
+
+
+def paths(out):
+    images = ImageList(out / "images.sqlite")
+    return {images.path_of(number) for number in images.ids()}
+
+
+def answer(out, image):
+    opened = Gallery(out, CPU)
+    return [(hit.path, hit.score) for hit in opened.search(opened.picture(image), "", 12)[0]]
+
+
+@pytest.mark.parametrize("gone", ["everything", "most"])
+def test_an_index_is_not_emptied_by_a_disk_that_is_not_there(trained, both, gone, capsys):
+    folder, out = both
+    before = paths(out)
+    for path in list(folder.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif gone == "everything" or path.name != "0.jpg":
+            path.unlink()
+    if gone == "most":
+        for number in range(4):
+            picture(folder / "a" / f"new{number}.jpg")
+        (folder / "a" / "b").mkdir()
+        picture(folder / "a" / "b" / "new.jpg")
+    words = ["index", "--model_checkpoint", trained, "--images", folder, "--out", out]
+    assert search.main([str(word) for word in words]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and re.search("is empty.*stay" if gone == "everything" else "--prune", err), err
+    assert paths(out) == before
+    if gone == "most":
+        assert search.main([str(word) for word in [*words, "--prune"]]) == 0
+        assert paths(out) == {"0.jpg", "a/b/new.jpg", *(f"a/new{number}.jpg" for number in range(4))}
+
+
+@pytest.mark.parametrize("how", ["gone", "empty", "linked"])
+def test_a_folder_that_is_not_there_for_a_moment_costs_nothing(trained, both, tmp_path, how, caplog):
+    folder, out = both
+    before = paths(out)
+    (folder / "a").rename(tmp_path / "elsewhere")
+    if how == "empty":
+        (folder / "a").mkdir()
+    elif how == "linked":
+        (folder / "a").symlink_to(tmp_path / "elsewhere")
+    built = made(trained, folder, out)
+    assert paths(out) == before and built.new == 0 and "8 images are not to be found, but stay" in caplog.text
+    assert ("1 linked folder not followed" in built.summary) == (how == "linked")
+    made_again = search.main(["index", "--model_checkpoint", str(trained), "--images", str(folder), "--out", str(out),
+                              "--prune"])
+    assert made_again == 0 and paths(out) == {f"{number}.jpg" for number in range(4)}
+
+
+def test_a_few_images_removed_on_purpose_go_and_a_broken_change_keeps_the_old_feature(trained, both, caplog):
+    folder, out = both
+    (folder / "a" / "0.jpg").unlink()
+    (folder / "a" / "1.jpg").unlink()
+    (folder / "2.jpg").write_bytes(b"half a picture")
+    built = made(trained, folder, out)
+    assert built.images == 10 and "its earlier feature stays" in built.broken["2.jpg"]
+    assert "a/0.jpg" not in paths(out) and "2.jpg" in paths(out)
+
+
+def test_all_that_is_left_out_is_counted_by_kind(trained, tmp_path):
+    folder = tmp_path / "images"
+    for name in ("good.jpg", ".hidden.jpg", "._good.jpg"):
+        picture(folder / name)
+    picture(tmp_path / "outside" / "x.jpg")
+    (folder / "half.png").write_bytes(b"half")
+    (folder / "notes.txt").touch()
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "out.jpg").symlink_to(tmp_path / "outside" / "x.jpg")
+    (folder / "linked").symlink_to(tmp_path / "outside")
+    os.mkfifo(folder / "pipe.jpg")
+    built = made(trained, folder, tmp_path / "out")
+    assert built.summary == ("4 left out (1 broken image, 1 broken link, 1 link out of the folder, 1 not a regular "
+                             "file), 1 linked folder not followed, 2 hidden images, 1 other file")
+    assert built.left_out["loop.jpg"] == "a link to itself" and built.images == 1
+
+
+def test_nothing_is_written_through_links(trained, first, tmp_path):
+    out = copied(first / "out", tmp_path / "out")
+    (tmp_path / "mine").write_text("mine")
+    (out / "index.faiss.unfinished").symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match="not a regular file"):
+        made(trained, first / "images", out)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_flipped_bit_is_believed(first, tmp_path, name, caplog):
+    right, rng = answer(first / "out", first / "images" / "0.jpg"), random.Random(1)
+    length = (first / "out" / name).stat().st_size
+    for _ in range(8):
+        out = copied(first / "out", tmp_path / "out")
+        flip(out / name, rng.randrange(8 * length))
+        caplog.clear()
+        try:
+            assert answer(out, first / "images" / "0.jpg") == right
+            assert name == "images.sqlite" or "made again from the list" in caplog.text
+        except InputError as error:
+            assert "\n" not in str(error) and name != "index.faiss"
+
+
+def test_an_index_without_checksums_opens_with_a_note_and_is_given_them(trained, both, caplog):
+    folder, out = both
+    right = answer(out, folder / "0.jpg")
+    images = [f"INSERT INTO images SELECT {columns} FROM {table}" for columns, table in
+              (("id, path, bytes, modified_ns, feature", "newer"),)]
+    execute(out, "ALTER TABLE images RENAME TO newer", "ALTER TABLE folder RENAME TO where_", *BEFORE_CHECKSUMS,
+            *images, "INSERT INTO folder SELECT path FROM where_", "DROP TABLE newer", "DROP TABLE where_",
+            "DROP TABLE files")
+    assert answer(out, folder / "0.jpg") == right and caplog.text.count("has no checksums") == 1
+    assert made(trained, folder, out).new == 0
+    caplog.clear()
+    assert answer(out, folder / "0.jpg") == right and not caplog.text
+    flip(out / "index.faiss", 1000)
+    assert answer(out, folder / "0.jpg") == right and "made again" in caplog.text
+
+
+def test_an_id_below_the_list_lost_to_damage_is_no_image_that_was_removed(first, tmp_path):
+    out = copied(first / "out", tmp_path / "out")
+    execute(out, "DELETE FROM images WHERE id = 3")
+    with pytest.raises(InputError, match="image 3 is gone"):
+        answer(out, first / "images" / "0.jpg")
+
+
+@pytest.mark.parametrize("name", [*by_hand(), "circles"])
+def test_a_strangers_index_ends_in_one_line_or_the_right_answer(first, tmp_path, name):
+    right = answer(first / "out", first / "images" / "0.jpg")
+    out = copied(first / "out", tmp_path / "out")
+    try:
+        {**by_hand(), "circles": circles}[name](out)
+    except sqlite3.Error as error:                                              # this SQLite makes no such thing
+        pytest.skip(str(error))
+    try:
+        assert answer(out, first / "images" / "0.jpg") == right
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_query_cannot_write_to_the_list(first):
+    with pytest.raises(InputError), ImageList(first / "out" / "images.sqlite").opened() as (database, _):
+        database.execute("DELETE FROM images")
+    assert len(paths(first / "out")) == 12
