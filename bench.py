@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 import main
 import report
+import run_data
 from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Judge, MITStates
 from flags import get_parser, plain
 from img_text_composition_models import MODELS, Recipe
@@ -214,7 +215,7 @@ def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int
         data = MITStates(folder, name)
         pixels = torch.randint(0, 256, (len(data.images), size, size, 3), dtype=torch.uint8, device=device)
         splits[name] = Split(data, DeviceStore(pixels))
-    model = main.make_model(args, main.Data(splits, None), "", None, device)
+    model = main.make_model(args, run_data.Data(splits, None), "", None, device)
     log = report.Report(report.run_folder(folder / "logs", ""), plain(args))
 
     def judge(it: int) -> dict:
@@ -467,10 +468,11 @@ def start_row(root: Path, scale: int, repetitions: int) -> dict:
     sizes = 172_049 // scale, 29_789 // scale, 33_480 // scale
     root.mkdir()
     write_fashion200k(root, *sizes)
-    args = get_parser().parse_args(["--dataset=fashion200k", f"--dataset_path={root}", "--use_complete_text_query"])
+    args = get_parser().parse_args(["--dataset=fashion200k", f"--dataset_path={root}", "--use_complete_text_query",
+                                    "--image_size=224"])
 
     def start() -> None:
-        splits = {name: main.open_split(args, name) for name in ("train", "test")}
+        splits = {name: run_data.open_split(args, name) for name in ("train", "test")}
         SimpleVocab.from_texts(splits["train"].data.training_texts())
         next(batches(splits["train"], 0, 0, 32, args.loader_num_workers, CPU))
 

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from image_encoders import ENCODERS, encoder_head
+from image_encoders import encoder_head
 from img_text_composition_models import MODELS, ImgTextCompositionBase, Recipe, SentenceVectors
 from machine import distributed, tensor_files
 from machine.device import random_numbers
 from machine.errors import InputError
 from machine.folder_lock import unfinished, write_whole
 from machine.tensor_files import packed
+from text_encoders import text_encoder_of
 from text_model import SimpleVocab
 
 log = logging.getLogger(__name__)
@@ -32,10 +33,11 @@ PROGRESS, PROGRESS_SINCE = {"best", "samples", "steps", "sums", "tested"}, {"tur
 FIXED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "skip_bad_images", "image_size", "model",
                "image_encoder", "image_embed_dim", "text_embed_dim", "use_bert", "loss", "batch_size", "learning_rate",
                "learning_rate_decay_frequency", "weight_decay", "seed", "precision", "compile", "accumulate", "gather",
-               "sync_bn")
+               "sync_bn", "text_encoder", "freeze_image_encoder", "optimizer", "schedule", "warmup")
 # What older checkpoints' runs did.
 BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18", "accumulate": 1,
-                      "gather": True, "sync_bn": False}
+                      "gather": True, "sync_bn": False, "freeze_image_encoder": False, "optimizer": "sgd",
+                      "schedule": "step", "warmup": 0}
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,
@@ -111,9 +113,11 @@ class Schedule:
 
 def check_flags(flags: dict, source: str | Path, opt: dict) -> None:
     """A model needs the text encoder it was trained with; what else differs may be meant, but is said."""
-    if "use_bert" in opt and (opt["use_bert"] is True) != flags["use_bert"]:
-        raise InputError(f"the checkpoint {source} was trained with --use_bert {opt['use_bert']}; pass the same")
-    for name in ("dataset", "category_to_train", "use_complete_text_query", "image_size"):
+    if "use_bert" in opt and (text_encoder_of(opt) == "lstm") != (flags["text_encoder"] == "lstm"):
+        name = text_encoder_of(opt)
+        how = f"--text_encoder {name}" if ":" in name else f"--use_bert {opt['use_bert']}"
+        raise InputError(f"the checkpoint {source} was trained with {how}; pass the same")
+    for name in ("dataset", "category_to_train", "use_complete_text_query", "image_size", "freeze_image_encoder"):
         if name in opt and opt[name] != flags[name]:
             log.warning("note: the checkpoint was trained with --%s %s, this run has %s", name, opt[name], flags[name])
 
@@ -124,7 +128,8 @@ def check_same_run(state: dict, path: Path, flags: dict, samples: int, features:
 
     data: {what: its digest}, where it is to be compared.
     """
-    theirs, progress = {**BEFORE_THEIR_FLAGS, **state["opt"]}, state.get("progress")
+    encoder = {"text_encoder": text_encoder_of(state["opt"])}
+    theirs, progress = {**BEFORE_THEIR_FLAGS, **encoder, **state["opt"]}, state.get("progress")
     if not progress:
         raise InputError(f"{path} does not say how its run was to go on; start a new one with --model_checkpoint")
     differing = [f"--{name} {theirs.get(name)} (now {flags[name]})" for name in FIXED_FLAGS
@@ -223,6 +228,11 @@ def restore(model: ImgTextCompositionBase, state: dict, path: str | Path) -> Non
     model.load_state_dict(theirs)
 
 
+def image_size(state: dict | None) -> int | None:
+    """In pixels, of the images a checkpoint was trained with."""
+    return state["opt"].get("image_size") if state else None
+
+
 def text_dim(state: dict) -> int | None:
     """The size of the text features a checkpoint was trained with."""
     bias = state["model_state_dict"].get("text_model.fc_output.1.bias")
@@ -254,12 +264,17 @@ def recipe(state: dict, path: str | Path) -> Recipe:
         if words is None or opt.get("model") not in MODELS:
             raise InputError(f"{path} does not say its vocabulary and model: it was not written by this program")
         found = Recipe(opt["model"], opt["image_encoder"], opt["image_size"], 0,
-                       "service" if opt.get("use_bert") else "lstm", 0, words.word2id)
-    if (found.composer not in MODELS or found.image_encoder not in ENCODERS or not isinstance(found.image_size, int)):
+                       text_encoder_of(opt), 0, words.word2id)
+    if (found.composer not in MODELS or not isinstance(found.image_encoder, str)
+            or not isinstance(found.image_size, int)):
         raise InputError(f"{path} is not a checkpoint of this program: its model is {found.composer!r}, its image "
                          f"encoder {found.image_encoder!r}, for images of {found.image_size!r} pixels")
+    try:
+        head, _ = encoder_head(found.image_encoder)
+    except InputError as error:
+        raise InputError(f"the model of {path} cannot be built here: {error}") from None
     biases = [state["model_state_dict"].get(name) for name in
-              (f"img_model.{encoder_head(found.image_encoder)[0]}.0.bias", "text_model.fc_output.1.bias")]
+              (f"img_model.{head}.0.bias", "text_model.fc_output.1.bias")]
     if any(bias is None or bias.ndim != 1 for bias in biases):
         raise InputError(f"{path} is not a checkpoint of this program: it holds no image or no text encoder")
     image_dim, text_dim = map(len, biases)
@@ -274,8 +289,9 @@ def rebuild_model(path: str | Path, sentence_vectors: SentenceVectors | None = N
 def rebuild(state: dict, path: str | Path, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:
     """The same of a checkpoint's content; `path` is for what is said about it."""
     made_of = recipe(state, path)
-    if made_of.text_encoder == "service" and sentence_vectors is None:
-        raise InputError(f"{path} was trained with --use_bert: it needs a sentence service's vectors")
+    if made_of.text_encoder != "lstm" and sentence_vectors is None:
+        raise InputError(f"{path} was trained with --text_encoder {made_of.text_encoder}: it needs a sentence "
+                         "service's or such an encoder's vectors")
     model = made_of.build(sentence_vectors)
     restore(model, state, path)
     return model.eval()

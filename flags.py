@@ -75,6 +75,10 @@ def save_frequency(text: str) -> str:
     return text
 
 
+def image_side(text: str) -> int:
+    return 0 if text == "0" else at_least(32)(text)
+
+
 port_number = at_least(1, most=65535)
 
 
@@ -98,8 +102,8 @@ def get_parser() -> Parser:
     add(data, "--use_complete_text_query", False, "queries say the whole target caption, not only what changes")
     add(data, "--skip_bad_images", False, "check every image first and leave out broken and missing ones, with what "
         "refers to them, in place of stopping at the first")
-    add(data, "--image_size", 224, "side in pixels of the square images the encoder sees", type=at_least(32),
-        metavar="S")
+    add(data, "--image_size", 0, "side in pixels of the square images the encoder sees; 0 for its own, or a "
+        "checkpoint's. Published: 224, which is resnet18's own", type=image_side, metavar="S")
     add(data, "--image_cache", "auto", "folder that keeps the decoded images (3*S*S bytes each) and sentence vectors, "
         "'none' to make them anew in each run, 'auto' for DATASET_PATH/image_cache, 'device' for that and all images "
         "in the memory of the GPU (or CPU) too, if it has room", type=path_or_word,
@@ -110,15 +114,23 @@ def get_parser() -> Parser:
     model = parser.add_argument_group("model")
     add(model, "--model", "composeAE", "composer of image and text",
         choices=registered("img_text_composition_models.py", "MODELS"))
-    add(model, "--image_encoder", "resnet18", "torchvision's model that encodes images; its last layer becomes "
-        "Linear(width, D). Published: resnet18", metavar="NAME")
+    add(model, "--image_encoder", "resnet18", "what encodes images, a last layer Linear(width, D) on it: a classifier "
+        "of torchvision's, timm:NAME, or open_clip:MODEL/TAG, whose tag names its weights. Published: resnet18",
+        metavar="NAME")
     add(model, "--image_embed_dim", 512, "size of image features and of the composed query; 0 for the encoder's own "
         "width, which is 512 for resnet18", type=at_least(0), metavar="D")
-    add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; with --use_bert the service decides",
+    add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; other text encoders have their own",
         type=at_least(1), metavar="T")
-    add(model, "--image_weights", "imagenet", "weights of the encoder to start from: 'imagenet' (downloaded once by "
-        "torchvision), 'none' (random), or a file of such a model's tensors, of torch.save or .safetensors",
+    add(model, "--image_weights", "imagenet", "weights of the encoder to start from: 'imagenet' for its library's "
+        "own, downloaded once, 'none' (random), or a file of such a model's tensors, of torch.save or .safetensors",
         type=path_or_word, metavar="imagenet|none|PATH")
+    add(model, "--freeze_image_encoder", False, "keep the image encoder as it is, but for its last layer: what it "
+        "makes of an image is computed once and kept beside the decoded images")
+    add(model, "--text_encoder", "lstm", "what reads texts: lstm, which is trained; service, as --use_bert True; "
+        "hf:NAME or hf:FOLDER, a BERT-type model in this process; open_clip:MODEL/TAG, a CLIP model's text tower. "
+        "Published: lstm and service", metavar="NAME")
+    add(model, "--pooling_layer", -2, "hf: layer whose tokens are averaged, -1 the last", type=int, metavar="L")
+    add(model, "--max_seq_len", 25, "hf: most tokens of a text", type=at_least(4), metavar="N")
     add(model, "--use_bert", False, "sentence vectors from a running BERT-as-service in place of the LSTM")
     add(model, "--bert_ip", "localhost", "host of the sentence service (IPv4)", metavar="HOST")
     add(model, "--bert_port", 5555, "port the service takes texts on", type=port_number, metavar="PORT")
@@ -132,11 +144,16 @@ def get_parser() -> Parser:
     add(training, "--num_iters", 160000, "training steps", type=at_least(1), metavar="N")
     add(training, "--batch_size", 32, "queries a step, each with its target; several processes share them",
         type=at_least(2), metavar="B")
-    add(training, "--learning_rate", 1e-2, "SGD's rate; the image encoder's pretrained layers learn at a tenth of it",
+    add(training, "--optimizer", "sgd", "sgd has momentum 0.9", choices=("sgd", "adamw"))
+    add(training, "--learning_rate", 1e-2, "the rate; the image encoder's pretrained layers learn at a tenth of it",
         type=at_least(0, float, 1e30), metavar="RATE")
     add(training, "--learning_rate_decay_frequency", 9999999, "steps after which all rates are multiplied by 0.1",
         type=at_least(1), metavar="N")
-    add(training, "--weight_decay", 1e-6, "SGD's L2 penalty", type=at_least(0, float, 1e30), metavar="RATE")
+    add(training, "--schedule", "step", "how the rates fall: in steps, see above, or as a cosine to 0 at --num_iters",
+        choices=("step", "cosine"))
+    add(training, "--warmup", 0, "steps in which the rates rise from near 0", type=at_least(0), metavar="N")
+    add(training, "--weight_decay", 1e-6, "SGD's L2 penalty, AdamW's decay", type=at_least(0, float, 1e30),
+        metavar="RATE")
     add(training, "--seed", 0, "of weights, pairs, order and dropout", type=at_least(0), metavar="N")
     add(training, "--device", "auto", "where the model runs; auto takes a GPU where there is one",
         choices=DEVICES)

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from image_encoders import encoder_head, image_encoder
+from image_encoders import image_encoder, traits
 from machine.device import send
+from machine.image_store import normalize_images
+from machine.tensor_files import fingerprint
 from text_model import SimpleVocab, TextLSTMModel
 from torch_function import NormalizationLayer
 
@@ -36,7 +38,7 @@ class ImgTextCompositionBase(nn.Module):
 
     vocabulary: of the LSTM. sentence_vectors: texts -> (B, T) without gradient; where given, they are used in place
     of the LSTM, which is still built (at size T) because the original's checkpoints hold it.
-    encoder: a torchvision classifier's name, of ENCODERS; image_size: S, which some of them are built for.
+    encoder: a name that image_encoders.py knows; image_size: S, which some of them are built for.
     bf16: whether the image encoder, nearly all of the work, computes in bfloat16; the rest stays float32.
     example_texts: some that it is trained with, for whoever searches with it.
     """
@@ -50,14 +52,48 @@ class ImgTextCompositionBase(nn.Module):
         super().__init__()
         self.image_dim, self.text_dim, self.sentence_vectors = image_dim, text_dim, sentence_vectors
         self.normalization_layer = NormalizationLayer()
-        self.img_model, self.image_head = image_encoder(encoder, image_dim, image_size), encoder_head(encoder)[0]
+        self.img_model, self.traits = image_encoder(encoder, image_dim, image_size), traits(encoder)
         self.text_model = TextLSTMModel(vocabulary, text_dim).requires_grad_(sentence_vectors is None)
         self.a = nn.Parameter(torch.tensor([1.0, 10.0, 1.0, 1.0]))              # weights of a composer's two branches
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) float, normalized -> (B, D)."""
+        """(B, 3, S, S) uint8 pixels, or `normalized` ones, or the (B, W) that `backbone` gives of them -> (B, D)."""
         with self.rounding(images.device):
-            return self.img_model(images).to(self.a.dtype)
+            encode = self.img_model if images.ndim == 4 else self.last_layer
+            return encode(self.normalized(images)).to(self.a.dtype)
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The image encoder's, Linear(W, D)."""
+        return self.img_model.get_submodule(self.traits.head)
+
+    def freeze_backbone(self) -> None:
+        """Of the image encoder only the last layer learns."""
+        self.img_model.requires_grad_(False)
+        self.last_layer.requires_grad_(True)
+
+    @torch.inference_mode()
+    def backbone(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, W) float32 on the CPU: what the encoder's last layer is given in a test."""
+        self.img_model.eval()
+        given: list[Tensor] = []
+        with (self.last_layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])),
+              self.rounding(self.a.device)):
+            self.img_model(self.normalized(send(images, self.a.device)))
+        return given[0].float().cpu()
+
+    def backbone_fingerprint(self) -> str:
+        """Twelve digits that change with whatever `backbone` depends on, but for the pixels."""
+        known, held = self.traits, self.img_model.state_dict()
+        weights = {name: value for name, value in held.items() if not name.startswith(f"{known.head}.")}
+        return fingerprint(weights, self.recipe.image_encoder, self.recipe.image_size, known.resampling, known.mean,
+                           known.std, self.bf16)[:12]
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Pixels as the encoder wants them, float32; what is none is left as it is."""
+        if images.dtype != torch.uint8:
+            return images
+        return normalize_images(images, self.traits.mean, self.traits.std)
 
     def rounding(self, device: torch.device) -> torch.autocast:
         """What images are encoded in: bfloat16 with `bf16`. Weights are rounded once in each outermost one."""
@@ -75,10 +111,10 @@ class ImgTextCompositionBase(nn.Module):
 
     def forward(self, source: Tensor, texts: list[str], target: Tensor) -> dict[str, Tensor]:
         """Features by name, as `composition_losses` reads them: query and target, (B, D), normalized and scaled."""
-        return self.features(source, self.encode_text(texts), target)
+        return self.features(self.normalized(source), self.encode_text(texts), self.normalized(target))
 
     def features(self, source: Tensor, text: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The same of encoded texts, (B, T): tensors alone, so this is what can be compiled."""
+        """The same of normalized images and encoded texts, (B, T): tensors alone, so this is what can be compiled."""
         with self.rounding(source.device):
             image = self.encode_image(source)                                   # (B, D)
             goal = self.encode_image(target)                                    # (B, D): batch norm sees it apart
@@ -209,8 +245,9 @@ class Recipe:
     """What a model is made of, in plain values: made of the flags once, kept in its checkpoints, and all that building
     it needs.
 
-    composer: of MODELS. image_encoder: of ENCODERS. image_size: S in pixels. image_dim, text_dim: D, T. text_encoder:
-    'lstm', or 'service' for sentence vectors that come from outside. words: the LSTM's vocabulary, word to id.
+    composer: of MODELS. image_encoder: as image_encoders.py names them. image_size: S in pixels. image_dim, text_dim:
+    D, T. text_encoder: 'lstm', or 'service' for sentence vectors that come from outside. words: the LSTM's vocabulary,
+    word to id.
     """
     composer: str
     image_encoder: str

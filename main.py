@@ -6,9 +6,7 @@
 import argparse
 import logging
 import sys
-from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from flags import get_parser, plain
@@ -22,126 +20,21 @@ import torch
 
 import checkpoint
 import report
-from datasets import DATASETS, CompositionDataset, Epoch
-from image_encoders import encoder_head, load_image_weights
+from datasets import Epoch
+from image_encoders import load_image_weights, traits
 from img_text_composition_models import ImgTextCompositionBase, Recipe
 from machine import distributed
 from machine.device import choose_device, compiled, seed_everything, set_up
 from machine.folder_lock import FolderLock
-from machine.image_store import DeviceStore, ImageStore
 from machine.progress import progress_bar, say
 from machine.streams import log_to_stderr
 from resuming import find_start
+from run_data import Data, make_data, place_images
 from sizes import check_sizes, check_test_size
 from test_retrieval import evaluate
-from text_model import SentenceService, SentenceTable, SimpleVocab, spread
-from training import Split, Training, check_shares, prepare
-
-
-@dataclass
-class Data:
-    """What is made of the flags to learn and to test from: {"train": ..., "test": ...}, and the texts' vectors where
-    they come from a sentence service."""
-    splits: dict[str, Split]
-    sentences: SentenceTable | None
-    digests: dict[str, str]             # of images and texts, by which a run that goes on knows that they are the same
-
-    @property
-    def train(self) -> CompositionDataset:
-        return self.splits["train"].data
-
-    @property
-    def test(self) -> CompositionDataset:
-        return self.splits["test"].data
-
-
-# The data
-
-def make_data(args: argparse.Namespace, device: torch.device, source: str | Path, state: dict | None,
-              resumed: bool) -> Data:
-    """Both splits, their images and sentence vectors; source, state: a checkpoint's that they must go with."""
-    service = find_service(args, source, state) if args.use_bert else None      # before anything that takes long
-    splits = {name: open_split(args, name) for name in ("train", "test")}
-    digests = {what: found for split in splits.values() for what, found in split.digests(args.seed).items()}
-    data = Data(splits, None, {} if args.test_only else digests)
-    samples = len(data.train)
-    if samples < args.batch_size and not args.test_only:
-        raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; lower it")
-    if not args.test_only:
-        check_shares(args.batch_size, args.accumulate, data.train.together)
-    args.best_metric = choose_metric(args.best_metric, data.test)
-    if resumed:
-        checkpoint.check_same_run(state, source, plain(args), samples, service and service.features,
-                                  data.digests)
-    if args.image_cache == "device":
-        hold_on_device(data.splits, device, args.loader_num_workers)
-    if service:
-        data.sentences = learn_texts(args, service, data)
-    return data
-
-
-def cache_folder(args: argparse.Namespace) -> Path | None:
-    """Where decoded images and sentence vectors are kept."""
-    in_dataset = args.dataset_path / "image_cache"
-    return {"none": None, "auto": in_dataset, "device": in_dataset}.get(args.image_cache, Path(args.image_cache))
-
-
-def open_split(args: argparse.Namespace, split: str) -> Split:
-    """Read a split; with --skip_bad_images decode all of it first and read it again without what is broken."""
-    read = partial(DATASETS[args.dataset], args.dataset_path, split, complete_text=args.use_complete_text_query,
-                   category=args.category_to_train)
-    data = read(without=frozenset() if args.skip_bad_images else None)
-    store = ImageStore(data.paths, args.image_size, cache_folder(args))
-    if args.skip_bad_images:
-        bad = distributed.union(store.unreadable(progress_bar, distributed.machines_share))
-        data = read(without=frozenset(data.images[index] for index in bad))
-        gone = ", ".join(f"{count} {what}" for what, count in data.dropped.items() if count)
-        say(f"{split} split: left out {gone or 'nothing'}")
-        store = ImageStore(data.paths, args.image_size, cache_folder(args))
-    elif missing := store.missing():
-        raise InputError(f"{len(missing)} of the {split} split's {len(store)} images are missing or empty, first "
-                         f"{missing[0]}; put them back, or pass --skip_bad_images True to leave such images out")
-    return Split(data, store)
-
-
-def hold_on_device(splits: dict[str, Split], device: torch.device, workers: int) -> None:
-    """Move the splits' pixels into the device's memory, where there is room for them."""
-    copies = distributed.local_world() if device.type == "cpu" else 1           # a GPU has one process
-    if not DeviceStore.fits([split.store for split in splits.values()], device, copies):
-        logging.warning("note: the images would take more than half of the memory free on the %s; they are read from "
-                        "the cache folder, as with --image_cache auto", device)
-        return
-    for split in splits.values():
-        split.store = DeviceStore.of(split.store, device, workers, progress_bar)
-
-
-def choose_metric(name: str, data: CompositionDataset) -> str:
-    if name != "auto" and name not in data.metrics():
-        raise InputError(f"--best_metric {name}: choose one of {', '.join(data.metrics())}")
-    return data.best_metric if name == "auto" else name
-
-
-def find_service(args: argparse.Namespace, source: str | Path, state: dict | None) -> SentenceService:
-    """The sentence service, met; a checkpoint goes with one size of vectors."""
-    service = SentenceService(args.bert_ip, args.bert_port, args.bert_port_out, args.bert_timeout)
-    if state and checkpoint.text_dim(state) not in (None, service.dim):
-        raise InputError(f"the checkpoint {source} was trained with sentence vectors of size "
-                         f"{checkpoint.text_dim(state)}, the service at {args.bert_ip}:{args.bert_port} answers "
-                         f"{service.dim}; serve the model it was trained with")
-    if state and state.get("sentences", service.features) != service.features:
-        logging.warning("note: the checkpoint was trained with the sentence vectors of %s, the service has %s",
-                        state["sentences"], service.features)
-    return service
-
-
-def learn_texts(args: argparse.Namespace, service: SentenceService, data: Data) -> SentenceTable:
-    """Vectors of every text of the tests and of the first epoch; with all but Fashion200k's modifications, of all."""
-    sentences = SentenceTable(service, cache_folder(args))
-    asked = [data.train.sample_texts(args.seed, 0)] if not args.test_only else []
-    asked += [split.data.task(args.seed).texts for split in data.splits.values()]
-    prepare(sentences, chain.from_iterable(asked))
-    return sentences
-
+from text_encoders import text_encoder_of
+from text_model import SimpleVocab, spread
+from training import Training
 
 # The model
 
@@ -151,8 +44,7 @@ def make_model(args: argparse.Namespace, data: Data, source: str | Path, state: 
     words = state and checkpoint.vocabulary(state, lstm_used=data.sentences is None)
     words = words or SimpleVocab.from_texts(data.train.training_texts())
     recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim,
-                    "service" if data.sentences else "lstm",
-                    data.sentences.dim if data.sentences else args.text_embed_dim, words.word2id)
+                    args.text_encoder, data.sentences.dim if data.sentences else args.text_embed_dim, words.word2id)
     model = recipe.build(data.sentences)
     if state:
         checkpoint.restore(model, state, source)
@@ -179,21 +71,25 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock
         raise InputError("--test_only needs the checkpoint to test: pass --model_checkpoint PATH")
     if args.test_only and args.resume:
         raise InputError("--test_only tests --model_checkpoint and resumes nothing: drop --resume")
-    args.image_embed_dim = args.image_embed_dim or encoder_head(args.image_encoder)[1]
+    args.image_embed_dim = args.image_embed_dim or traits(args.image_encoder).width
     if args.sync_bn and device.type != "cuda":
         raise InputError("--sync_bn True: torch's synchronized batch norm is for CUDA GPUs alone; drop it")
+    args.text_encoder = text_encoder_of(plain(args))
+    args.use_bert = args.text_encoder == "service"
     set_up(device, args.precision, distributed.local_world())
-    check_sizes(args, device)
     seed_everything(args.seed)
     if distributed.first():
         report.check_log_dir(args.log_dir, args.comment)
     resumed, source, state, turn = distributed.from_first(partial(
         find_start, args.resume, args.model_checkpoint, args.log_dir, args.comment, not args.test_only, lock))
+    args.image_size = args.image_size or checkpoint.image_size(state) or traits(args.image_encoder).size
+    check_sizes(args, device)
     if state and not resumed:
         checkpoint.check_flags(plain(args), source, state["opt"])
     data = make_data(args, device, source, state, bool(resumed))
     check_test_size(args, max(len(split.store) for split in data.splits.values()), device)
     model = make_model(args, data, source, state, device)
+    place_images(args, data.splits, model)
     folder = resumed.parent if resumed else distributed.from_first(
         partial(report.run_folder, args.log_dir, args.comment, lock))
     first = distributed.first()
@@ -208,7 +104,7 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock
             seen = report.Sightings(split.store, it)
             tested[name] = report.Tested(evaluate(
                 model, split.data, split.store, args.test_batch_size, args.loader_num_workers, args.seed, progress_bar,
-                args.baselines and name == "test", seen if first else None), seen)
+                args.baselines and name == "test", seen if distributed.first() else None), seen)
         return tested
     if args.test_only:
         report.show_results(log, judge(state["it"]), state["it"])

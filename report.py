@@ -109,7 +109,7 @@ class Sightings(dict):
         return feature_map(*(rows_of(features, rows).cpu().numpy() for features, rows in shown))
 
     def picture(self, image: int) -> Image.Image:
-        return Image.fromarray(self.store.batch([image])[0].permute(1, 2, 0).numpy())
+        return Image.fromarray(self.store.picture(image))
 
 
 def rows_of(features: Tensor, rows: Sequence[int]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from datasets import CompositionDataset, Judge, QuerySet
 from machine import distributed
 from machine.device import send
-from machine.image_store import DeviceStore, ImageStore, normalize_images, prefetch
+from machine.image_store import DeviceStore, ImageStore, prefetch
 from machine.progress import no_progress
 
 COMPOSED_AT_ONCE = 1024                 # texts encoded, or queries composed
@@ -43,8 +43,7 @@ def encode_images(model, store: ImageStore | DeviceStore, ids: Sequence[int], ba
     batches = [ids[start:start + batch_size] for start in range(0, len(ids), batch_size)]
     mine = distributed.share(batches)
     pixels = prefetch(partial(store.batch, device=device), mine, workers)
-    encoded = [model.encode_image(normalize_images(batch))
-               for batch in progress(pixels, desc="encoding images", total=len(mine))]
+    encoded = [model.encode_image(batch) for batch in progress(pixels, desc="encoding images", total=len(mine))]
     return distributed.collect(torch.cat([model.a.new_empty(0, model.image_dim), *encoded]), [*map(len, batches)])
 
 

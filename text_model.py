@@ -191,6 +191,9 @@ class SentenceService:
             return f"answered vectors of size {answer.shape[1]}, before of {self.size},"
         return None if np.isfinite(answer).all() else "answered vectors with NaN or infinite values"
 
+    def __str__(self) -> str:
+        return f"the service at {self.ip}:{self.port}"
+
     @property
     def dim(self) -> int:
         """Size of the service's vectors, as it answers: 768 for BERT-Base."""

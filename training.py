@@ -22,7 +22,8 @@ from img_text_composition_models import ImgTextCompositionBase
 from machine import distributed
 from machine.checksums import digest
 from machine.errors import InputError, PeerLost
-from machine.image_store import DeviceStore, ImageStore, normalize_images, prefetch
+from machine.feature_store import FeatureStore
+from machine.image_store import DeviceStore, ImageStore, prefetch
 from machine.progress import progress_bar
 from machine.stopping import Stopped, Stopping
 from text_model import SentenceTable, spread
@@ -31,9 +32,9 @@ from torch_function import composition_losses
 
 @dataclass
 class Split:
-    """A dataset with the pixels of its images."""
+    """A dataset with the pixels of its images, or a frozen encoder's features."""
     data: CompositionDataset
-    store: ImageStore | DeviceStore
+    store: ImageStore | DeviceStore | FeatureStore
 
     LOOKED_INTO = 256                   # images, of which the first 64 KB count
 
@@ -68,7 +69,7 @@ def head_of(path: str) -> bytes:
 
 
 class Part(NamedTuple):
-    """What of a batch goes through the model at once, in this process: (B, 3, S, S) uint8 images, and B texts."""
+    """What of a batch goes through the model at once, in this process: images as the store gives them, and B texts."""
     source: Tensor
     texts: list[str]
     target: Tensor
@@ -83,7 +84,7 @@ def prepare(sentences: SentenceTable, texts: Iterable[str]) -> None:
 def parameter_groups(model: ImgTextCompositionBase, rate: float) -> list[dict]:
     """Every weight in one of three groups: the encoder's new last layer, its pretrained rest (0.1 x), all others."""
     def group(name: str) -> str:
-        if name.startswith(f"img_model.{model.image_head}."):
+        if name.startswith(f"img_model.{model.traits.head}."):
             return "head"
         return "backbone" if name.startswith("img_model.") else "rest"
     named = list(model.named_parameters())
@@ -91,9 +92,24 @@ def parameter_groups(model: ImgTextCompositionBase, rate: float) -> list[dict]:
             for key, factor in (("head", 1.0), ("backbone", 0.1), ("rest", 1.0))]
 
 
-def make_optimizer(model: ImgTextCompositionBase, rate: float, weight_decay: float) -> torch.optim.SGD:
-    """The published one; fused: all weights of a group in one pass over them."""
-    return torch.optim.SGD(parameter_groups(model, rate), momentum=0.9, weight_decay=weight_decay, fused=True)
+def make_optimizer(model: ImgTextCompositionBase, rate: float, weight_decay: float,
+                   kind: str = "sgd") -> torch.optim.Optimizer:
+    """sgd: the published one. Fused: all weights of a group in one pass over them."""
+    groups = parameter_groups(model, rate)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+    return torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay, fused=True)
+
+
+def rate_at(it: int, rate: float, schedule: str, decay: int, warmup: int, steps: int) -> float:
+    """The learning rate after `it` of so many `steps`: a tenth after each `decay` of them, or a half cosine to 0; from
+    near 0 to that over the first `warmup`."""
+    if schedule == "cosine":
+        rate *= (1 + math.cos(math.pi * min(it / steps, 1))) / 2
+    else:
+        for _ in range(min(it // decay, 400)):                                  # one by one, as published; in the end 0
+            rate *= 0.1
+    return rate * min(1.0, (it + 1) / (warmup + 1))
 
 
 def check_shares(batch_size: int, parts: int, together: int) -> None:
@@ -135,7 +151,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: str, pa
     means: dict[str, Tensor] = {}
     for number, part in enumerate(parts, start=1):
         with distributed.exchanging(model, now=number == len(parts)):
-            features = model(normalize_images(part.source), part.texts, normalize_images(part.target))
+            features = model(part.source, part.texts, part.target)
             with distributed.same_random_numbers(part.source.device) if gather else nullcontext():
                 losses = composition_losses(features, loss, distributed.gather if gather else lambda own: own)
             (losses["total training loss"] / len(parts)).backward()
@@ -185,12 +201,21 @@ class Training:
         self.args, self.model, self.split, self.log, self.of_run = args, model, split, log, of_run or {}
         self.judge, self.stopping = judge, stopping
         self.shared = distributed.averaging(model, args.sync_bn)                # the same weights, trained by several
-        self.optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
+        self.optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, args.optimizer)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]     # before any schedule
         self.epoch_steps = len(split.data) // args.batch_size
         self.schedule = checkpoint.Schedule(args.save_frequency)
         self.it, self.tested, self.best, self.meter = 0, False, -math.inf, LossMeter()
         self.whole = True                                                       # not while several are in a step
         self.clock = 0, time.perf_counter()                                     # steps since then, and when that was
+        self.set_rates()
+
+    def set_rates(self) -> None:
+        """Of the next step."""
+        args = self.args
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate_at(self.it, rate, args.schedule, args.learning_rate_decay_frequency, args.warmup,
+                                  args.num_iters)
 
     def go_on(self, state: dict) -> None:
         """From where a checkpoint's run stood."""
@@ -198,6 +223,7 @@ class Training:
         self.it, self.tested, self.best = state["it"], past["tested"], past["best"]
         sums = {name: value.to(self.model.a.device) for name, value in past["sums"].items()}
         self.meter = LossMeter(sums, past["steps"])
+        self.set_rates()
 
     def save(self, best: bool = False) -> None:
         """All that was logged, then the checkpoint: what a checkpoint's run has logged is on disk."""
@@ -230,9 +256,7 @@ class Training:
         distributed.own_random_numbers(self.args.seed, self.it)
         losses = train_step(self.shared, self.optimizer, self.args.loss, parts, self.args.gather)
         self.it, self.tested, self.clock = self.it + 1, False, (self.clock[0] + 1, self.clock[1])
-        if self.it % self.args.learning_rate_decay_frequency == 0:
-            for group in self.optimizer.param_groups:
-                group["lr"] *= 0.1
+        self.set_rates()
         self.meter.add(losses)
         self.whole = True
         if self.it % self.args.log_frequency == 0 or self.it == self.args.num_iters:

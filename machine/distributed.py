@@ -288,6 +288,13 @@ def exchanging(model: nn.Module, now: bool):
     return nullcontext() if now or world() == 1 else model.no_sync()
 
 
+def same_weights(model: nn.Module) -> None:
+    """All of the model's as the first process has them."""
+    if world() > 1:
+        for value in model.state_dict().values():
+            dist.broadcast(value, 0)
+
+
 def same_buffers(model: nn.Module) -> None:
     """Batch norm's running statistics as the first process has them, which a checkpoint holds."""
     if world() > 1:

@@ -1,4 +1,4 @@
-"""The exceptions that end a program in one line."""
+"""The exceptions that end a program in one line, and others' words in ours."""
 
 
 class InputError(Exception):
@@ -7,3 +7,8 @@ class InputError(Exception):
 
 class PeerLost(Exception):
     """Another process of the job has ended, so nothing can be done together any more."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, or what it is called where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

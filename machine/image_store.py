@@ -6,6 +6,7 @@ They lie channels last, as PIL gives them and as the encoder is fastest with: (S
 
 import json
 import logging
+import math
 import os
 import shutil
 import struct
@@ -42,21 +43,21 @@ RESERVE = 2 * 10**9                     # bytes of the disk that the cache leave
 log = logging.getLogger(__name__)
 
 
-def normalize_images(pixels: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 -> float32, divided by 255 and normalized with ImageNet's statistics, channels last.
+def normalize_images(pixels: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN,
+                     std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
+    """(B, 3, S, S) uint8 -> float32, divided by 255 and normalized with these statistics, channels last.
 
     Bit for bit what torchvision's ToTensor and Normalize give, on the device the pixels are on.
     """
-    mean, std = statistics(pixels.device)
+    mean, std = (channels(values, pixels.device) for values in (mean, std))
     return pixels.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(mean).div_(std)
 
 
 @cache
 @torch.inference_mode(False)
-def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and standard deviation, (3, 1, 1); sent to the device once, as sending them waits for it."""
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean, std
+def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A value a channel, (3, 1, 1); sent to the device once, as sending them waits for it."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def file_version(path: str) -> tuple[int, int]:
@@ -96,32 +97,33 @@ def prefetch(make: Callable, items: Iterable, workers: int) -> Iterator:
         pool.shutdown(cancel_futures=True)
 
 
-class PixelFile:
-    """Decoded images of one size in one file, a slot a path, shared by any number of processes.
+class RowFile:
+    """What was made of images, pixels or features, in one file, a slot a path, shared by any number of processes.
 
-    FOLDER/images_S.paths lists the slots' paths (one JSON string a line, only ever appended to under a lock),
-    images_S.pixels holds their pixels, images_S.records what each was made from. A slot counts only while its
-    record agrees with the image file's size and time of change, and its checksum with path, pixels and Pillow's
-    version; the record is written after the pixels. So a process killed at any moment leaves nothing that would be
-    believed, two processes that fill a slot at once write the same bytes, and damage only costs decoding again. The
-    files are read, not mapped: one cut short meanwhile would else end the process.
+    FOLDER/NAME.paths lists the slots' paths (one JSON string a line, only ever appended to under a lock),
+    NAME.KIND holds their rows, NAME.records what each was made from. A slot counts only while its record agrees with
+    the image file's size and time of change, and its checksum with path, row and `made_by`, which names whatever else
+    the row depends on; the record is written after the row. So a process killed at any moment leaves nothing that
+    would be believed, two processes that fill a slot at once write the same, and damage only costs making it again.
+    The files are read, not mapped: one cut short meanwhile would else end the process.
     """
 
-    def __init__(self, folder: Path, size: int, paths: Sequence[str]):
+    def __init__(self, folder: Path, name: str, kind: str, paths: Sequence[str], shape: tuple[int, ...], dtype: type,
+                 made_by: str):
         """Raises OSError where the folder cannot be written, one of the three is no file of our own, the disk has no
-        room for the missing images, or the system no file locks."""
+        room for the missing rows, or the system no file locks."""
         if not fcntl:
             raise OSError("this system has no file locks")
-        self.shape, self.stride = (size, size, 3), 3 * size * size
+        self.stride, self.made_by = math.prod(shape) * np.dtype(dtype).itemsize, made_by
         folder.mkdir(parents=True, exist_ok=True)
-        names, records, pixels = (folder / f"images_{size}.{kind}" for kind in ("paths", "records", "pixels"))
+        names, records, rows = (folder / f"{name}.{part}" for part in ("paths", "records", kind))
         self.paths = paths = relative(paths, folder)
         with open(open_own(names, os.O_APPEND), "a+b") as listing:
             fcntl.flock(listing, fcntl.LOCK_EX)                                 # the kernel frees it if we are killed
             slot_of = self.register(listing, paths)
             self.record_file = self.grown(records, len(slot_of) * RECORD.itemsize)
-            self.pixel_file = self.grown(pixels, len(slot_of) * self.stride)
-        for descriptor in (self.record_file, self.pixel_file):
+            self.row_file = self.grown(rows, len(slot_of) * self.stride)
+        for descriptor in (self.record_file, self.row_file):
             weakref.finalize(self, os.close, descriptor)
         self.verified = np.zeros(len(slot_of), bool)                            # checksums are looked at once a process
         self.slots = np.array([slot_of[path] for path in paths])
@@ -156,7 +158,7 @@ class PixelFile:
         return descriptor
 
     def checksum(self, index: int, row: np.ndarray) -> int:
-        seed = zlib.crc32(f"{PIL.__version__}:channels last:{self.paths[index]}".encode("utf-8", "surrogateescape"))
+        seed = zlib.crc32(f"{self.made_by}:{self.paths[index]}".encode("utf-8", "surrogateescape"))
         return zlib.crc32(row, seed)
 
     def holds(self, index: int, version: tuple[int, int]) -> bool:
@@ -170,21 +172,21 @@ class PixelFile:
         return checksum if filled and (length, modified) == version else None
 
     def read(self, index: int, version: tuple[int, int], row: np.ndarray) -> bool:
-        """Copy an image's pixels into `row`; False where they are not there, damaged, or of another version."""
+        """Copy an image's row into `row`; False where they are not there, damaged, or of another version."""
         if (checksum := self.recorded(index, version)) is None:
             return False
         slot = int(self.slots[index])
-        if os.preadv(self.pixel_file, [row], slot * self.stride) != self.stride:
+        if os.preadv(self.row_file, [row], slot * self.stride) != self.stride:
             return False
-        if not self.verified[slot] or not row[-1, -1].any():                    # black: maybe cut short and grown again
+        if not self.verified[slot] or not row.reshape(-1).view(np.uint8)[-1]:   # 0: maybe cut short and grown again
             self.verified[slot] = self.checksum(index, row) == checksum
         return bool(self.verified[slot])
 
     def write(self, index: int, version: tuple[int, int], row: np.ndarray) -> None:
-        """Keep an image's pixels. Raises OSError on a full disk, where writing through the map would crash."""
+        """Keep an image's row. Raises OSError on a full disk, where writing through the map would crash."""
         slot = int(self.slots[index])
         os.pwrite(self.record_file, bytes(RECORD.itemsize), slot * RECORD.itemsize)
-        os.pwrite(self.pixel_file, row, slot * self.stride)
+        os.pwrite(self.row_file, row, slot * self.stride)
         record = np.array([(*version, self.checksum(index, row), 1)], RECORD)
         os.pwrite(self.record_file, record, slot * RECORD.itemsize)
 
@@ -192,18 +194,22 @@ class PixelFile:
 class ImageStore:
     """Pixels of a dataset's images by image id, from the cache folder where there is one, else decoded each time.
 
-    paths: by image id. size: side S in pixels. cache: folder for the decoded images, or None.
+    paths: by image id. size: side S in pixels. cache: folder for the decoded images, or None. resampling: Pillow's
+    filter, by name; each has its own file there.
     """
 
-    def __init__(self, paths: Sequence[str], size: int = 224, cache: str | Path | None = None):
-        self.paths, self.size = list(paths), size
+    def __init__(self, paths: Sequence[str], size: int = 224, cache: str | Path | None = None,
+                 resampling: str = "bilinear"):
+        self.paths, self.size, self.resampling = list(paths), size, resampling
         self.versions = [file_version(path) for path in self.paths]
         self.file, self.writable = None, True
         self.more_than_rgb: list[str] = []                                      # paths, of which is told once
         self.has_told = False
         if cache is not None:
             try:
-                self.file = PixelFile(Path(cache), size, self.paths)
+                name = f"images_{size}" + f"_{resampling}" * (resampling != "bilinear")
+                self.file = RowFile(Path(cache), name, "pixels", self.paths, (size, size, 3), np.uint8,
+                                    f"{PIL.__version__}:channels last")
             except OSError as error:
                 log.warning("no image cache in %s (%s): images are decoded each time they are used", cache, error)
 
@@ -218,7 +224,7 @@ class ImageStore:
     def decode(self, index: int) -> np.ndarray:
         """One image's pixels (S, S, 3) from its file, kept in the cache. Raises InputError."""
         try:
-            pixels = decode(self.paths[index], self.size, told=self.more_than_rgb.append)
+            pixels = decode(self.paths[index], self.size, self.resampling, told=self.more_than_rgb.append)
         except InputError as error:
             raise InputError(f"{error}; replace it, or pass --skip_bad_images True to leave such images out") from None
         if self.file and self.writable:
@@ -236,6 +242,10 @@ class ImageStore:
             self.load(int(index), row)
         self.tell()
         return send(pixels, device).permute(0, 3, 1, 2)
+
+    def picture(self, index: int) -> np.ndarray:
+        """(S, S, 3) uint8, to be looked at."""
+        return self.batch([index])[0].permute(1, 2, 0).numpy()
 
     def tell(self) -> None:
         """Say, once, that images hold more than is read of them."""
@@ -302,3 +312,7 @@ class DeviceStore:
         """(B, 3, S, S) uint8, channels last, on the device."""
         rows = send(torch.as_tensor(np.asarray(ids)), self.pixels.device)
         return send(self.pixels[rows].permute(0, 3, 1, 2), device)
+
+    def picture(self, index: int) -> np.ndarray:
+        """(S, S, 3) uint8, to be looked at."""
+        return self.batch([index])[0].permute(1, 2, 0).numpy()

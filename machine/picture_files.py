@@ -50,20 +50,21 @@ class Beyond(InputError):
     """A picture, maybe, but beyond the bounds."""
 
 
-def decode(path: str | os.PathLike, size: int, upright: bool = False, to_square: Callable = square,
-           told: Callable[[str], None] = lambda path: None) -> np.ndarray:
+def decode(path: str | os.PathLike, size: int, resampling: str = "bilinear", upright: bool = False,
+           to_square: Callable = square, told: Callable[[str], None] = lambda path: None) -> np.ndarray:
     """(size, size, 3) uint8: the file's RGB pixels, shorter side resized to `size`, the centre cut out.
 
-    upright: as it is looked at, see `seen`. Training on the published data reads what the original did: not turned,
-    transparency forgotten, 16 bits clipped to 8; `told` then hears the path. to_square: of resizing.py.
+    resampling: Pillow's filter, by name. upright: as it is looked at, see `seen`. Training on the published data reads
+    what the original did: not turned, transparency forgotten, 16 bits clipped to 8; `told` then hears the path.
+    to_square: of resizing.py.
     Raises InputError for what is no whole image, or one beyond the bounds; OSError where the machine is at its end.
     """
     with opened(path, upright) as image:
         if upright:
-            return to_square(seen(image), size)
+            return to_square(seen(image), size, resampling)
         if is_more_than_rgb(image):
             told(str(path))
-        return to_square(image if image.mode == "RGB" else image.convert("RGB"), size)
+        return to_square(image if image.mode == "RGB" else image.convert("RGB"), size, resampling)
 
 
 @contextmanager

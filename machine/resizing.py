@@ -3,7 +3,8 @@
 Pillow resizes the whole image, of which the square is then cut out. `square` computes the square alone, by Pillow's
 formula (libImaging/Resample.c): an output pixel is a weighted mean of inputs, the weights a triangle that reaches one
 output pixel to each side, or one input pixel where the image grows, in 22 bits; first across, then down, each rounded
-to a byte. It runs without Python's lock and on Pillow's own memory. What it leaves to Pillow are tall and large images.
+to a byte. It runs without Python's lock and on Pillow's own memory. What it leaves to Pillow are tall and large images,
+and other filters.
 """
 
 from functools import lru_cache
@@ -25,21 +26,21 @@ def placed(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     return width, height, round((width - size) / 2), round((height - size) / 2)
 
 
-def plain_square(image: Image.Image, size: int) -> np.ndarray:
+def plain_square(image: Image.Image, size: int, resampling: str = "bilinear") -> np.ndarray:
     """(size, size, 3) uint8 of an RGB image by Pillow itself: for a single image, not worth the second `square` needs
-    to be compiled."""
+    to be compiled, and for Pillow's other filters, by name."""
     width, height, left, top = placed(*image.size, size)
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image.resize((width, height), Image.Resampling[resampling.upper()])
                       .crop((left, top, left + size, top + size)))
 
 
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """(size, size, 3) uint8 of an RGB image: what `plain_square` gives, in half the time.
+def square(image: Image.Image, size: int, resampling: str = "bilinear") -> np.ndarray:
+    """(size, size, 3) uint8 of an RGB image: what `plain_square` gives, with 'bilinear' in half the time.
 
     Raises what Pillow does for a file that cannot be decoded.
     """
-    if image.height > TALL * image.width:
-        return plain_square(image, size)
+    if resampling != "bilinear" or image.height > TALL * image.width:
+        return plain_square(image, size, resampling)
     image.load()                                                                # raises what is wrong with the file
     try:
         held = nanoarrow.c_array(image).child(0).view().buffer(1)

@@ -5,13 +5,14 @@ import io
 import re
 import warnings
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from machine.checksums import Damaged, seal_zip, zip_is_sealed
+from machine.checksums import Damaged, digest, seal_zip, zip_is_sealed
 from machine.streams import shown
 
 WRAPPERS = ("model_state_dict", "state_dict", "model")                          # keys under which weights are found
@@ -152,6 +153,24 @@ def weights(content) -> dict[str, Tensor] | None:
         if all(name.startswith(prefix) for name in found):
             found = {name.removeprefix(prefix): value for name, value in found.items()}
     return found
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a file, which is as it was written if it has a checksum. Raises Unreadable."""
+    try:
+        is_whole(path)
+        if found := weights(read(path)):
+            return found
+    except FileNotFoundError:
+        raise Unreadable("there is no such file") from None
+    raise Unreadable("it holds no tensors by name")
+
+
+def fingerprint(tensors: dict[str, Tensor], *facts: object) -> str:
+    """Digits that change with any tensor, its name, or a fact."""
+    named = ((name.encode(), value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+             for name, value in sorted(tensors.items()))
+    return digest([repr(facts).encode(), *chain.from_iterable(named)])
 
 
 def is_plain(value) -> bool:

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from machine.checksums import file_digest
-from machine.errors import InputError
+from machine.errors import InputError, first_line
 from machine.image_store import prefetch
 from machine.tensor_files import packed
 from searching.folder import Kind, Walk
 from searching.gallery import IMAGES, MODEL, Encoder, attempt, check_model
 from searching.image_list import ImageList
-from searching.ranking import RANKING, faiss, first_line, rank
+from searching.ranking import RANKING, faiss, rank
 
 FOR_TRAINING = ("optimizer_state_dict", "random", "progress")                   # of a checkpoint
 HANDFUL, SHARE = 5, 0.1                 # more images than both are taken out of an index only with --prune
@@ -65,7 +65,7 @@ def build(source: Path, folder: Path, out: Path, ivf: bool, device: torch.device
     if images.file_note(MODEL)[0] is None:
         images.note_file(MODEL, file_digest(out / MODEL))
     update = compare(images, walk, progress, prune)
-    read = partial(attempt, folder, encoder.size)
+    read = partial(attempt, folder, encoder)
     parts = [update.new[start:start + batch_size] for start in range(0, len(update.new), batch_size)]
     with progress(total=update.kept + len(update.new), initial=update.kept, desc="encoding images",
                   unit="image") as bar:

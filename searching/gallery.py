@@ -5,7 +5,6 @@ list of the images, each with its id, the version of its file and its feature, a
 and `index.faiss`, unit features in half precision by image id, which ranks and can be made again from the other two.
 """
 
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -22,13 +21,14 @@ from torch import Tensor
 import checkpoint
 from machine.checksums import file_digest
 from machine.errors import InputError
-from machine.image_store import normalize_images
 from machine.picture_files import Beyond, decode
 from machine.progress import progress_bar
 from machine.resizing import plain_square
+from machine.tensor_files import fingerprint
 from searching.image_list import Doubtful, ImageList
 from searching.ranking import RANKING, ranking_of, read_ranking, unit
-from text_model import SentenceService, SentenceTable, spread, tokenize
+from text_encoders import sentence_source, text_encoder_of
+from text_model import SentenceTable, spread, tokenize
 
 MODEL, IMAGES = "model.pth", "images.sqlite"
 LONGEST_TEXT = 1000                     # characters
@@ -53,11 +53,11 @@ class Hit:
     score: float
 
 
-def read_picture(path: str | Path, size: int) -> np.ndarray:
+def read_picture(path: str | Path, size: int, resampling: str = "bilinear") -> np.ndarray:
     """(size, size, 3) uint8 of a query's picture. Raises InputError where it is none, or beyond the bounds of
     picture_files.py, within which no picture needs a time limit."""
     try:
-        return decode(path, size, upright=True, to_square=plain_square)
+        return decode(path, size, resampling, upright=True, to_square=plain_square)
     except Beyond:
         raise
     except InputError:
@@ -65,20 +65,20 @@ def read_picture(path: str | Path, size: int) -> np.ndarray:
 
 
 class Sentences:
-    """The sentence service of a checkpoint's flags, met when the first text is asked for."""
+    """The sentence service or text encoder of a checkpoint's flags, met when the first text is asked for."""
 
     def __init__(self, state: dict, where: dict, folder: Path):
         opt = {**state["opt"], **{name: value for name, value in where.items() if value is not None}}
-        self.service = SentenceService(opt.get("bert_ip", "localhost"), opt.get("bert_port", 5555),
-                                       opt.get("bert_port_out", 5556), opt.get("bert_timeout", 10.0))
-        self.features, self.dim, self.folder = state.get("sentences"), checkpoint.text_dim(state), folder
+        self.flags, self.features = opt, state.get("sentences")
+        self.dim, self.folder = checkpoint.text_dim(state), folder
 
     @cached_property
     def table(self) -> SentenceTable:
-        if self.service.dim != self.dim or self.features not in (None, self.service.features):
-            raise self.service.complaint(f"has other vectors (size {self.service.dim}, {self.service.features}) than "
-                                         f"the model was trained with (size {self.dim}, {self.features})")
-        return SentenceTable(self.service, self.folder)
+        source = sentence_source(self.flags)
+        if source.dim != self.dim or self.features not in (None, source.features):
+            raise source.complaint(f"has other vectors (size {source.dim}, {source.features}) than the model was "
+                                   f"trained with (size {self.dim}, {self.features})")
+        return SentenceTable(source, self.folder)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return self.table(texts)
@@ -93,10 +93,10 @@ class Encoder:
     def __init__(self, path: Path, device: torch.device, where: dict | None = None, folder: Path | None = None):
         self.state, self.device, self.path = checkpoint.load(path), device, path
         self.opt = self.state["opt"]
-        sentences = Sentences(self.state, where or {}, folder) if self.opt.get("use_bert") else None
+        sentences = Sentences(self.state, where or {}, folder) if text_encoder_of(self.opt) != "lstm" else None
         self.check(sentences)
         self.model = checkpoint.rebuild(self.state, path, sentences).to(device, memory_format=torch.channels_last)
-        self.size = int(self.opt.get("image_size", 224))
+        self.size, self.resampling = self.model.recipe.image_size, self.model.traits.resampling
         self.vocabulary = None if sentences else self.model.text_model.vocabulary
         self.examples = [text for text in self.state.get("example_texts", []) if text.strip()]
 
@@ -113,17 +113,13 @@ class Encoder:
             raise InputError(f"{self.path} is none of this program's checkpoints: it holds less than its model has")
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state["model_state_dict"].items()):
-            digest.update(name.encode())
-            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return fingerprint(self.state["model_state_dict"])
 
     @torch.inference_mode()
     def images(self, pixels: Sequence[np.ndarray]) -> Tensor:
         """B arrays (S, S, 3) uint8 -> (B, D) on the CPU."""
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)          # (B, 3, S, S)
-        return self.model.encode_image(normalize_images(batch.to(self.device))).cpu()
+        return self.model.encode_image(batch.to(self.device)).cpu()
 
     @torch.inference_mode()
     def query(self, image: Tensor, text: str) -> Tensor:
@@ -189,7 +185,7 @@ class Gallery:
 
     def picture(self, path: str | Path) -> Source:
         """Any picture as a query's."""
-        pixels = read_picture(path, self.encoder.size)
+        pixels = read_picture(path, self.encoder.size, self.encoder.resampling)
         with self.lock:
             return Source(self.encoder.images([pixels])[0])
 
@@ -253,10 +249,10 @@ def check_model(images: ImageList, path: Path) -> None:
                          f"{path.parent} and make it again with search.py index")
 
 
-def attempt(folder: Path, size: int, entry: tuple[str, tuple[int, int]]) -> np.ndarray | str:
+def attempt(folder: Path, encoder: Encoder, entry: tuple[str, tuple[int, int]]) -> np.ndarray | str:
     """An image's pixels, or why there are none."""
     try:
-        return decode(str(folder / entry[0]), size, upright=True)
+        return decode(str(folder / entry[0]), encoder.size, encoder.resampling, upright=True)
     except InputError as error:
         return str(error)
 

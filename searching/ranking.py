@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from machine.checksums import file_digest
 from machine.device import usable_cores
-from machine.errors import InputError
+from machine.errors import InputError, first_line
 from searching.image_list import Doubtful, ImageList
 
 RANKING = "index.faiss"
@@ -112,7 +112,3 @@ def is_half(library, part, dim: int) -> bool:
     """Whether it keeps vectors of `dim` values in half precision, to be compared by their product."""
     return (part.d == part.sq.d == dim and part.sq.qtype == library.ScalarQuantizer.QT_fp16 and part.is_trained
             and part.metric_type == library.METRIC_INNER_PRODUCT and part.sq.code_size == part.code_size == 2 * dim)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

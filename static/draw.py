@@ -44,7 +44,8 @@ def sample(model, path: Path, rows: int, size: int) -> Image.Image:
 
 
 def encode(model, data: MITStates, size: int) -> torch.Tensor:
-    return encode_images(model, ImageStore(data.paths, size), np.arange(len(data.images)), 64, 2)
+    store = ImageStore(data.paths, size, resampling=model.traits.resampling)
+    return encode_images(model, store, np.arange(len(data.images)), 64, 2)
 
 
 def one_query_a_noun(data: MITStates, rows: int) -> list:

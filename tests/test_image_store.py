@@ -62,8 +62,8 @@ def test_normalization_is_torchvisions_bit_for_bit(paths):
 def decoded(monkeypatch):
     """The list of paths decoded from now on."""
     seen, decode = [], image_store.decode
-    monkeypatch.setattr(image_store, "decode", lambda path, *size, **told: seen.append(path) or decode(path, *size,
-                                                                                                        **told))
+    monkeypatch.setattr(image_store, "decode", lambda path, *how, **told: seen.append(path) or decode(path, *how,
+                                                                                                       **told))
     return seen
 
 

@@ -15,6 +15,7 @@ import torchvision
 import checkpoint
 import main
 import training
+from datasets import DATASETS
 from img_text_composition_models import MODELS
 from machine.errors import InputError
 from machine.image_store import ImageStore
@@ -56,7 +57,7 @@ def test_every_composer_and_loss_trains_on_every_benchmark(tmp_path, name, model
     run = run_main(name, path, tmp_path / "logs", model=model, loss=loss, comment="_x")
     assert re.fullmatch(r"[A-Z][a-z]{2}\d\d_\d\d-\d\d-\d\d_.*_x", run.folder.name)
     assert list(run.metrics) == ["it", "train", "test"] and run.metrics["it"] == 3
-    assert run.metrics["train"].keys() == run.metrics["test"].keys() == set(main.DATASETS[name](path, "test").metrics())
+    assert run.metrics["train"].keys() == run.metrics["test"].keys() == set(DATASETS[name](path, "test").metrics())
     assert all(0 <= value <= 1 for split in ("train", "test") for value in run.metrics[split].values())
     logged = run.scalars()
     extra = {"tirg": [], "RealSpaceConcatAE": ["L2_loss", "L2_loss_text"],
@@ -81,7 +82,7 @@ def test_metric_names_are_the_references(tmp_path):
              | {f"recall_top{k}_own_gallery_{what}" for k in (10, 50) for what in ("dress", "shirt", "toptee", "mean")}
              | {"recall_mean_own_gallery"}}
     for name, expected in names.items():
-        assert set(main.DATASETS[name](WRITERS[name](tmp_path / name), "test").metrics()) == expected
+        assert set(DATASETS[name](WRITERS[name](tmp_path / name), "test").metrics()) == expected
 
 
 def losses_of(run):
@@ -146,7 +147,7 @@ def test_test_only_gives_the_same_numbers_and_rebuilding_needs_no_flag(benchmark
     assert {key for key in tested.scalars() if key.startswith("test_")} == {f"test_{key}"
                                                                             for key in trained.metrics["test"]}
     assert not tested.checkpoint.exists()
-    data = main.DATASETS[name](path, "test")
+    data = DATASETS[name](path, "test")
     model = checkpoint.rebuild_model(trained.checkpoint).to(memory_format=torch.channels_last)  # to the last digit
     rebuilt = evaluate(model, data, ImageStore(data.paths, 32))["model"]
     assert rebuilt == pytest.approx(trained.metrics["test"])
@@ -285,7 +286,7 @@ def test_other_encoders_train_and_are_rebuilt_from_the_checkpoint_alone(mitstate
     run = run_main("mitstates", mitstates, tmp_path / "logs", image_encoder=encoder, image_embed_dim=0, image_size=64)
     model = checkpoint.rebuild_model(run.checkpoint).to(memory_format=torch.channels_last)
     assert model.image_dim == width and checkpoint.load(run.checkpoint)["opt"]["image_embed_dim"] == width
-    data = main.DATASETS["mitstates"](mitstates, "test")
+    data = DATASETS["mitstates"](mitstates, "test")
     assert evaluate(model, data, ImageStore(data.paths, 64))["model"] == pytest.approx(run.metrics["test"])
     groups = training.parameter_groups(model, 1.0)
     assert [weight.shape[0] for weight in groups[0]["params"]] == [width, width]

@@ -181,7 +181,7 @@ def test_evaluation_equals_the_original_way_of_asking(mitstates):
     store = ImageStore(dataset.paths, 32)
     found = evaluate(model, dataset, store, batch_size=3)["model"]
     with torch.no_grad():
-        encode = lambda i: model.encode_image(test_retrieval.normalize_images(store.batch([i])))  # noqa: E731
+        encode = lambda i: model.encode_image(store.batch([i]))  # noqa: E731
         gallery = F.normalize(torch.cat([encode(i) for i in range(len(dataset.images))]), dim=1)
         hits = []
         for query in dataset.queries():

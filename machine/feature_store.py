@@ -1,0 +1,89 @@
+"""Image files to what a frozen encoder makes of them, encoded once: path -> (W,) float32, kept beside the pixels.
+
+A store of features stands wherever one of pixels does: its batches are (B, W) in place of (B, 3, S, S).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from machine.device import send
+from machine.errors import InputError
+from machine.image_store import CPU, ImageStore, RowFile, prefetch
+
+log = logging.getLogger(__name__)
+
+
+class FeatureStore:
+    """Features of a dataset's images by image id, from the cache folder where there is one, else held in memory.
+
+    images: their pixels. encode: (B, 3, S, S) uint8 on the CPU -> (B, W) float32. made_by: names all that the features
+    depend on beside the pixels; each has its own file. cache: folder for the features, or None.
+    """
+
+    def __init__(self, images: ImageStore, encode: Callable[[Tensor], Tensor], width: int, made_by: str,
+                 cache: str | Path | None = None):
+        self.images, self.encode, self.width = images, encode, width
+        self.held: dict[int, np.ndarray] = {}                                   # what no file keeps
+        self.file = None
+        if cache is not None:
+            try:
+                self.file = RowFile(Path(cache), f"features_{made_by}", "features", images.paths, (width,), np.float32,
+                                    made_by)
+            except OSError as error:
+                log.warning("no features are kept in %s (%s): every run encodes the images anew", cache, error)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def has(self, index: int) -> bool:
+        return index in self.held or bool(self.file and self.file.holds(index, self.images.versions[index]))
+
+    def fill(self, batch_size: int, workers: int, progress: Callable, share: Callable = lambda items: items) -> None:
+        """Encode every image that is not kept yet. share: this process's part of the work, of a list.
+
+        Raises InputError for an image that cannot be read.
+        """
+        new = [index for index in range(len(self)) if not self.has(index)]
+        parts = share([new[start:start + batch_size] for start in range(0, len(new), batch_size)])
+        with progress(total=sum(map(len, parts)), desc="image features, once", unit="image") as bar:
+            for part, pixels in zip(parts, prefetch(self.images.batch, parts, workers), strict=True):
+                self.keep(part, self.encode(pixels).numpy())
+                bar.update(len(part))
+
+    def keep(self, ids: Sequence[int], features: np.ndarray) -> None:
+        """Raises InputError where features are not finite."""
+        if not np.isfinite(features).all():
+            raise InputError("the image encoder gives features that are not finite; give it other --image_weights")
+        for index, row in zip(ids, np.ascontiguousarray(features), strict=True):
+            try:
+                if not self.file:
+                    raise OSError("no file")
+                self.file.write(index, self.images.versions[index], row)
+            except OSError as error:
+                if self.file and not self.held:
+                    log.warning("the features' cache takes no more (%s): further ones are held in memory", error)
+                self.held[index] = row
+
+    def load(self, index: int, row: np.ndarray) -> None:
+        """Put one image's features into `row` (W,). Raises InputError for an image that cannot be read."""
+        if index in self.held:
+            row[:] = self.held[index]
+        elif not self.file or not self.file.read(index, self.images.versions[index], row):
+            row[:] = self.encode(self.images.batch([index])).numpy()[0]
+            self.keep([index], row[None].copy())
+
+    def batch(self, ids: Sequence[int], device: torch.device = CPU) -> Tensor:
+        """(B, W) float32 on the device."""
+        features = torch.empty((len(ids), self.width), pin_memory=device.type == "cuda")
+        for row, index in zip(features.numpy(), ids, strict=True):
+            self.load(int(index), row)
+        return send(features, device)
+
+    def picture(self, index: int) -> np.ndarray:
+        """(S, S, 3) uint8, to be looked at."""
+        return self.images.picture(index)

@@ -1,0 +1,147 @@
+"""What a run learns and is tested from: its splits, where their images come from, and its texts' vectors."""
+
+import argparse
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from datasets import DATASETS, CompositionDataset
+from flags import plain
+from image_encoders import traits
+from img_text_composition_models import ImgTextCompositionBase
+from machine import distributed
+from machine.errors import InputError
+from machine.feature_store import FeatureStore
+from machine.image_store import DeviceStore, ImageStore
+from machine.progress import progress_bar, say
+from test_retrieval import encoder_batch
+from text_encoders import InProcess, sentence_source
+from text_model import SentenceService, SentenceTable
+from training import Split, check_shares, prepare
+
+
+@dataclass
+class Data:
+    """What is made of the flags to learn and to test from: {"train": ..., "test": ...}, and the texts' vectors where
+    they come from a sentence service."""
+    splits: dict[str, Split]
+    sentences: SentenceTable | None
+    digests: dict[str, str] = field(default_factory=dict)                       # of images and texts, of each split
+
+    @property
+    def train(self) -> CompositionDataset:
+        return self.splits["train"].data
+
+    @property
+    def test(self) -> CompositionDataset:
+        return self.splits["test"].data
+
+
+def make_data(args: argparse.Namespace, device: torch.device, source: str | Path, state: dict | None,
+              resumed: bool) -> Data:
+    """Both splits, their images and sentence vectors; source, state: a checkpoint's that they must go with."""
+    service = find_source(args, source, state)                                  # before anything that takes long
+    splits = {name: open_split(args, name) for name in ("train", "test")}
+    digests = {what: found for split in splits.values() for what, found in split.digests(args.seed).items()}
+    data = Data(splits, None, {} if args.test_only else digests)
+    samples = len(data.train)
+    if samples < args.batch_size and not args.test_only:
+        raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; lower it")
+    if not args.test_only:
+        check_shares(args.batch_size, args.accumulate, data.train.together)
+    args.best_metric = choose_metric(args.best_metric, data.test)
+    if resumed:
+        checkpoint.check_same_run(state, source, plain(args), samples, service and service.features,
+                                  data.digests)
+    if service:
+        data.sentences = learn_texts(args, service, data)
+    return data
+
+
+def cache_folder(args: argparse.Namespace) -> Path | None:
+    """Where decoded images and sentence vectors are kept."""
+    in_dataset = args.dataset_path / "image_cache"
+    return {"none": None, "auto": in_dataset, "device": in_dataset}.get(args.image_cache, Path(args.image_cache))
+
+
+def open_split(args: argparse.Namespace, split: str) -> Split:
+    """Read a split; with --skip_bad_images decode all of it first and read it again without what is broken."""
+    read = partial(DATASETS[args.dataset], args.dataset_path, split, complete_text=args.use_complete_text_query,
+                   category=args.category_to_train)
+
+    def open_store(data: CompositionDataset) -> ImageStore:
+        return ImageStore(data.paths, args.image_size, cache_folder(args), traits(args.image_encoder).resampling)
+    data = read(without=frozenset() if args.skip_bad_images else None)
+    store = open_store(data)
+    if args.skip_bad_images:
+        bad = distributed.union(store.unreadable(progress_bar, distributed.machines_share))
+        data = read(without=frozenset(data.images[index] for index in bad))
+        gone = ", ".join(f"{count} {what}" for what, count in data.dropped.items() if count)
+        say(f"{split} split: left out {gone or 'nothing'}")
+        store = open_store(data)
+    elif missing := store.missing():
+        raise InputError(f"{len(missing)} of the {split} split's {len(store)} images are missing or empty, first "
+                         f"{missing[0]}; put them back, or pass --skip_bad_images True to leave such images out")
+    return Split(data, store)
+
+
+def hold_on_device(splits: dict[str, Split], device: torch.device, workers: int) -> None:
+    """Move the splits' pixels into the device's memory, where there is room for them."""
+    copies = distributed.local_world() if device.type == "cpu" else 1           # a GPU has one process
+    if not DeviceStore.fits([split.store for split in splits.values()], device, copies):
+        logging.warning("note: the images would take more than half of the memory free on the %s; they are read from "
+                        "the cache folder, as with --image_cache auto", device)
+        return
+    for split in splits.values():
+        split.store = DeviceStore.of(split.store, device, workers, progress_bar)
+
+
+def choose_metric(name: str, data: CompositionDataset) -> str:
+    if name != "auto" and name not in data.metrics():
+        raise InputError(f"--best_metric {name}: choose one of {', '.join(data.metrics())}")
+    return data.best_metric if name == "auto" else name
+
+
+def find_source(args: argparse.Namespace, source: str | Path, state: dict | None) -> SentenceService | InProcess | None:
+    """Where sentence vectors come from, met; a checkpoint goes with one size of them. None where the LSTM reads."""
+    if args.text_encoder == "lstm":
+        return None
+    service = sentence_source(plain(args))
+    if state and checkpoint.text_dim(state) not in (None, service.dim):
+        raise InputError(f"the checkpoint {source} was trained with sentence vectors of size "
+                         f"{checkpoint.text_dim(state)}, {service} answers {service.dim}; "
+                         "serve the model it was trained with")
+    if state and state.get("sentences", service.features) != service.features:
+        logging.warning("note: the checkpoint was trained with the sentence vectors of %s, %s has %s",
+                        state["sentences"], service, service.features)
+    return service
+
+
+def learn_texts(args: argparse.Namespace, service: SentenceService | InProcess, data: Data) -> SentenceTable:
+    """Vectors of every text of the tests and of the first epoch; with all but Fashion200k's modifications, of all."""
+    sentences = SentenceTable(service, cache_folder(args))
+    asked = [data.train.sample_texts(args.seed, 0)] if not args.test_only else []
+    asked += [split.data.task(args.seed).texts for split in data.splits.values()]
+    prepare(sentences, chain.from_iterable(asked))
+    return sentences
+
+
+def place_images(args: argparse.Namespace, splits: dict[str, Split], model: ImgTextCompositionBase) -> None:
+    """Where batches come from: decoded images, on disk or on the device; or a frozen encoder's features, made here."""
+    device, workers = model.a.device, args.loader_num_workers
+    if args.freeze_image_encoder:
+        distributed.same_weights(model.img_model)
+        model.freeze_backbone()
+        for split in splits.values():
+            split.store = FeatureStore(split.store, model.backbone, model.traits.width, model.backbone_fingerprint(),
+                                       cache_folder(args))
+            for share in (distributed.machines_share, list):                    # then what another could not keep
+                split.store.fill(args.test_batch_size or encoder_batch(device), workers, progress_bar, share)
+                distributed.meet()
+    elif args.image_cache == "device":
+        hold_on_device(splits, device, workers)

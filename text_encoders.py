@@ -1,0 +1,129 @@
+"""Which text encoder a run has, and those that are not trained: a sentence service, or a model in this process.
+
+    lstm                            trained with the composer: text_model.py
+    service                         BERT-as-service, the same as --use_bert True
+    hf:NAME_OR_FOLDER               a BERT-type model in this process: bert_server.py's vectors without a server
+    open_clip:MODEL/TAG             the text tower of a CLIP model, in one space with its images
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+
+from image_encoders import LIBRARIES, quiet
+from machine.errors import InputError, first_line
+from machine.tensor_files import fingerprint, read_weights
+from text_model import SentenceService
+
+AT_ONCE = 64                            # texts a model in this process encodes
+
+
+def text_encoder_of(flags: dict) -> str:
+    """The text encoder that flags ask for, older checkpoints' too. Raises InputError where they ask for two."""
+    name = flags.get("text_encoder", "lstm")
+    if flags.get("use_bert") is not True:
+        return name
+    if name not in ("lstm", "service"):
+        raise InputError(f"--use_bert True is --text_encoder service, and --text_encoder {name} another; drop one")
+    return "service"
+
+
+def sentence_source(flags: dict) -> "SentenceService | InProcess":
+    """Where the vectors of these flags' texts come from. Raises InputError for a name that stands for nothing."""
+    kind, colon, name = text_encoder_of(flags).partition(":")
+    if kind == "service" and not colon:
+        return SentenceService(flags.get("bert_ip", "localhost"), flags.get("bert_port", 5555),
+                               flags.get("bert_port_out", 5556), flags.get("bert_timeout", 10.0))
+    if kind == "hf" and name:
+        return HuggingFace(name, flags["pooling_layer"], flags["max_seq_len"])
+    if kind == "open_clip" and name:
+        same = flags["image_encoder"] == flags["text_encoder"]                  # so its images' weights are its own
+        return ClipTower(name, flags["image_weights"] if same else "imagenet")
+    raise InputError(f"--text_encoder {kind}{colon}{name}: choose lstm, service, hf:NAME_OR_FOLDER or "
+                     "open_clip:MODEL/TAG")
+
+
+class InProcess:
+    """A text encoder in this process, asked as a sentence service is. features: what its vectors depend on."""
+
+    name: str
+    features: dict
+    dim: int
+
+    def vectors(self, texts: list[str]) -> np.ndarray:
+        """(N, dim) float32."""
+        raise NotImplementedError
+
+    def connected(self) -> AbstractContextManager:
+        return nullcontext(self)
+
+    def ask(self, _client: object, texts: list[str]) -> np.ndarray:
+        return self.vectors(texts)
+
+    def encode(self, texts: Sequence[str], progress: Callable) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Some of the texts and their (n, dim) vectors, a batch at a time."""
+        chunk: list[str] = []
+        for place, text in enumerate(progress(texts, desc="sentence vectors", unit="text"), start=1):
+            chunk.append(text)
+            if len(chunk) == AT_ONCE or place == len(texts):
+                yield chunk, self.vectors(chunk)
+                chunk = []
+
+    def complaint(self, what: str) -> InputError:
+        return InputError(f"--text_encoder {self.name} {what}; start the run again")
+
+    def __str__(self) -> str:
+        return f"--text_encoder {self.name}"
+
+
+class HuggingFace(InProcess):
+    """The mean over a text's tokens in one layer of a BERT-type model, as bert_server.py serves it."""
+
+    def __init__(self, folder: str, layer: int, length: int):
+        from bert_server import ModelError, SentenceEncoder  # only here: transformers takes seconds
+
+        try:
+            self.encoder = SentenceEncoder(folder, layer, length=length)
+        except ModelError as error:
+            raise InputError(f"--text_encoder hf:{folder}: {str(error).replace('-pooling', '--pooling')}") from None
+        self.name, self.dim = f"hf:{folder}", self.encoder.dim
+        self.features = {"text_encoder": "hf", "fingerprint": self.encoder.fingerprint, "pooling_layer": layer,
+                         "pooling_strategy": "REDUCE_MEAN", "max_seq_len": length}
+
+    def vectors(self, texts: list[str]) -> np.ndarray:
+        return self.encoder.encode(self.encoder.token_ids(texts))
+
+
+class ClipTower(InProcess):
+    """A CLIP model's text tower and its projection. weights: 'imagenet' for the name's own, or a file of them."""
+
+    def __init__(self, model: str, weights: str):
+        library = LIBRARIES["open_clip"]
+        plain, _ = library.parts(model)
+        if weights == "none":
+            raise InputError(f"--text_encoder open_clip:{model} learns nothing, so it needs weights: pass "
+                             "--image_weights imagenet or PATH")
+        try:
+            with quiet(), torch.random.fork_rng(devices=[]):
+                self.tower = library.whole(model).eval()
+                state = library.weights(model) if weights == "imagenet" else read_weights(weights)
+                missing, _ = self.tower.load_state_dict(state, strict=False)
+                self.tokenizer = library.open_clip.get_tokenizer(plain)
+        except Exception as error:                                              # torch.load raises a dozen types
+            raise InputError(f"--text_encoder open_clip:{model}: cannot load its weights {weights!r} "
+                             f"({first_line(error)})") from None
+        if missing := [name for name in missing if not name.startswith("visual.")]:
+            raise InputError(f"--text_encoder open_clip:{model}: {weights} lacks its text tower's weights, first "
+                             f"{missing[0]}")
+        kept = {name: value for name, value in self.tower.state_dict().items() if not name.startswith("visual.")}
+        self.name, self.features = f"open_clip:{model}", {"text_encoder": "open_clip", "model": plain,
+                                                          "fingerprint": fingerprint(kept)[:12]}
+        self.tower.visual = None
+        self.dim = self.vectors(["size"]).shape[1]
+
+    @torch.inference_mode()
+    def vectors(self, texts: list[str]) -> np.ndarray:
+        readable = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair is no text
+        return self.tower.encode_text(self.tokenizer(readable)).float().numpy()
