@@ -61,7 +61,7 @@ def test_eval_features_are_the_originals(case):
         close(model.compose(image, text, sign=-1.0), expected[f"{case}/eval/conjugate_repres"])
 
 
-# Of half a million ReLUs a few see numbers that float32 does not tell from zero, and which side they fall on is the luck
+# Of half a million ReLUs a few see numbers that float32 does not tell from zero, and which side they fall on is luck
 # of a processor's rounding; one moves gradients by a thousandth. So this is computed in float64, the same everywhere,
 # and where the original's processor took the other side, it is taken too: {case: [(step, ReLU, call, place)]}.
 OTHER_SIDE = {"composeAE-bert768": [(0, "txtdecoder.3", 0, 4208)]}              # of 7.6e-7
