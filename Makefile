@@ -100,7 +100,7 @@ lint: install
 	$(BIN)/ruff check .
 
 torture: install
-	$(BIN)/python -m tests.torture
+	for part in torture torture_checkpoints torture_images torture_index; do $(BIN)/python -m tests.$$part || exit 1; done
 
 bench: install
 	$(BIN)/python bench.py
