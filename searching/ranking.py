@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from machine.checksums import file_digest
-from machine.device import usable_cores
 from machine.errors import InputError, first_line
 from searching.image_list import Doubtful, ImageList
 
@@ -20,12 +19,12 @@ RANKING = "index.faiss"
 
 
 def faiss():
-    """The module, on all cores."""
+    """The module, with as many threads as torch has."""
     try:
         import faiss
     except ImportError:
         raise InputError("searching needs FAISS: pip install -r requirements-search.txt") from None
-    faiss.omp_set_num_threads(usable_cores())
+    faiss.omp_set_num_threads(torch.get_num_threads())                          # of the OpenMP that torch uses, too
     return faiss
 
 
