@@ -140,6 +140,13 @@ def run_main(dataset, path, log_dir, /, **changes):
     return Run(folder)
 
 
+def pytest_collection_modifyitems(items):
+    """A file's tests stay in one process, and those of the page with each other: what they share is made once."""
+    for item in items:
+        file = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("page" if file in ("test_browser", "test_page_security") else file))
+
+
 def some(cases, count=1, why="the same path with other values"):
     """Parameters of a test: the first so many cases are always run, the others in the long tier."""
     return [case if number < count else pytest.param(*(case if isinstance(case, tuple) else (case,)),

@@ -80,6 +80,7 @@ def test_vectors_are_plain_transformers_in_float64(tiny, client):
     assert error_of(client.encode(SINGLE), plainly(tiny, SINGLE)) < 1e-5
 
 
+@pytest.mark.long("a real model's process")
 def test_a_real_model_answers_its_own_size(minilm):
     with minilm.client() as client:
         found = client.encode(SINGLE)
@@ -174,6 +175,7 @@ def settle(client):
         time.sleep(0.3)
 
 
+@pytest.mark.long("ten seconds of work")
 def test_a_flood_does_not_starve_a_client(service, client):
     """Of small requests, of nonsense and of large ones: the good client's turn comes after a batch or two."""
     floods = {b'["a"]': (b"1", 5000), b"[": (b"1", 20_000), json.dumps(["x " * 4000] * 300).encode(): (b"300", 5)}

@@ -68,6 +68,7 @@ def program(address, *words):
         process.communicate(timeout=20)
 
 
+@pytest.mark.long("TensorBoard and a run of its own")
 def test_tensorboard_shows_scalars_and_the_pictures_of_results(trained, tab):
     (port,) = free_ports(1)
     with program(port, "-m", "tensorboard.main", "--logdir", trained.folder.parent, "--port", port, "--bind_all"):

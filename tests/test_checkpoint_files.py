@@ -67,6 +67,7 @@ def test_no_flipped_bit_is_believed():
     assert bit_flips(60) == (60, 0)
 
 
+@pytest.mark.long("many processes")
 def test_two_savers_killed_in_one_folder_leave_a_whole_checkpoint():
     assert two_savers(8) == (8, 0)
 

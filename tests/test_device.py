@@ -40,6 +40,7 @@ def test_no_more_threads_than_the_machine_gives(tmp_path, monkeypatch, quota, co
     assert device.usable_cores(tmp_path / "cpu.max") == cores
 
 
+@pytest.mark.long("two processes")
 def test_threads_are_the_affinitys_unless_the_user_says():
     program = ("import torch; from machine import device; device.set_up(torch.device('cpu'), 'fp32'); "
                "print(torch.get_num_threads())")

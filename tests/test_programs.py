@@ -36,6 +36,7 @@ def differing(comparison):
         name for inner in comparison.subdirs.values() for name in differing(inner)]
 
 
+@pytest.mark.long("a process")
 def test_toy_data_are_the_same_bytes_each_time(toy, tmp_path):
     assert program("data/make_toy.py", tmp_path / "again", env={"PYTHONHASHSEED": "7"}).returncode == 0
     comparison = filecmp.dircmp(toy, tmp_path / "again")

@@ -124,6 +124,7 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(mitstates, tmp_path, 
     assert not list(folder.glob("*.unfinished"))
 
 
+@pytest.mark.long("a process")
 def test_a_process_that_is_told_to_stop_saves_and_ends_with_the_signals_code(mitstates, tmp_path):
     process = start(flags("mitstates", mitstates, tmp_path / "logs", num_iters=100_000, save_frequency=1))
     wait_for(lambda: stamps(tmp_path / "logs"), process)
@@ -261,6 +262,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(mitstates, tmp_p
     assert run.checkpoint.read_bytes() == content and not list(run.folder.glob("*.unfinished"))
 
 
+@pytest.mark.long("a process")
 def test_a_log_that_cannot_be_written_is_one_line(mitstates, tmp_path):
     """Events go beyond the limit before any checkpoint does: the run must neither hang nor go on without a log."""
     def limit():
@@ -294,6 +296,7 @@ def test_a_checkpoint_cut_short_anywhere_is_refused(mitstates, tmp_path, capsys)
             checkpoint.load(tmp_path / "cut.pth")
 
 
+@pytest.mark.long("a process")
 def test_a_bad_image_met_in_training_saves_first(mitstates, tmp_path):
     words = flags("mitstates", mitstates, tmp_path / "logs", num_iters=100_000, image_cache="none", save_frequency=1)
     process = start(words)

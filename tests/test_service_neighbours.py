@@ -321,6 +321,7 @@ def test_a_request_of_too_much_is_refused_before_it_is_read(service, made, count
     assert max(read) < 100
 
 
+@pytest.mark.long("eight seconds of waiting")
 def test_what_a_client_has_in_line_is_bounded_by_its_share(service, monkeypatch, caplog):
     monkeypatch.setattr(bert_server, "LINE", 2**20)
     service.encoder.seconds = 0.2

@@ -42,6 +42,7 @@ def test_a_padded_batch_gives_what_each_text_gives_alone():
     assert together.shape == (5, 12)
 
 
+@pytest.mark.long("a process")
 def test_importing_contacts_nothing_and_needs_no_client():
     code = "import text_model, main, sys; sys.exit('zmq' in sys.modules or 'bert_serving' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
