@@ -67,7 +67,7 @@ def test_eval_features_are_the_originals(case):
 OTHER_SIDE = {"composeAE-bert768": [(0, "txtdecoder.3", 0, 4208)]}              # of 7.6e-7
 # Steps from which what the original's rounding decided inside max pooling and ReLUs is more than can be told: there the
 # losses show no more than that the training is the same.
-UNCERTAIN_FROM = {"RealSpaceConcatAE-bert768": 2, "composeAE-bert768": 3}
+UNCERTAIN_FROM = {"RealSpaceConcatAE-bert768": (2, 3e-4), "composeAE-bert768": (3, 5e-3)}
 
 
 class SidedReLU(nn.Module):
@@ -105,7 +105,8 @@ def test_losses_over_four_steps_and_first_gradients_are_the_originals(case):
         optimizer.zero_grad()
         losses["total training loss"].backward()
         ours = {name.replace("total training loss", "total"): loss.item() for name, loss in losses.items()}
-        assert ours == pytest.approx(parts, rel=1e-4 if step < UNCERTAIN_FROM.get(case, 4) else 5e-3), f"step {step}"
+        first, coarse = UNCERTAIN_FROM.get(case, (4, None))
+        assert ours == pytest.approx(parts, rel=1e-4 if step < first else coarse), f"step {step}"
         if step == 0:
             norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
             assert norms == pytest.approx(expected["grad_norms"], rel=1e-4, abs=1e-6)
