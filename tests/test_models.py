@@ -13,6 +13,7 @@ from torch_function import composition_losses
 from training import parameter_groups
 
 from . import golden
+from .conftest import some
 
 CASES = {"tirg-lstm512": ("tirg", 512), "tirg-bert768": ("tirg", 768), "composeAE-bert768": ("composeAE", 768),
          "RealSpaceConcatAE-bert768": ("RealSpaceConcatAE", 768)}
@@ -87,7 +88,8 @@ class SidedReLU(nn.Module):
         return features * positive
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(["tirg-lstm512", "composeAE-bert768", "tirg-bert768",
+                                       "RealSpaceConcatAE-bert768"], 2))
 def test_losses_over_four_steps_and_first_gradients_are_the_originals(case):
     expected = golden.VALUES["cases"][case]
     model = golden_model(case).train().double()
@@ -114,7 +116,8 @@ def test_losses_over_four_steps_and_first_gradients_are_the_originals(case):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("image_dim", "text_dim", "batch"), [(512, 512, 40), (24, 16, 5), (100, 37, 3), (8, 300, 33)])
+@pytest.mark.parametrize(("image_dim", "text_dim", "batch"), some(
+    [(24, 16, 5), (100, 37, 3), (8, 300, 33), (512, 512, 40)], 2))
 def test_any_image_size_text_size_and_batch(name, image_dim, text_dim, batch):
     model = MODELS[name](SimpleVocab.from_texts(["red dress"]), image_dim, text_dim)
     features = model(torch.randn(batch, 3, 32, 32), ["red dress", ""] * (batch // 2) + ["green"] * (batch % 2),

@@ -97,7 +97,20 @@ def test_a_map_places_like_beside_like():
     blue, grey = (np.argwhere((picture == ImageColor.getrgb(hue)).all(-1))[:, 1] for hue in ("#1c7ed6", "#c3ccd5"))
     groups = [side for side in (grey[grey < 320], grey[grey >= 320]) if len(side)]
     assert len(groups) == 2 and np.ptp(blue) < 60                               # all queries within one of two groups
-    assert feature_map(np.zeros((2, 4)), np.zeros((0, 4)), np.zeros((0, 4))).size == (640, 640)
+    for shape in ((2, 4), (1, 4), (4, 1), (5, 3)):                              # no variance, no plane
+        assert feature_map(np.zeros(shape), *2 * [np.zeros((0, shape[1]))]).size == (640, 640)
+
+
+def test_a_maps_plane_is_that_of_plain_principal_components():
+    """Seen from the distances on the map, which no turn or mirror image changes."""
+    rng = np.random.default_rng(1)
+    gallery = (rng.normal(size=(40, 6)) * (9, 5, 2, 1, 1, 1)).astype(np.float32)
+    centred = gallery - gallery.mean(0)
+    points = centred @ np.linalg.svd(centred)[2][:2].T
+    picture = np.asarray(feature_map(gallery, gallery[:1], gallery[1:2])).astype(int)
+    query, target = (np.argwhere((picture == ImageColor.getrgb(hue)).all(-1)).mean(0) for hue in ("#1c7ed6", GREEN))
+    spread = max(np.ptp(points[:, 0]), np.ptp(points[:, 1]))
+    assert np.linalg.norm(query - target) == pytest.approx(np.linalg.norm(points[0] - points[1]) * 480 / spread, abs=3)
 
 
 def test_tensorboard_reads_pictures_ranks_and_weights(benchmark_tree, tmp_path):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.neighbors import NearestNeighbors
 
 import test_retrieval
 from datasets import DATASETS, Judge, QuerySet, integer_labels
@@ -104,6 +103,8 @@ def test_every_number_of_threads_gives_the_same_ranks_and_is_left_as_it_was(thre
 
 
 def test_counting_matches_scikit_learn():
+    from sklearn.neighbors import NearestNeighbors  # two seconds, which no other test has need of
+
     torch.manual_seed(0)
     gallery, queries = F.normalize(torch.randn(300, 16), dim=1), F.normalize(torch.randn(50, 16), dim=1)
     labels, goals = np.arange(300) % 40, np.arange(50) % 40

@@ -98,7 +98,7 @@ def stopped_after(it, words, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.long("three more processes"))])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(mitstates, tmp_path, kills):
-    settings = {"num_iters": 24, "save_frequency": 4, "eval_frequency": 4, "loader_num_workers": 2}
+    settings = {"num_iters": 12, "save_frequency": 4, "eval_frequency": 3, "loader_num_workers": 2}
     whole = run_main("mitstates", mitstates, tmp_path / "whole", **settings)
     words = flags("mitstates", mitstates, tmp_path / "parts", **settings, resume="auto")
     rng = random.Random(0)
@@ -222,7 +222,7 @@ def test_checkpoints_without_a_run_to_go_on_with(mitstates, tmp_path, capsys):
 
 def test_the_best_checkpoint_is_of_the_best_test(mitstates, tmp_path, capsys):
     metric = "recall_top1_correct_noun"
-    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=12, eval_frequency=1, best_metric=metric)
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=8, eval_frequency=1, best_metric=metric)
     scores = run.scalars()[f"test_{metric}"]
     best = max(score for _, score in scores)
     state = checkpoint.load(run.folder / checkpoint.BEST)
