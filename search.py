@@ -42,7 +42,7 @@ def get_parser() -> Parser:
         service = made.add_argument_group("sentence service, for a model trained with --use_bert; where a flag is not "
                                           "given, as the training had it")
         for flag, kind, metavar, help in (
-                ("--bert_ip", str, "HOST", "its host (IPv4)"),
+                ("--bert_ip", str, "HOST", "its host (IPv4); this machine unless given"),
                 ("--bert_port", port_number, "PORT", "port it takes texts on"),
                 ("--bert_port_out", port_number, "PORT", "port it answers on"),
                 ("--bert_timeout", at_least(0.1, float, 86400), "SECONDS", "how long to wait for it")):

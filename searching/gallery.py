@@ -20,7 +20,7 @@ from torch import Tensor
 
 import checkpoint
 from machine.checksums import file_digest
-from machine.errors import InputError
+from machine.errors import InputError, first_line
 from machine.picture_files import Beyond, decode
 from machine.progress import progress_bar
 from machine.resizing import plain_square
@@ -65,16 +65,28 @@ def read_picture(path: str | Path, size: int, resampling: str = "bilinear") -> n
 
 
 class Sentences:
-    """The sentence service or text encoder of a checkpoint's flags, met when the first text is asked for."""
+    """The sentence service or text encoder of a checkpoint's flags, met when the first text is asked for.
+
+    where: of the service, by flag, what shall differ from the checkpoint's; its host is this machine unless named here,
+    for a stranger's checkpoint would be told every text.
+    """
 
     def __init__(self, state: dict, where: dict, folder: Path):
-        opt = {**state["opt"], **{name: value for name, value in where.items() if value is not None}}
-        self.flags, self.features = opt, state.get("sentences")
+        given = {name: value for name, value in where.items() if value is not None}
+        self.flags, self.features = {**state["opt"], "bert_ip": "localhost", **given}, state.get("sentences")
         self.dim, self.folder = checkpoint.text_dim(state), folder
 
     @cached_property
     def table(self) -> SentenceTable:
-        source = sentence_source(self.flags)
+        try:
+            check_service(self.flags)
+            source = sentence_source(self.flags)
+        except InputError as error:
+            online = "; HF_HUB_OFFLINE=0 has the hub asked for it" if "hf" in text_encoder_of(self.flags) else ""
+            raise InputError(f"{error}{online}") from None
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"the checkpoint's flags of its text encoder are none of this program's "
+                             f"({first_line(error)})") from None
         if source.dim != self.dim or self.features not in (None, source.features):
             raise source.complaint(f"has other vectors (size {source.dim}, {source.features}) than the model was "
                                    f"trained with (size {self.dim}, {self.features})")
@@ -82,6 +94,15 @@ class Sentences:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         return self.table(texts)
+
+
+def check_service(flags: dict) -> None:
+    """Raises ValueError for what no flag of a sentence service can be."""
+    ports, patience = [flags.get(name, 1) for name in ("bert_port", "bert_port_out")], flags.get("bert_timeout", 1)
+    if not all(isinstance(port, int) and 0 < port < 2**16 for port in ports):
+        raise ValueError(f"ports {ports}")
+    if not (isinstance(patience, int | float) and 0 < patience <= 24 * 3600):
+        raise ValueError(f"bert_timeout {patience!r}")
 
 
 class Encoder:

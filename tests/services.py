@@ -1,5 +1,6 @@
 """Sentence services for the tests: real server processes, small models made here, and one that misbehaves on order."""
 
+import itertools
 import json
 import os
 import signal
@@ -25,12 +26,21 @@ WORDS = ("a", "red", "blue", "green", "dress", "shirt", "old", "wet", "dog", "bu
          "is", "darker", "longer", "has", "hem", "##s", "##er", "cafe", "!", ",", ".", "[", "]", "sep", "|", "1", "2")
 
 
+# A hundred of its own for each process that tests, below those that systems give to outgoing connections: a port that
+# was free a moment ago is taken by nobody else.
+PORTS = itertools.cycle(range(first := 10_000 + os.getpid() % 200 * 100, first + 100))
+
+
 def free_ports(count=2):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [held.getsockname()[1] for held in sockets]
-    for held in sockets:
-        held.close()
-    return ports
+    return list(itertools.islice(filter(is_free, PORTS), count))
+
+
+def is_free(port):
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 def write_bert(folder, size=768, layers=3, seed=0):

@@ -4,7 +4,6 @@ process has, and jobs that lose a process."""
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch_function import LOSSES
 
 from . import together
 from .conftest import WRITERS, Run, flags, run_main, write_mitstates
+from .services import free_ports
 from .test_resume import assert_same_run, saved_at, wait_for
 
 ROOT = Path(main.__file__).parent
@@ -232,8 +232,7 @@ def test_a_job_that_loses_a_process_starts_again_and_ends_as_if_it_had_not(mitst
 @pytest.mark.long("two jobs' starts, twice")
 def test_two_machines_find_together_again(mitstates, tmp_path):
     """Two torchruns as on two machines, of which one loses its process: their counts of restarts then differ."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_ports(1)[0]}"
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1",
                "--rdzv_backend=c10d", "--rdzv_id=two", f"--rdzv_endpoint={endpoint}", "main.py",
                *flags("mitstates", mitstates, tmp_path / "logs", **SETTINGS)]

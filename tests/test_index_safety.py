@@ -14,7 +14,7 @@ from searching.gallery import Gallery
 from searching.image_list import BEFORE_CHECKSUMS, ImageList
 
 from .conftest import picture, some
-from .index_faults import FILES, by_hand, circles, copied, execute, flip, folder_is, write_model
+from .index_faults import FILES, by_hand, circles, copied, execute, flip, folder_is, other_model, write_model
 from .test_search import CPU, made, quiet  # noqa: F401
 
 
@@ -184,6 +184,24 @@ def test_a_strangers_index_ends_in_one_line_or_the_right_answer(first, right, tm
         assert answer(out, first / "images" / "0.jpg") == right
     except InputError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    ({"text_encoder": "hf:evil.example/model", "pooling_layer": -2, "max_seq_len": 25}, "HF_HUB_OFFLINE=0"),
+    ({"text_encoder": "hf:evil.example/model"}, "none of this program's"),
+    ({"text_encoder": "service", "bert_port": "x"}, "none of this program's"),
+    ({"text_encoder": "service", "bert_timeout": 1e9}, "none of this program's"),
+    ({"text_encoder": "service", "bert_ip": "192.0.2.1", "bert_timeout": 1.0, "bert_port": 9, "bert_port_out": 9},
+     "localhost:9")])
+def test_a_strangers_index_has_no_other_host_asked(first, tmp_path, flags, said):
+    def change(state):
+        state["opt"].update(flags)
+        state["recipe"]["text_encoder"] = flags["text_encoder"]
+    out = copied(first / "out", tmp_path / "out")
+    other_model(out, change)
+    opened = Gallery(out, CPU)
+    with pytest.raises(InputError, match=said):
+        opened.search(opened.picture(first / "images" / "0.jpg"), "red", 12)
 
 
 def test_a_query_cannot_write_to_the_list(first):
