@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -97,6 +98,11 @@ class CompositionDataset:
         require(self.root, f"{type(self).__name__} folder")
         self.read()
 
+    @cached_property
+    def goals(self) -> np.ndarray:
+        """(images,) ints, equal for images that are equally right as a target: here each only for itself."""
+        return np.arange(len(self.images))
+
     @property
     def paths(self) -> list[str]:
         return [f"{self.root}/{image}" for image in self.images]
@@ -183,6 +189,10 @@ class CaptionedDataset(CompositionDataset):
         self.test_queries = self.queries() if self.split == "test" else []      # now: a bad one must not wait
         if self.split == "test" and not self.test_queries:
             raise InputError(f"{self.root} gives no test query; see data/README.md for what the test split needs")
+
+    @cached_property
+    def goals(self) -> np.ndarray:
+        return np.unique(self.captions, return_inverse=True)[1]
 
     def training_texts(self) -> list[str]:
         return self.captions

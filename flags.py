@@ -139,7 +139,8 @@ def get_parser() -> Parser:
         metavar="SECONDS")
 
     training = parser.add_argument_group("training")
-    add(training, "--loss", "soft_triplet", "metric loss between query and target",
+    add(training, "--loss", "soft_triplet", "metric loss between query and target; the last counts the batch's "
+        "other targets of one's caption as right",
         choices=registered("torch_function.py", "LOSSES"))
     add(training, "--num_iters", 160000, "training steps", type=at_least(1), metavar="N")
     add(training, "--batch_size", 32, "queries a step, each with its target; several processes share them",

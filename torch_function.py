@@ -1,6 +1,7 @@
 """Losses over features: feature normalization, the two metric losses, and their weighted sum with a composer's own."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -51,21 +52,38 @@ def batch_based_classification_loss(query: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
-LOSSES = {"soft_triplet": soft_triplet_loss, "batch_based_classification": batch_based_classification_loss}
+def caption_aware_classification_loss(query: Tensor, target: Tensor, goals: Tensor | None = None) -> Tensor:
+    """Cross entropy over the batch where row i may pick any target that is as right as its own. (B, D) twice.
+
+    goals: (B,) ints, equal for targets that are right for one another's queries, as those of one caption are; without
+    them each is right for its own query alone, as in batch_based_classification_loss.
+    """
+    logits = query @ target.T                                                   # (B, B)
+    if goals is None:
+        goals = torch.arange(len(logits), device=logits.device)
+    right = logits.masked_fill(goals[:, None] != goals, -torch.inf)             # (B, B), in each row at least its own
+    return (logits.logsumexp(1) - right.logsumexp(1)).mean()
+
+
+LOSSES = {"soft_triplet": soft_triplet_loss, "batch_based_classification": batch_based_classification_loss,
+          "caption_aware_classification": caption_aware_classification_loss}
 
 
 def composition_losses(features: dict[str, Tensor], loss: str,
-                       gather: Callable[[Tensor], Tensor] = lambda own: own) -> dict[str, Tensor]:
+                       gather: Callable[[Tensor], Tensor] = lambda own: own,
+                       goals: Tensor | None = None) -> dict[str, Tensor]:
     """{logged name: scalar} for what a composer's forward gave; a term is there when its two features are.
 
     `loss` names the metric loss, which judges query against target (weight 1) and, for ComposeAE, the conjugate
     composition against the source (0.01); the two reconstructions weigh 0.1 each (ComposeAE eq. 9 to 12).
     gather: (B, D) of this process -> (all, D): where several share a batch, every query meets the targets of all.
+    goals: (B,) ints of this process, equal for targets of one caption; of the losses, one asks for them.
     """
-    def metric_loss(query: Tensor, target: Tensor) -> Tensor:
-        return LOSSES[loss](gather(query), gather(target))
+    def metric_loss(query: Tensor, target: Tensor, **known: Tensor) -> Tensor:
+        return LOSSES[loss](gather(query), gather(target), **known)
+    aware = goals is not None and LOSSES[loss] is caption_aware_classification_loss
     terms = {
-        loss: (1.0, metric_loss, "query", "target"),
+        loss: (1.0, partial(metric_loss, goals=gather(goals)) if aware else metric_loss, "query", "target"),
         "L2_loss": (0.1, F.mse_loss, "decoded_image", "image"),
         "L2_loss_text": (0.1, F.mse_loss, "decoded_text", "text"),
         "rot_sym_loss": (0.01, metric_loss, "rotated_back", "source"),

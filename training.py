@@ -21,6 +21,7 @@ from flags import plain
 from img_text_composition_models import ImgTextCompositionBase
 from machine import distributed
 from machine.checksums import digest
+from machine.device import send
 from machine.errors import InputError, PeerLost
 from machine.feature_store import FeatureStore
 from machine.image_store import DeviceStore, ImageStore, prefetch
@@ -69,10 +70,12 @@ def head_of(path: str) -> bytes:
 
 
 class Part(NamedTuple):
-    """What of a batch goes through the model at once, in this process: images as the store gives them, and B texts."""
+    """What of a batch goes through the model at once, in this process: images as the store gives them, and B texts.
+    goals: (B,) ints, equal for targets that are equally right."""
     source: Tensor
     texts: list[str]
     target: Tensor
+    goals: Tensor | None = None
 
 
 def prepare(sentences: SentenceTable, texts: Iterable[str]) -> None:
@@ -131,7 +134,9 @@ def batches(train: Split, seed: int, epoch: int, size: int, workers: int, device
 
     def share(start: int) -> Part:
         sources, targets, texts = zip(*(samples[i] for i in range(start, start + length)), strict=True)
-        return Part(train.store.batch(sources, device), list(texts), train.store.batch(targets, device))
+        goals = torch.from_numpy(train.data.goals[list(targets)])               # (B,)
+        return Part(train.store.batch(sources, device), list(texts), train.store.batch(targets, device),
+                    send(goals, device))
 
     def batch(start: int) -> list[Part]:
         starts = range(start, start + size, length)                             # by part, and in it by process
@@ -153,7 +158,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: str, pa
         with distributed.exchanging(model, now=number == len(parts)):
             features = model(part.source, part.texts, part.target)
             with distributed.same_random_numbers(part.source.device) if gather else nullcontext():
-                losses = composition_losses(features, loss, distributed.gather if gather else lambda own: own)
+                losses = composition_losses(features, loss, distributed.gather if gather else lambda own: own,
+                                            part.goals)
             (losses["total training loss"] / len(parts)).backward()
         means = {name: value.detach() / len(parts) + means.get(name, 0) for name, value in losses.items()}
     optimizer.step()

@@ -132,7 +132,7 @@ def test_without_gather_each_process_has_its_own_negatives(trees, alone, two):
 
 
 def test_accumulated_parts_are_as_steps_of_their_own(trees, alone):
-    expected, found = halves(trees), together.steps(trees, parts=2)
+    expected, found = halves(trees), together.steps(trees, parts=2, losses=together.CLASSIFICATION)
     assert [text for text, *_ in found["samples"]] == [text for text, *_ in alone["samples"]]
     for name in MODELS:
         assert_same_step({**found[name, "batch_based_classification"], "weights": {}},

@@ -10,6 +10,7 @@ from torch_function import (
     LOSSES,
     NormalizationLayer,
     batch_based_classification_loss,
+    caption_aware_classification_loss,
     composition_losses,
     draw_negatives,
     soft_triplet_loss,
@@ -71,6 +72,21 @@ def test_classification_matches_a_loop():
         scores = [float(query[i] @ target[j]) for j in range(5)]
         expected += math.log(sum(map(math.exp, scores))) - scores[i]
     assert batch_based_classification_loss(query, target).item() == pytest.approx(expected / 5, rel=1e-5)
+
+
+def test_caption_aware_classification_matches_a_loop():
+    query, target = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(1))
+    goals = [7, 2, 7, 3, 2]
+    expected = 0.0
+    for i in range(5):
+        scores = [math.exp(float(query[i] @ target[j])) for j in range(5)]
+        expected -= math.log(sum(scores[j] for j in range(5) if goals[j] == goals[i]) / sum(scores))
+    found = composition_losses({"query": query, "target": target}, "caption_aware_classification",
+                               goals=torch.tensor(goals))
+    assert found["total training loss"].item() == pytest.approx(expected / 5, rel=1e-5)
+    plain = batch_based_classification_loss(query, target)
+    torch.testing.assert_close(caption_aware_classification_loss(query, target), plain)
+    assert found["total training loss"] < plain
 
 
 def test_normalization_scales_unit_rows_by_one_learned_number():
