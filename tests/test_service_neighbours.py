@@ -229,7 +229,8 @@ def test_who_does_not_read_is_not_worked_for_and_others_are(service, monkeypatch
         made = len(service.encoder.batches)
         for _ in range(100):
             assert client.encode(["red"])[0, 0] == 3
-        assert len(service.encoder.batches) <= made + 100 + 64                  # what it had begun, at most
+        # Of 3,200 batches, what it had begun, and the systems' buffers take before they are full: ten answers at most.
+        assert len(service.encoder.batches) <= made + 100 + 320
         assert held.line and held.unread_bytes() + held.working < 2**20 + 3 * 2**22
         numbers = [slow.answer(SECONDS)[-1] for _ in range(100)]                # once it reads, it gets all
         assert numbers == [b"%d" % number for number in range(1, 101)]
