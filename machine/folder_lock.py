@@ -27,11 +27,13 @@ class FolderLock:
     """The right to write into one folder. The kernel takes it back when the process ends, however it ends.
 
     Where a file system has no locks, a note says so and two processes are not kept apart.
+    otherwise: the flag that gives this program another folder.
     """
 
-    def __init__(self):
+    def __init__(self, otherwise: str = "--comment"):
         self.file: int | None = None
         self.path: Path | None = None
+        self.otherwise = otherwise
 
     def take(self, folder: Path, patience: float = 0) -> None:
         """Lock the folder, waiting so many seconds for a process that is still ending, and clear away what processes
@@ -41,7 +43,7 @@ class FolderLock:
             try:
                 file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             except OSError as error:
-                raise InputError(f"cannot write to {folder} ({error.strerror or error}); choose another --log_dir, or "
+                raise InputError(f"cannot write to {folder} ({error.strerror or error}); choose another, or "
                                  f"remove {self.path} if it is not a plain file") from None
             try:
                 lock(file)
@@ -52,8 +54,8 @@ class FolderLock:
                                 "in this folder", folder, error.strerror)
                     return
                 if time.monotonic() >= until:
-                    raise InputError(f"{folder} is in use by {self.holder()}: wait for it or stop it, or give this run "
-                                     "another --comment") from None
+                    raise InputError(f"{folder} is in use by {self.holder()}: wait for it or stop it, or give "
+                                     f"another {self.otherwise}") from None
                 time.sleep(0.1)
                 continue
             if is_still(file, self.path):

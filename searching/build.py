@@ -13,6 +13,8 @@ import torch
 
 from machine.checksums import file_digest
 from machine.errors import InputError, first_line
+from machine.folder_lock import NAME as LOCK
+from machine.folder_lock import FolderLock
 from machine.image_store import prefetch
 from machine.tensor_files import packed
 from searching.folder import Kind, Walk
@@ -58,8 +60,15 @@ def build(source: Path, folder: Path, out: Path, ivf: bool, device: torch.device
     if folder == folder.parent:
         raise InputError(f"--images {folder} is the whole machine; name a folder in it")
     encoder = Encoder(source, device)
-    prepare(out, encoder, source)
-    images, walk = ImageList(out / IMAGES), Walk(folder)
+    with FolderLock("--out") as lock:
+        prepare(out, encoder, source, lock)
+        return brought_up_to_date(encoder, folder, out, ivf, batch_size, workers, progress, prune)
+
+
+def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, ivf: bool, batch_size: int, workers: int,
+                       progress: Callable, prune: bool) -> Built:
+    """The index in `out`, which is this process's own and holds the encoder's model, of what is below `folder`."""
+    source, images, walk = encoder.path, ImageList(out / IMAGES), Walk(folder)
     if images.create(folder):
         log.warning("note: %s had no checksums; what it holds is taken as it is, and has them from now on", out)
     if images.file_note(MODEL)[0] is None:
@@ -133,15 +142,16 @@ def why_nothing(walk: Walk) -> str:
     return f"{walk.folder} {'holds no image' if walk.filled else 'is empty'}"
 
 
-def prepare(out: Path, encoder: Encoder, source: Path) -> None:
-    """The folder with the model in it. Raises InputError where it is not free, or another model's index, or holds links
-    in the place of our files, which would be written through."""
+def prepare(out: Path, encoder: Encoder, source: Path, lock: FolderLock) -> None:
+    """The folder, locked, with the model in it. Raises InputError where it is not free, or another model's index, or
+    holds links in the place of our files, which would be written through."""
     unfinished = f"{MODEL}.unfinished"
     ours = (MODEL, IMAGES, f"{IMAGES}-journal", RANKING, f"{RANKING}.unfinished", unfinished)
     for path in (out / name for name in ours):
         if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
             raise InputError(f"{path} is not a regular file; remove it, or choose another --out")
     if (out / MODEL).is_file():
+        lock.take(out)
         if (out / IMAGES).is_file():
             check_model(ImageList(out / IMAGES), out / MODEL)
         if Encoder(out / MODEL, encoder.device).fingerprint() != encoder.fingerprint():
@@ -149,8 +159,9 @@ def prepare(out: Path, encoder: Encoder, source: Path) -> None:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if any(name != unfinished for name in os.listdir(out)):
+        if any(name not in (unfinished, LOCK) for name in os.listdir(out)):
             raise InputError(f"{out} holds other files; give the index a folder of its own with --out")
+        lock.take(out)
         content = {name: value for name, value in encoder.state.items() if name not in FOR_TRAINING}
         (out / unfinished).write_bytes(packed(content))
         os.replace(out / unfinished, out / MODEL)

@@ -10,6 +10,7 @@ import pytest
 
 import search
 from machine.errors import InputError
+from machine.folder_lock import FolderLock
 from searching.gallery import Gallery
 from searching.image_list import BEFORE_CHECKSUMS, ImageList
 
@@ -133,6 +134,16 @@ def test_nothing_is_written_through_links(trained, first, tmp_path):
     with pytest.raises(InputError, match="not a regular file"):
         made(trained, first / "images", out)
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_one_process_at_a_time_works_on_an_index(trained, first, tmp_path):
+    out = copied(first / "out", tmp_path / "out")
+    with FolderLock() as lock:
+        lock.take(out)
+        with pytest.raises(InputError, match=rf"in use by process {os.getpid()} .*another --out"):
+            made(trained, first / "images", out)
+    assert made(trained, first / "images", out).images == 12
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
