@@ -71,6 +71,10 @@ def write_fashion_iq(root, pairs=3):
     return root
 
 
+DAMAGE = {"emptied": lambda file, _: file.write_bytes(b""),
+          "cut": lambda file, content: file.write_bytes(content[:len(content) // 2 + 3]),
+          "garbled": lambda file, content: file.write_bytes(bytes(255 - byte for byte in content)),
+          "removed": lambda file, _: file.unlink()}
 WRITERS = {"mitstates": write_mitstates, "fashion200k": write_fashion200k, "fashionIQ": write_fashion_iq}
 
 

@@ -20,7 +20,7 @@ from machine.image_store import ImageStore
 from test_retrieval import evaluate
 from training import make_optimizer, rate_at
 
-from .conftest import WRITERS, flags, picture, run_main, some
+from .conftest import DAMAGE, WRITERS, flags, picture, run_main, some
 
 FROZEN = {"freeze_image_encoder": True, "eval_frequency": 0}
 HEAD = "img_model.classifier.3."        # of conftest's encoder
@@ -87,17 +87,12 @@ def test_processes_share_the_work_and_see_each_others(paths, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["paths", "records", "features"])
-@pytest.mark.parametrize("damage", ["emptied", "cut", "garbled", "removed"])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_made_again(paths, tmp_path, kind, damage):
     cache = tmp_path / "cache"
     store_of(paths, cache).fill(4, 0, Bar)
     file = cache / f"features_by hand.{kind}"
-    content = file.read_bytes()
-    if damage == "removed":
-        file.unlink()
-    else:
-        file.write_bytes({"emptied": b"", "cut": content[:len(content) // 2 + 3],
-                          "garbled": bytes(255 - byte for byte in content)}[damage])
+    DAMAGE[damage](file, file.read_bytes())
     expected = ImageStore(paths, 32).batch(range(7)).float().mean((2, 3))
     for _ in range(2):
         assert torch.equal(store_of(paths, cache).batch(range(7)), expected)

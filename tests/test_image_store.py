@@ -19,7 +19,7 @@ from machine import image_store
 from machine.errors import InputError
 from machine.image_store import ImageStore, normalize_images, prefetch
 
-from .conftest import picture
+from .conftest import DAMAGE, picture
 
 
 @pytest.fixture
@@ -86,16 +86,11 @@ def test_a_changed_image_is_decoded_again(paths, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["paths", "records", "pixels"])
-@pytest.mark.parametrize("damage", ["emptied", "cut", "garbled", "removed"])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache_is_made_again(paths, tmp_path, kind, damage):
     ImageStore(paths, 32, tmp_path / "cache").batch(range(len(paths)))
     file = tmp_path / "cache" / f"images_32.{kind}"
-    content = file.read_bytes()
-    if damage == "removed":
-        file.unlink()
-    else:
-        file.write_bytes({"emptied": b"", "cut": content[:len(content) // 2 + 3],
-                          "garbled": bytes(255 - byte for byte in content)}[damage])
+    DAMAGE[damage](file, file.read_bytes())
     expected = torch.stack([plain(path, 32) for path in paths])
     for _ in range(2):
         assert torch.equal(ImageStore(paths, 32, tmp_path / "cache").batch(range(len(paths))), expected)
