@@ -1,4 +1,4 @@
-"""Serve sentence vectors of a BERT-type model over ZeroMQ, for the unmodified bert-serving-client 1.10.0.
+"""Serve sentence vectors of a BERT-type or CLIP model over ZeroMQ, for the unmodified bert-serving-client 1.10.0.
 
     python bert_server.py --model_dir bert-base-uncased
 
@@ -24,6 +24,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 POOLINGS = ("REDUCE_MEAN", "REDUCE_MAX", "CLS_TOKEN")
 
@@ -157,21 +158,17 @@ class SentenceEncoder:
 
     def __init__(self, folder: str, layer: int = -2, pooling: str = "REDUCE_MEAN", length: int | None = 25,
                  device: str = "cpu"):
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()                             # of reading weights, a second's work
-        huggingface_hub.utils.enable_progress_bars()                            # of downloading them
+        quieten()
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            model, loading = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32,
+            config = configuration(folder)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config)
+            model, loading = transformers.AutoModel.from_pretrained(folder, config=config, dtype=torch.float32,
                                                                     output_loading_info=True)
             layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList)
                           and len(part) == model.config.num_hidden_layers)
         except Exception as error:                                              # hub and file errors of many types
-            raise ModelError(f"cannot load the model {folder!r} ({first_line(error)}); name a folder with config.json, "
-                             "the weights and vocab.txt, or a model of the Hugging Face hub") from None
-        if missing := sorted(name for name in loading["missing_keys"] if not name.startswith("pooler.")):
-            raise ModelError(f"{folder!r} lacks {len(missing)} of its model's weights, first {missing[0]}; "
-                             "download it again")
+            raise not_loaded(folder, error) from None
+        check_whole(folder, loading)
         self.check_vocabulary(folder, model.config.vocab_size)
         if not -len(layers) <= layer < len(layers):
             raise ModelError(f"-pooling_layer {layer}: the model has {len(layers)} layers, so give one from "
@@ -250,6 +247,108 @@ class SentenceEncoder:
 
     def tokens(self, ids: tuple[list[int], int]) -> list[str]:
         return self.tokenizer.convert_ids_to_tokens(ids[0])
+
+
+class ClipTexts:
+    """A CLIP model's text tower and its projection, in eval mode, float32: sentences to vectors of its joint space.
+
+    folder: a local folder or a hub name. length: most tokens of a sentence, its start and end included; None for as
+    many as the model can take. It offers what SentenceEncoder does; layers and pooling are the tower's own. Raises
+    ModelError.
+    """
+
+    def __init__(self, folder: str, length: int | None = 25, device: str = "cpu"):
+        quieten()
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            model, loading = transformers.CLIPTextModelWithProjection.from_pretrained(folder, dtype=torch.float32,
+                                                                                      output_loading_info=True)
+        except Exception as error:                                              # hub and file errors of many types
+            raise not_loaded(folder, error) from None
+        check_whole(folder, loading)
+        longest = model.config.max_position_embeddings
+        self.length, self.dim = min(length or longest, longest), model.config.projection_dim
+        self.fingerprint = fingerprint(self.tokenizer, model)
+        try:
+            self.model, self.device = model.eval().to(device), device
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"cannot use the model with -device {device}: {first_line(error)}") from None
+
+    def token_ids(self, sentences: Sequence[Sentence]) -> list[tuple[list[int], int]]:
+        """For each sentence its ids from start to end, and how many they are."""
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        found = []
+        for sentence in sentences:
+            if isinstance(sentence, str):
+                text = sentence[:CHARACTERS * self.length].encode("utf-8", "replace").decode()
+                ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+            else:
+                ids = self.tokenizer.convert_tokens_to_ids(sentence[:self.length])
+            whole = [first, *ids[:self.length - 2], last]
+            found.append((whole, len(whole)))
+        return found
+
+    @torch.inference_mode()
+    def encode(self, ids: Sequence[tuple[list[int], int]]) -> np.ndarray:
+        """Results of `token_ids` -> (B, dim) float32."""
+        longest = max(length for _, length in ids)
+        padded = np.full((len(ids), longest), self.tokenizer.eos_token_id) # (B, T), read to the first end
+        mask = np.zeros_like(padded)
+        for row, (tokens, length) in enumerate(ids):
+            padded[row, :length], mask[row, :length] = tokens, 1
+        inputs = {"input_ids": padded, "attention_mask": mask}
+        return self.model(**{name: torch.from_numpy(values).to(self.device) for name, values in inputs.items()}
+                          ).text_embeds.float().cpu().numpy()
+
+    def tokens(self, ids: tuple[list[int], int]) -> list[str]:
+        return self.tokenizer.convert_ids_to_tokens(ids[0])
+
+
+def sentence_encoder(folder: str, layer: int = -2, pooling: str = "REDUCE_MEAN", length: int | None = 25,
+                     device: str = "cpu") -> SentenceEncoder | ClipTexts:
+    """Whichever the model is for. Raises ModelError."""
+    try:
+        kind = getattr(configuration(folder), "model_type", "")
+    except ModelError:
+        raise
+    except Exception as error:                                                  # hub and file errors of many types
+        raise not_loaded(folder, error) from None
+    if kind in ("clip", "clip_text_model"):
+        return ClipTexts(folder, length, device)
+    return SentenceEncoder(folder, layer, pooling, length, device)
+
+
+def configuration(folder: str) -> transformers.PreTrainedConfig:
+    """A model's. Folders of BERT's first years have a configuration that does not say so. Raises ModelError for weights
+    of TensorFlow, and whatever transformers raises."""
+    files = [path for name in ("config.json", "bert_config.json") if (path := Path(folder, name)).is_file()]
+    if not files or "model_type" in json.loads(files[0].read_text()):
+        return transformers.AutoConfig.from_pretrained(folder)
+    if not [*Path(folder).glob("*.bin"), *Path(folder).glob("*.safetensors")]:
+        raise ModelError(f"{folder!r} holds no weights of PyTorch, but perhaps TensorFlow's: Google's models are on "
+                         "the Hugging Face hub, as bert-base-uncased is, or converted with transformers 4 by python -m "
+                         "transformers.models.bert.convert_bert_original_tf_checkpoint_to_pytorch")
+    return transformers.BertConfig.from_json_file(files[0])
+
+
+def quieten() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()                                 # of reading weights, a second's work
+    huggingface_hub.utils.enable_progress_bars()                                # of downloading them
+
+
+def not_loaded(folder: str, error: Exception) -> ModelError:
+    if isinstance(error, ModelError):
+        return error
+    return ModelError(f"cannot load the model {folder!r} ({first_line(error)}); name a folder with config.json, the "
+                      "weights and vocab.txt, or a model of the Hugging Face hub")
+
+
+def check_whole(folder: str, loading: dict) -> None:
+    """Raises ModelError where the files lack weights that count."""
+    if missing := sorted(name for name in loading["missing_keys"] if not name.startswith("pooler.")):
+        raise ModelError(f"{folder!r} lacks {len(missing)} of its model's weights, first {missing[0]}; "
+                         "download it again")
 
 
 def first_line(error: Exception) -> str:
@@ -408,7 +507,7 @@ class Server:
     the first that asked in its name, for as long as they are open.
     """
 
-    def __init__(self, encoder: SentenceEncoder, config: dict):
+    def __init__(self, encoder: SentenceEncoder | ClipTexts, config: dict):
         """config: the flags by name, and whatever else SHOW_CONFIG tells. Raises zmq.ZMQError for a bad address."""
         self.encoder, self.config = encoder, config
         host = f"[{config['host'].strip('[]')}]" if ":" in config["host"] else config["host"]
@@ -748,7 +847,7 @@ def main(argv: list[str] | None = None) -> int:
             log.info("-num_worker is not needed any more: one process serves all")
         log.info("loading %s", args.model_dir)
         device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        encoder = SentenceEncoder(args.model_dir, args.pooling_layer, args.pooling_strategy, args.max_seq_len, device)
+        encoder = sentence_encoder(args.model_dir, args.pooling_layer, args.pooling_strategy, args.max_seq_len, device)
         config = {**vars(args), "device": device, "server_version": VERSION, "dim": encoder.dim,
                   "fingerprint": encoder.fingerprint, "server_start_time": time.strftime("%Y-%m-%d %H:%M:%S"),
                   "python_version": sys.version.split()[0], "pyzmq_version": zmq.__version__,

@@ -79,13 +79,14 @@ class InProcess:
 
 
 class HuggingFace(InProcess):
-    """The mean over a text's tokens in one layer of a BERT-type model, as bert_server.py serves it."""
+    """The mean over a text's tokens in one layer of a BERT-type model, or what a CLIP model's text tower gives: the
+    vectors that bert_server.py serves."""
 
     def __init__(self, folder: str, layer: int, length: int):
-        from bert_server import ModelError, SentenceEncoder  # only here: transformers takes seconds
+        from bert_server import ModelError, sentence_encoder  # only here: transformers takes seconds
 
         try:
-            self.encoder = SentenceEncoder(folder, layer, length=length)
+            self.encoder = sentence_encoder(folder, layer, length=length)
         except ModelError as error:
             raise InputError(f"--text_encoder hf:{folder}: {str(error).replace('-pooling', '--pooling')}") from None
         self.name, self.dim = f"hf:{folder}", self.encoder.dim

