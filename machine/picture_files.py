@@ -24,6 +24,7 @@ MEGA = 10**6
 LARGEST_FILE = 256 * MEGA               # bytes: 40 megapixels of three times 16 bits have 240 million
 LARGEST_PICTURE = 40 * MEGA             # pixels; those of a page's formats are slower, and take 20 bytes each:
 LARGEST_OF_PAGES = {"WEBP": 25 * MEGA, "AVIF": 25 * MEGA}
+LARGEST_WITH_ALPHA = 25 * MEGA          # pixels of four bytes, which are painted on white besides
 LARGEST_OF_MEASUREMENTS = 20 * MEGA     # pixels of 32-bit integers and floats, which are looked through for their range
 LARGEST_JPEG = 80 * MEGA                # pixels that are decoded, of 12 bytes at most; where a picture is only looked
                                         # at, larger ones are decoded by halves
@@ -144,6 +145,8 @@ def check(image: Image.Image, content: bytes, scans: int, halved: bool) -> None:
         most = LARGEST_IN_PYTHON
     elif image.mode in ("I", "F"):
         most = LARGEST_OF_MEASUREMENTS
+    elif "A" in image.getbands():
+        most = min(most, LARGEST_WITH_ALPHA)
     if width * height > most:
         raise Beyond(f"has more than {most / MEGA:g} megapixels ({width} x {height}); make it smaller")
 
@@ -194,7 +197,7 @@ def seen(image: Image.Image) -> Image.Image:
     elif image.mode in ("I", "F"):
         image_seen = Image.fromarray(eight_bits(np.asarray(image))).convert("RGB")
     elif image.has_transparency_data:
-        layer = image.convert("RGBA")
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
         image_seen = Image.new("RGB", image.size, "white")
         image_seen.paste(layer, mask=layer)
     else:

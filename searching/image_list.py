@@ -16,6 +16,7 @@ import numpy as np
 
 from machine.checksums import digest
 from machine.errors import InputError
+from machine.streams import shown
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 ROWS_AT_ONCE = 10_000                   # of features, in reading them all
@@ -122,7 +123,7 @@ class ImageList:
             elif kind.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):
                 said = f"cannot use {self.path} ({error}); make room, or see that it may be read and written"
             else:
-                said = (f"{self.path} is damaged ({error}); remove {self.path.parent} and make it again with "
+                said = (f"{self.path} is damaged ({shown(error)}); remove {self.path.parent} and make it again with "
                         "search.py index")
             raise InputError(said) from None
 

@@ -112,6 +112,12 @@ def wide(state: dict) -> None:
     state["model_state_dict"][name] = torch.zeros(10**6)
 
 
+def two_lines(index: Path) -> None:
+    """The name of the list's own index has a line's end in it, which SQLite repeats."""
+    path = index / "images.sqlite"
+    path.write_bytes(path.read_bytes().replace(b"sqlite_autoindex_images_1", b"sqlite_autoindex_images\n1"))
+
+
 def by_hand() -> dict:
     """Name -> what a stranger does to an index; every one has to end in one line, or the right answer."""
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
@@ -132,6 +138,7 @@ def by_hand() -> dict:
         "a relative folder": lambda index: folder_is(index, b"etc"),
         "a folder with NUL": lambda index: folder_is(index, b"/tmp\0/x"),
         "no images": lambda index: execute(index, "DELETE FROM images"),
+        "a name of two lines": two_lines,
         **{f"a path {path!r}": (lambda index, path=path: rewrite(index, path=path)) for path in
            (b"../0.jpg", b"/etc/passwd", b"/etc/x.jpg", b"a/../../x.jpg", b"a\0.jpg", b"passwd", "text.jpg", 7, None)},
         **{f"a feature {what}": (lambda index, feature=feature: rewrite(index, feature=feature)) for what, feature in

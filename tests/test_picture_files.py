@@ -74,6 +74,8 @@ BEYOND = {
     "runs of one": (lambda: rle_bmp(2000, 2000, b""), "more than 0.5 megapixels"),
     "letters": (lambda: b"P3 2000 2000 255\n", "more than 0.5 megapixels"),
     "41 megapixels": (lambda: saved(flat(6500, 6350, "1"), "PNG"), "more than 40 megapixels"),
+    "26 megapixels seen through": (lambda: saved(flat(5200, 5000, "RGBA"), "PNG", compress_level=1),
+                                   "more than 25 megapixels"),
     "26 megapixels of a page": (lambda: saved(flat(5200, 5000), "WEBP", method=0), "more than 25 megapixels"),
 }
 
