@@ -64,7 +64,8 @@ def get_parser() -> Parser:
     add("port_out", 5556, "port that answers", type=at_least(1, 65535), metavar="PORT")
     add("max_seq_len", 25, "most word pieces of a text, [CLS] and [SEP] among them; NONE for what the model can take",
         type=sequence_length, metavar="N")
-    add("pooling_layer", -2, "encoder layer whose output is pooled, -1 the last", type=int, metavar="LAYER")
+    add("pooling_layer", -2, "encoder layer whose output is pooled, -1 the last; CLIP has its own", type=int,
+        metavar="LAYER")
     add("pooling_strategy", "REDUCE_MEAN", "how a text's word pieces become one vector", choices=POOLINGS)
     add("max_batch_size", 256, "texts the model takes at once", type=at_least(1), metavar="N")
     add("show_tokens_to_client", False, "send word pieces along with the vectors", action="store_true")
@@ -249,12 +250,11 @@ class SentenceEncoder:
         return self.tokenizer.convert_ids_to_tokens(ids[0])
 
 
-class ClipTexts:
+class ClipTexts(SentenceEncoder):
     """A CLIP model's text tower and its projection, in eval mode, float32: sentences to vectors of its joint space.
 
     folder: a local folder or a hub name. length: most tokens of a sentence, its start and end included; None for as
-    many as the model can take. It offers what SentenceEncoder does; layers and pooling are the tower's own. Raises
-    ModelError.
+    many as the model can take. Layers and pooling are the tower's own, and it knows no pairs. Raises ModelError.
     """
 
     def __init__(self, folder: str, length: int | None = 25, device: str = "cpu"):
@@ -277,22 +277,14 @@ class ClipTexts:
     def token_ids(self, sentences: Sequence[Sentence]) -> list[tuple[list[int], int]]:
         """For each sentence its ids from start to end, and how many they are."""
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        found = []
-        for sentence in sentences:
-            if isinstance(sentence, str):
-                text = sentence[:CHARACTERS * self.length].encode("utf-8", "replace").decode()
-                ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-            else:
-                ids = self.tokenizer.convert_tokens_to_ids(sentence[:self.length])
-            whole = [first, *ids[:self.length - 2], last]
-            found.append((whole, len(whole)))
-        return found
+        whole = ([first, *ids[:self.length - 2], last] for ids in self.plain_ids(sentences))
+        return [(ids, len(ids)) for ids in whole]
 
     @torch.inference_mode()
     def encode(self, ids: Sequence[tuple[list[int], int]]) -> np.ndarray:
         """Results of `token_ids` -> (B, dim) float32."""
         longest = max(length for _, length in ids)
-        padded = np.full((len(ids), longest), self.tokenizer.eos_token_id) # (B, T), read to the first end
+        padded = np.full((len(ids), longest), self.tokenizer.eos_token_id)      # (B, T), read to the first end
         mask = np.zeros_like(padded)
         for row, (tokens, length) in enumerate(ids):
             padded[row, :length], mask[row, :length] = tokens, 1
@@ -300,17 +292,12 @@ class ClipTexts:
         return self.model(**{name: torch.from_numpy(values).to(self.device) for name, values in inputs.items()}
                           ).text_embeds.float().cpu().numpy()
 
-    def tokens(self, ids: tuple[list[int], int]) -> list[str]:
-        return self.tokenizer.convert_ids_to_tokens(ids[0])
-
 
 def sentence_encoder(folder: str, layer: int = -2, pooling: str = "REDUCE_MEAN", length: int | None = 25,
-                     device: str = "cpu") -> SentenceEncoder | ClipTexts:
+                     device: str = "cpu") -> SentenceEncoder:
     """Whichever the model is for. Raises ModelError."""
     try:
-        kind = getattr(configuration(folder), "model_type", "")
-    except ModelError:
-        raise
+        kind = configuration(folder).model_type
     except Exception as error:                                                  # hub and file errors of many types
         raise not_loaded(folder, error) from None
     if kind in ("clip", "clip_text_model"):
@@ -507,7 +494,7 @@ class Server:
     the first that asked in its name, for as long as they are open.
     """
 
-    def __init__(self, encoder: SentenceEncoder | ClipTexts, config: dict):
+    def __init__(self, encoder: SentenceEncoder, config: dict):
         """config: the flags by name, and whatever else SHOW_CONFIG tells. Raises zmq.ZMQError for a bad address."""
         self.encoder, self.config = encoder, config
         host = f"[{config['host'].strip('[]')}]" if ":" in config["host"] else config["host"]

@@ -1,4 +1,4 @@
-"""Losses over features: feature normalization, the two metric losses, and their weighted sum with a composer's own."""
+"""Losses over features: feature normalization, the metric losses, and their weighted sum with a composer's own."""
 
 from collections.abc import Callable
 from functools import partial

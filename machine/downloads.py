@@ -1,5 +1,6 @@
 """Files of weights from elsewhere, fetched once."""
 
+import os
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,12 @@ from machine.tensor_files import read_weights
 
 
 def downloaded(address: str) -> dict[str, Tensor]:
-    """The weights at this address, kept where torch keeps such files. Raises ValueError where it cannot be reached."""
+    """The weights at this address, kept where torch keeps such files. Raises ValueError where it cannot be reached, or
+    nothing is to be: HF_HUB_OFFLINE counts for all that a name stands for."""
     path = kept_at(address)
     if not path.exists():
+        if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+            raise ValueError(f"HF_HUB_OFFLINE is set: get {address} and put it at {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with reaching(address, path):
             torch.hub.download_url_to_file(address, str(path), progress=True)

@@ -121,7 +121,7 @@ class ImageList:
             elif kind == "SQLITE_READONLY_ROLLBACK" or (kind.startswith("SQLITE_CANTOPEN") and self.journal().exists()):
                 said = f"{self.path} is in the middle of a change that was stopped; search.py index goes on"
             elif kind.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):
-                said = f"cannot use {self.path} ({error}); make room, or see that it may be read and written"
+                said = f"cannot use {self.path} ({shown(error)}); make room, or see that it may be read and written"
             else:
                 said = (f"{self.path} is damaged ({shown(error)}); remove {self.path.parent} and make it again with "
                         "search.py index")

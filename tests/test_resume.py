@@ -98,7 +98,7 @@ def stopped_after(it, words, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.long("three more processes"))])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(mitstates, tmp_path, kills):
-    settings = {"num_iters": 12, "save_frequency": 4, "eval_frequency": 3, "loader_num_workers": 2}
+    settings = {"num_iters": 12 * kills, "save_frequency": 4, "eval_frequency": 3, "loader_num_workers": 2}
     whole = run_main("mitstates", mitstates, tmp_path / "whole", **settings)
     words = flags("mitstates", mitstates, tmp_path / "parts", **settings, resume="auto")
     rng = random.Random(0)
