@@ -17,7 +17,7 @@ from machine.image_store import DeviceStore, ImageStore
 from text_model import SimpleVocab
 from torch_function import LOSSES, composition_losses
 
-from .conftest import Run, flags, run_main, some
+from .conftest import Run, flags, run_main, some, write_mitstates
 
 ROOT = Path(main.__file__).parent
 TEXTS = ["old dog", "wet", "old bus", "wet bus"]
@@ -148,10 +148,13 @@ def test_where_the_device_has_no_room_the_cache_folder_serves(mitstates, tmp_pat
     assert ["more than half of the memory" in record.message for record in caplog.records] == [True]
 
 
-def test_the_program_trains_in_bfloat16(mitstates, tmp_path):
-    runs = [run_main("mitstates", mitstates, tmp_path / name, precision=name) for name in ("fp32", "bf16")]
+def test_the_program_trains_in_bfloat16(tmp_path):
+    """Of an encoder without batch norm, which would make much of a rounding; bfloat16 has 8 bits, so 0.4 % a number."""
+    path = write_mitstates(tmp_path / "mitstates", images=4)
+    runs = [run_main("mitstates", path, tmp_path / name, precision=name, num_iters=1, batch_size=16,
+                     image_encoder="timm:test_vit", image_size=160) for name in ("fp32", "bf16")]
     ours, coarse = (logged(run)["total_training_loss"] for run in runs)
-    assert ours != coarse and [step for step, _ in coarse] == [1, 2, 3]         # how near is seen with fixed batch norm
+    assert ours != coarse and coarse == [(1, pytest.approx(ours[0][1], rel=0.01))]
 
 
 def program(mitstates, log_dir, environment=None, **changes):
