@@ -29,15 +29,19 @@ log = logging.getLogger(__name__)
 
 LATEST, BEST = "latest_checkpoint.pth", "best_checkpoint.pth"
 PROGRESS, PROGRESS_SINCE = {"best", "samples", "steps", "sums", "tested"}, {"turn", "data"}  # older ones lack these
+# What a test depends on: a checkpoint's are taken where none is given.
+TESTED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "validation", "skip_bad_images",
+                "image_size", "model", "image_encoder", "image_embed_dim", "text_embed_dim", "use_bert", "text_encoder",
+                "freeze_image_encoder", "precision")
+WHERE_TEXTS_ARE_READ = ("image_weights", "pooling_layer", "max_seq_len", "bert_ip", "bert_port", "bert_port_out",
+                        "bert_timeout")
 # A run goes on only with the values of these that it was started with: others would give other results.
-FIXED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "skip_bad_images", "image_size", "model",
-               "image_encoder", "image_embed_dim", "text_embed_dim", "use_bert", "loss", "batch_size", "learning_rate",
-               "learning_rate_decay_frequency", "weight_decay", "seed", "precision", "compile", "accumulate", "gather",
-               "sync_bn", "text_encoder", "freeze_image_encoder", "optimizer", "schedule", "warmup")
+FIXED_FLAGS = (*TESTED_FLAGS, "loss", "batch_size", "learning_rate", "learning_rate_decay_frequency", "weight_decay",
+               "seed", "compile", "accumulate", "gather", "sync_bn", "optimizer", "schedule", "warmup")
 # What older checkpoints' runs did.
 BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18", "accumulate": 1,
                       "gather": True, "sync_bn": False, "freeze_image_encoder": False, "optimizer": "sgd",
-                      "schedule": "step", "warmup": 0}
+                      "schedule": "step", "warmup": 0, "validation": 0.0}
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,
@@ -117,9 +121,22 @@ def check_flags(flags: dict, source: str | Path, opt: dict) -> None:
         name = text_encoder_of(opt)
         how = f"--text_encoder {name}" if ":" in name else f"--use_bert {opt['use_bert']}"
         raise InputError(f"the checkpoint {source} was trained with {how}; pass the same")
-    for name in ("dataset", "category_to_train", "use_complete_text_query", "image_size", "freeze_image_encoder"):
+    for name in TESTED_FLAGS if flags["test_only"] else ("dataset", "category_to_train", "use_complete_text_query",
+                                                         "image_size", "freeze_image_encoder"):
         if name in opt and opt[name] != flags[name]:
             log.warning("note: the checkpoint was trained with --%s %s, this run has %s", name, opt[name], flags[name])
+
+
+def flags_of(path: str | Path) -> list[str]:
+    """What main.py was told of all that a test depends on, when it wrote this checkpoint: ["--dataset=mitstates", ...].
+    Nothing where the file cannot be read: what is wrong with it is for `load` to say."""
+    try:
+        opt = tensor_files.read(path, glance=True).get("opt", {})
+    except (tensor_files.Unreadable, OSError):
+        return []
+    opt = vars(opt) if isinstance(opt, argparse.Namespace) else opt
+    told = {name: opt.get(name) for name in TESTED_FLAGS + WHERE_TEXTS_ARE_READ} if isinstance(opt, dict) else {}
+    return [f"--{name}={value}" for name, value in told.items() if isinstance(value, bool | int | float | str)]
 
 
 def check_same_run(state: dict, path: Path, flags: dict, samples: int, features: dict | None,

@@ -5,6 +5,7 @@ A dataset opens no image and knows no model. Image ids are positions in `images`
 """
 
 import fnmatch
+import hashlib
 import io
 import json
 import os
@@ -80,7 +81,9 @@ class Epoch(Sequence):
 class CompositionDataset:
     """One split of a benchmark.
 
-    path: the benchmark's folder. split: 'train' or 'test'. category: of FashionIQ, 'all' or one of its three.
+    path: the benchmark's folder. split: 'train', 'test', or 'validation', the share `held_out` of what is published to
+    train on, which 'train' then lacks: whole nouns, products or source images. category: of FashionIQ, 'all' or one of
+    its three.
     complete_text: queries say the whole target caption in place of the modification.
     without: images to leave out, with all that refers to them; `dropped` then counts what went. None is the strict
     reading: anything amiss raises InputError, with file and line.
@@ -91,8 +94,9 @@ class CompositionDataset:
     best_metric = "recall_top10_correct_composition"  # by which a run's best checkpoint is chosen
 
     def __init__(self, path: str | Path, split: str, complete_text: bool = False, category: str = "all",
-                 without: frozenset[str] | None = None):
+                 without: frozenset[str] | None = None, held_out: float = 0.0):
         self.root, self.split, self.complete_text, self.category = Path(path), split, complete_text, category
+        self.published, self.held_out = "test" if split == "test" else "train", held_out
         self.lenient, self.without = without is not None, without or frozenset()
         self.dropped = {"images": len(self.without)}
         require(self.root, f"{type(self).__name__} folder")
@@ -102,6 +106,13 @@ class CompositionDataset:
     def goals(self) -> np.ndarray:
         """(images,) ints, equal for images that are equally right as a target: here each only for itself."""
         return np.arange(len(self.images))
+
+    def has(self, group: str) -> bool:
+        """Whether a group of the published split is in this one: which are held out depends on their names alone."""
+        if self.published == "test" or not self.held_out:
+            return self.split != "validation"
+        lot = int.from_bytes(hashlib.sha256(group.encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
+        return (lot < self.held_out) == (self.split == "validation")
 
     @property
     def paths(self) -> list[str]:
@@ -186,9 +197,9 @@ class CaptionedDataset(CompositionDataset):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.test_queries = self.queries() if self.split == "test" else []      # now: a bad one must not wait
-        if self.split == "test" and not self.test_queries:
-            raise InputError(f"{self.root} gives no test query; see data/README.md for what the test split needs")
+        self.test_queries = self.queries() if self.split != "train" else []     # now: a bad one must not wait
+        if self.split != "train" and not self.test_queries:
+            raise InputError(f"{self.root} gives no {self.split} query; see data/README.md for what the split needs")
 
     @cached_property
     def goals(self) -> np.ndarray:
@@ -235,7 +246,8 @@ class MITStates(CaptionedDataset):
         self.images, self.captions = [], []
         for folder in self.visible(os.listdir(require(self.root / "images", "image folder"))):
             adjective, _, noun = folder.partition(" ")
-            if not noun or adjective == "adj" or (noun in MITSTATES_TEST_NOUNS) != (self.split == "test"):
+            published = "test" if noun in MITSTATES_TEST_NOUNS else "train"
+            if not noun or adjective == "adj" or published != self.published or not self.has(noun):
                 continue
             if not (self.root / "images" / folder).is_dir():
                 self.drop("files beside the folders of images")
@@ -310,20 +322,21 @@ class Fashion200k(CaptionedDataset):
 
     def read(self) -> None:
         self.images, self.captions = [], []
-        names = fnmatch.filter(os.listdir(require(self.root / "labels", "label folder")), f"*{self.split}*.txt")
+        names = fnmatch.filter(os.listdir(require(self.root / "labels", "label folder")), f"*{self.published}*.txt")
         labels = [self.root / "labels" / name for name in self.visible(names)]
         if not labels:
-            raise InputError(f"no label file *{self.split}*.txt in {self.root / 'labels'}; data/README.md shows the "
-                             "expected tree")
+            raise InputError(f"no label file *{self.published}*.txt in {self.root / 'labels'}; data/README.md shows "
+                             "the expected tree")
         for file in labels:
             for number, line in read_lines(file):
                 image, caption = self.parse_label(line, f"{file}, line {number}")
-                if image not in self.without:
+                if image not in self.without and self.has(product(image)):
                     self.images.append(image)
                     self.captions.append(caption)
         if not self.images:
-            raise InputError(f"the label files *{self.split}*.txt in {self.root / 'labels'} name no usable image")
-        if self.split == "train":
+            raise InputError(f"the label files *{self.published}*.txt in {self.root / 'labels'} name no usable image "
+                             f"of the {self.split} split")
+        if self.published == "train":
             self.find_siblings()
 
     @staticmethod
@@ -351,8 +364,8 @@ class Fashion200k(CaptionedDataset):
                 self.parents.setdefault(child, []).append(parent)
         self.modifiable = [image for image, caption in enumerate(self.captions) if caption in self.parents]
         if not self.modifiable:
-            raise InputError(f"no two captions of the train split in {self.root / 'labels'} differ by one word, so no "
-                             "training pair can be drawn")
+            raise InputError(f"no two captions of the {self.split} split in {self.root / 'labels'} differ by one "
+                             "word, so no pair can be drawn")
 
     def text(self, source: str, target: str) -> str:
         """The whole target caption, or the first word of either caption that the other one has not."""
@@ -380,7 +393,10 @@ class Fashion200k(CaptionedDataset):
         return self.parents if self.complete_text else texts_of(Epoch(self, seed, epoch))
 
     def queries(self) -> list[Sample]:
-        """The lines of test_queries.txt."""
+        """The lines of test_queries.txt; of the validation split, a training sample from each of its images."""
+        if self.split == "validation":
+            sources = np.array(self.modifiable[:TRAIN_QUERIES])
+            return [self.sample(sources, position, (0, TEST_EPOCH)) for position in range(len(sources))]
         file, ids = self.root / "test_queries.txt", {image: i for i, image in enumerate(self.images)}
         queries = []
         for number, line in read_lines(require(file, "query file")):
@@ -418,13 +434,13 @@ class FashionIQ(CompositionDataset):
     FOLDERS, ENDINGS = ("all_imgs", "images", "img"), (".jpg", ".png", ".jpeg")
 
     def read(self) -> None:
-        self.published = "train" if self.split == "train" else "val"
         self.categories = self.CATEGORIES if self.category == "all" else (self.category,)
         self.split_ids = {category: self.read_split(category) for category in self.categories}
-        annotations = [entry for category in self.categories for entry in self.read_captions(category)]
+        annotations = [entry for category in self.categories for entry in self.read_captions(category)
+                       if self.has(entry[1])]
         used = [name for _, source, target, _ in annotations for name in (source, target)]
         # Training needs the annotated images only (25,136 of the published 45,429); the test ranks all of its split.
-        names = used if self.split == "train" else [name for ids in self.split_ids.values() for name in ids]
+        names = used if self.published == "train" else [name for ids in self.split_ids.values() for name in ids]
         folder, files = self.image_files()
         kept = [(name, image) for name in dict.fromkeys(names)
                 if (image := files.get(name, f"{folder}/{name}.jpg")) not in self.without]
@@ -436,7 +452,13 @@ class FashionIQ(CompositionDataset):
         self.triplets = [Triplet(category, self.ids[source], self.ids[target], text)
                          for category, source, target, text in whole]
         if not self.triplets:
-            raise InputError(f"no usable triplet in the cap.*.{self.published}.json files of {self.root / 'captions'}")
+            raise InputError(f"no usable triplet of the {self.split} split in the cap.*.{self.files}.json files of "
+                             f"{self.root / 'captions'}")
+
+    @property
+    def files(self) -> str:
+        """What the published files of this split are called by."""
+        return "val" if self.published == "test" else "train"
 
     def image_files(self) -> tuple[str, dict[str, str]]:
         """Whichever of the three customary folders is there, and id -> path below root of what it holds."""
@@ -452,7 +474,7 @@ class FashionIQ(CompositionDataset):
         return folder, files
 
     def read_split(self, category: str) -> list[str]:
-        file = self.root / "image_splits" / f"split.{category}.{self.published}.json"
+        file = self.root / "image_splits" / f"split.{category}.{self.files}.json"
         ids = read_json(require(file, "split file"))
         if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
             raise InputError(f"{file}: expected a JSON list of image ids")
@@ -460,7 +482,7 @@ class FashionIQ(CompositionDataset):
 
     def read_captions(self, category: str) -> Iterator[tuple[str, str, str, str]]:
         """(category, source id, target id, text) of each annotation."""
-        file = self.root / "captions" / f"cap.{category}.{self.published}.json"
+        file = self.root / "captions" / f"cap.{category}.{self.files}.json"
         entries, known = read_json(require(file, "caption file")), set(self.split_ids[category])
         for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
             where = f"{file}, entry {number}"
@@ -469,7 +491,7 @@ class FashionIQ(CompositionDataset):
                                  f"{str(entry)[:80]!r}")
             for name in (entry["candidate"], entry["target"]):
                 if name not in known:
-                    raise InputError(f"{where}: image {name!r} is not in split.{category}.{self.published}.json")
+                    raise InputError(f"{where}: image {name!r} is not in split.{category}.{self.files}.json")
             if self.category == "all":
                 text = f"{category} " + " and it ".join(entry["captions"])
             else:
@@ -547,6 +569,11 @@ def clean_caption(caption: str) -> str:
     for character, word in ((".", "dotmark"), ("?", "questionmark"), ("&", "andmark"), ("*", "starmark")):
         caption = caption.replace(character, word)
     return caption.strip()
+
+
+def product(image: str) -> str:
+    """What a Fashion200k image shows, by its folder: 51727804 of women/dresses/day_dresses/51727804/51727804_0.jpeg."""
+    return image.split("/")[-2:][0]
 
 
 def parent_captions(caption: str) -> list[str]:

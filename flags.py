@@ -24,6 +24,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, line if alone or first_to_say(line) else None)
 
 
+class TrainingParser(Parser):
+    def parse_args(self, *given):
+        args = super().parse_args(*given)
+        if not args.dataset and not args.test_only:
+            self.error("the following arguments are required: --dataset")
+        return args
+
+
 def first_to_say(line: str) -> bool:
     from machine import distributed  # here: it loads torch
 
@@ -82,8 +90,8 @@ def image_side(text: str) -> int:
 port_number = at_least(1, most=65535)
 
 
-def get_parser() -> Parser:
-    parser = Parser(prog="main.py", usage="%(prog)s --dataset NAME --dataset_path DIR [flags]",
+def get_parser() -> TrainingParser:
+    parser = TrainingParser(prog="main.py", usage="%(prog)s --dataset NAME --dataset_path DIR [flags]",
                     description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                     epilog="The defaults are the published settings; README.md has the five published commands.")
 
@@ -93,13 +101,16 @@ def get_parser() -> Parser:
         group.add_argument(flag, default=default, help=help, **how)
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, choices=DATASETS, default=argparse.SUPPRESS,
-                      help="benchmark to train and test on (required)")
+    data.add_argument("--dataset", choices=DATASETS, help="benchmark to train and test on (required, but by "
+                      "--test_only)")
     data.add_argument("--dataset_path", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                       help="folder with the benchmark's published tree, see data/README.md (required)")
     add(data, "--category_to_train", "all", "FashionIQ: all three categories, or this one alone",
         choices=("all", *FashionIQ.CATEGORIES))
     add(data, "--use_complete_text_query", False, "queries say the whole target caption, not only what changes")
+    add(data, "--validation", 0.0, "share of the train split's nouns, products or source images to hold out and test "
+        "on too; best_checkpoint.pth is then the best on these. Published: 0, the best on the test split",
+        type=at_least(0, float, 0.9), metavar="SHARE")
     add(data, "--skip_bad_images", False, "check every image first and leave out broken and missing ones, with what "
         "refers to them, in place of stopping at the first")
     add(data, "--image_size", 0, "side in pixels of the square images the encoder sees; 0 for its own, or a "
@@ -173,7 +184,8 @@ def get_parser() -> Parser:
         "process's share")
 
     testing = parser.add_argument_group("testing and logs")
-    add(testing, "--test_only", False, "no training: test --model_checkpoint on both splits")
+    add(testing, "--test_only", False, "no training: test --model_checkpoint on both splits. Of the "
+        "other flags, --dataset_path is needed: what is not given is as the checkpoint's training was told")
     add(testing, "--model_checkpoint", "", "checkpoint to test, or to start training from",
         type=path_or_word, metavar="PATH")
     add(testing, "--eval_frequency", 3, "epochs between tests (epochs 1, 4, 7, ... by default) besides the one at the "
@@ -182,8 +194,9 @@ def get_parser() -> Parser:
         type=at_least(0), metavar="B")
     add(testing, "--baselines", False, "tests also judge, on the test split, the source image alone, the text "
         "alone, and chance")
-    add(testing, "--best_metric", "auto", "metric of the test split by which best_checkpoint.pth is kept; auto takes "
-        "R@10 of the composition, on FashionIQ the mean over each category's own gallery", metavar="NAME")
+    add(testing, "--best_metric", "auto", "metric of the test split, or with --validation of that one, by which "
+        "best_checkpoint.pth is kept; auto takes R@10 of the composition, on FashionIQ the mean over each category's "
+        "own gallery", metavar="NAME")
     add(testing, "--save_frequency", "10m", "iterations (500) or minutes (10m) between checkpoints, besides those at "
         "tests and at the end", type=save_frequency, metavar="N|Nm")
     add(testing, "--resume", "", "go on with a stopped run, exactly as if it had not been: its folder, its checkpoint, "

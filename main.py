@@ -71,6 +71,8 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock
         raise InputError("--test_only needs the checkpoint to test: pass --model_checkpoint PATH")
     if args.test_only and args.resume:
         raise InputError("--test_only tests --model_checkpoint and resumes nothing: drop --resume")
+    if not args.dataset:
+        raise InputError(f"{args.model_checkpoint} does not say what it was trained on: pass --dataset NAME")
     args.image_embed_dim = args.image_embed_dim or traits(args.image_encoder).width
     if args.sync_bn and device.type != "cuda":
         raise InputError("--sync_bn True: torch's synchronized batch norm is for CUDA GPUs alone; drop it")
@@ -122,9 +124,13 @@ def main(argv: list[str] | None = None) -> int:
     log_to_stderr(logging.WARNING if distributed.local_rank() == 0 else logging.ERROR)
 
     def work(stopping: Stopping) -> None:
-        args = get_parser().parse_args(argv)
+        parser = get_parser()
+        args = parser.parse_args(argv)
         device = choose_device(args.device, distributed.local_rank() if distributed.launched() else None)
         with distributed.job(device), FolderLock() as lock:
+            if args.test_only and args.model_checkpoint:
+                told = distributed.from_first(partial(checkpoint.flags_of, args.model_checkpoint))
+                args = parser.parse_args([*told, *(sys.argv[1:] if argv is None else argv)])
             run(args, stopping, device, lock)
     return ending("main.py", work)
 

@@ -46,7 +46,7 @@ def make_data(args: argparse.Namespace, device: torch.device, source: str | Path
               resumed: bool) -> Data:
     """Both splits, their images and sentence vectors; source, state: a checkpoint's that they must go with."""
     service = find_source(args, source, state)                                  # before anything that takes long
-    splits = {name: open_split(args, name) for name in ("train", "test")}
+    splits = {name: open_split(args, name) for name in ("train", *["validation"] * bool(args.validation), "test")}
     digests = {what: found for split in splits.values() for what, found in split.digests(args.seed).items()}
     data = Data(splits, None, {} if args.test_only else digests)
     samples = len(data.train)
@@ -72,7 +72,7 @@ def cache_folder(args: argparse.Namespace) -> Path | None:
 def open_split(args: argparse.Namespace, split: str) -> Split:
     """Read a split; with --skip_bad_images decode all of it first and read it again without what is broken."""
     read = partial(DATASETS[args.dataset], args.dataset_path, split, complete_text=args.use_complete_text_query,
-                   category=args.category_to_train)
+                   category=args.category_to_train, held_out=args.validation)
 
     def open_store(data: CompositionDataset) -> ImageStore:
         return ImageStore(data.paths, args.image_size, cache_folder(args), traits(args.image_encoder).resampling)

@@ -251,7 +251,8 @@ class Training:
         distributed.same_buffers(self.model)
         results = self.judge(self.it)
         with self.stopping.held():
-            score = report.show_results(self.log, results, self.it)["test"][self.args.best_metric]
+            found = report.show_results(self.log, results, self.it)
+            score = found["validation" if "validation" in found else "test"][self.args.best_metric]
             self.tested, best, self.best = True, score > self.best, max(score, self.best)
             self.save(best)
         self.clock = 0, time.perf_counter()                                     # a test is no training

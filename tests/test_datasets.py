@@ -1,13 +1,15 @@
 """The three benchmarks read from hand-written trees: images, splits, training pairs, texts, queries, vocabularies."""
 
 from collections import Counter
+from hashlib import sha256
 
 import numpy as np
 import pytest
 
 from datasets import DATASETS, Epoch, Fashion200k, FashionIQ, MITStates, clean_caption, parent_captions
+from machine.errors import InputError
 
-from .conftest import picture, write_mitstates
+from .conftest import LABEL, picture, write_fashion200k, write_mitstates
 
 
 def epoch(dataset, seed=0, number=0):
@@ -193,3 +195,57 @@ def test_only_jpgs_of_folders_with_a_space_are_read(mitstates):
     picture(mitstates / "images" / "old dog" / "note.png")
     (mitstates / "images" / "a file.jpg").write_text("")
     assert len(MITStates(mitstates, "train").images) == 10
+
+
+def test_validation_takes_whole_nouns_out_of_what_is_trained_on(mitstates):
+    """Which ones depends on their names: those whose sha256 is in the lowest share."""
+    lots = {noun: int(sha256(noun.encode()).hexdigest()[:16], 16) / 16**16 for noun in ("dog", "bus")}
+    between = sum(lots.values()) / 2
+    held, kept = sorted(lots, key=lots.get)
+    train, validation, test = (MITStates(mitstates, split, held_out=between)
+                               for split in ("train", "validation", "test"))
+    assert {caption.split()[1] for caption in validation.captions} == {held}
+    assert {caption.split()[1] for caption in train.captions} == {kept}
+    assert {sample.source for sample in epoch(train)} <= set(range(len(train.images)))
+    states = len(set(validation.captions))
+    (asked,) = validation.task().query_sets
+    assert len(asked.sources) == len(validation.images) * (states - 1)          # as the test asks
+    assert asked.own.tolist() == asked.sources.tolist()
+    assert test.captions == MITStates(mitstates, "test").captions
+
+
+def test_validation_takes_whole_products_out_of_fashion200k(tmp_path):
+    colours, kinds = ("red", "blue", "grey"), ("dress", "skirt", "coat", "shirt")
+    captions = [f"{colour} {kind}" for kind in kinds for colour in colours]
+    root = write_fashion200k(tmp_path)
+    (root / "labels/dress_train_detect_all.txt").write_text("".join(
+        LABEL.format(image=f"women/{caption}/{number % 5}/{number}.jpeg".replace(" ", "_"), caption=caption)
+        for number, caption in enumerate(captions * 4)))
+    splits = [Fashion200k(root, split, held_out=0.5) for split in ("train", "validation")]
+    products = [{image.split("/")[2] for image in split.images} for split in splits]
+    assert all(products) and not products[0] & products[1] and len(products[0] | products[1]) == 5
+    (asked,) = splits[1].task().query_sets
+    assert len(asked.texts) == len(splits[1].images)
+    for source, text, query in zip(asked.sources, asked.texts, splits[1].test_queries, strict=True):
+        words = splits[1].captions[source].split(), splits[1].captions[query.target].split()
+        (old,), (new,) = ([word for word in one if word not in other] for one, other in (words, words[::-1]))
+        assert text == f"replace {old} with {new}"
+
+
+def test_validation_takes_whole_sources_out_of_fashioniq(fashion_iq):
+    train, validation = (FashionIQ(fashion_iq, split, held_out=0.5) for split in ("train", "validation"))
+    asked = [(source, text) for queries in validation.task().query_sets
+             for source, text in zip(queries.sources, queries.texts, strict=True)]
+    assert len(asked) == len(validation.triplets) > 0 and len(train) > 0
+    assert len(train) + len(asked) == len(FashionIQ(fashion_iq, "train"))
+    sources = [{split.images[triplet.source] for triplet in split.triplets} for split in (train, validation)]
+    assert not sources[0] & sources[1]
+    with pytest.raises(InputError, match="no usable triplet of the validation split"):
+        FashionIQ(fashion_iq, "validation", held_out=0)
+
+
+def test_nothing_is_held_out_unless_asked_for(benchmark_tree):
+    name, path = benchmark_tree
+    whole = DATASETS[name](path, "train")
+    assert whole.images == DATASETS[name](path, "train", held_out=0.0).images
+    assert epoch(whole) == epoch(DATASETS[name](path, "train", held_out=0.0))

@@ -141,14 +141,17 @@ def test_logged_losses_are_means_over_the_steps_between(mitstates, tmp_path):
 @pytest.mark.parametrize("name", some(WRITERS))
 def test_test_only_gives_the_same_numbers_and_rebuilding_needs_no_flag(name, tmp_path):
     path = WRITERS[name](tmp_path / name)
-    trained = run_main(name, path, tmp_path / "logs", comment="_train")
-    tested = run_main(name, path, tmp_path / "logs", comment="_test", test_only=True,
-                      model_checkpoint=trained.checkpoint)
+    trained = run_main(name, path, tmp_path / "logs", comment="_train", use_complete_text_query=True, model="tirg",
+                       text_embed_dim=24)
+    assert main.main(["--test_only=True", f"--model_checkpoint={trained.checkpoint}", f"--dataset_path={path}",
+                      f"--log_dir={tmp_path / 'tests'}"]) == 0
+    (folder,) = (tmp_path / "tests").iterdir()
+    tested = Run(folder)
     assert tested.metrics == trained.metrics
     assert {key for key in tested.scalars() if key.startswith("test_")} == {f"test_{key}"
                                                                             for key in trained.metrics["test"]}
     assert not tested.checkpoint.exists()
-    data = DATASETS[name](path, "test")
+    data = DATASETS[name](path, "test", complete_text=True)
     model = checkpoint.rebuild_model(trained.checkpoint).to(memory_format=torch.channels_last)  # to the last digit
     rebuilt = evaluate(model, data, ImageStore(data.paths, 32))["model"]
     assert rebuilt == pytest.approx(trained.metrics["test"])
@@ -248,7 +251,7 @@ def test_a_checkpoint_says_what_it_was_trained_with(mitstates, tmp_path, capsys,
     state["opt"]["use_bert"], state["recipe"]["text_encoder"] = True, "service"
     torch.save(state, tmp_path / "bert.pth")
     assert main.main(flags("mitstates", mitstates, tmp_path / "logs", test_only=True,
-                           model_checkpoint=tmp_path / "bert.pth")) == 2
+                           model_checkpoint=tmp_path / "bert.pth", use_bert=False)) == 2
     assert "trained with --use_bert True" in capsys.readouterr().err
     with pytest.raises(InputError, match="needs a sentence service"):
         checkpoint.rebuild_model(tmp_path / "bert.pth")
