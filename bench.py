@@ -5,12 +5,14 @@
 The floor of a training step is a bare torchvision ResNet-18 doing the same two forward passes and one backward pass;
 of the test, one forward pass of each gallery image; of the retrieval stage, one float32 matrix product of its size; of
 filling the image store, PIL alone on all cores; of the start, reading the label files; of a search, one forward pass
-and one float32 product. Ways that are compared take
+and one float32 product; with a frozen encoder, of a step, the composer's own on tensors in memory, of filling the
+feature file, the encoder's forward passes alone. Ways that are compared take
 turns, in one order and then in the other; medians are printed.
 """
 
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import multiprocessing
@@ -26,7 +28,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -42,18 +43,20 @@ import report
 import run_data
 from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Judge, MITStates
 from flags import get_parser, plain
+from image_encoders import traits
 from img_text_composition_models import MODELS, Recipe
 from machine import distributed
 from machine.device import choose_device, compiled, set_up, usable_cores
 from machine.errors import InputError
+from machine.feature_store import FeatureStore
 from machine.image_store import DeviceStore, ImageStore, normalize_images
 from machine.stopping import Stopping
 from searching import gallery, ranking
 from searching.build import build
 from searching.image_list import ImageList
-from test_retrieval import evaluate, recalls
+from test_retrieval import encoder_batch, evaluate, recalls
 from text_model import SentenceService, SentenceTable, SimpleVocab
-from torch_function import LOSSES, draw_negatives, soft_triplet_loss
+from torch_function import LOSSES, composition_losses, draw_negatives, soft_triplet_loss
 from training import Split, Training, batches, make_optimizer, train_step
 
 CPU = torch.device("cpu")
@@ -129,10 +132,13 @@ def bare_step(batch: int, size: int, device: torch.device, precision: str, fast:
 
 
 def our_step(split: Split, kind: tuple[str, str], batch: int, device: torch.device, precision: str = "fp32",
-             fast: bool = False, sentences: SentenceTable | None = None) -> Callable:
-    """What a training does for one batch, pixels out of the store included. kind: model and loss."""
+             fast: bool = False, sentences: SentenceTable | None = None, encoder: str = "resnet18") -> Callable:
+    """What a training does for one batch, pixels or features out of the store included. kind: model and loss."""
     words = SimpleVocab.from_texts(split.data.training_texts())
-    model = MODELS[kind[0]](words, text_dim=sentences.dim if sentences else 512, sentence_vectors=sentences)
+    model = MODELS[kind[0]](words, text_dim=sentences.dim if sentences else 512, sentence_vectors=sentences,
+                            encoder=encoder)
+    if isinstance(split.store, FeatureStore):
+        model.freeze_backbone()
     model = main.ready(model, device, precision, fast).train()
     optimizer = make_optimizer(model, 1e-3, 1e-6)
     shared = distributed.averaging(model, sync_bn=False)
@@ -192,9 +198,8 @@ def repeat(call: Callable, times: int) -> None:
         call()
 
 
-def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int, images: int, size: int,
-                 fast: bool) -> dict:
-    """The published MIT-States schedule, from one epoch and one test on random pixels of MIT-States' real sizes."""
+def mitstates_tree(folder: Path, nouns: int, adjectives: int, images: int) -> Path:
+    """Folders and empty files, as many as asked for, a fifth of the nouns being for the test."""
     test_nouns = sorted(MITSTATES_TEST_NOUNS)[:max(2, nouns // 5)]
     names = [f"state{a} {noun}" for noun in [*test_nouns, *(f"thing{i}" for i in range(nouns - len(test_nouns)))]
              for a in range(adjectives)]
@@ -202,6 +207,13 @@ def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int
         file = folder / "images" / names[i % len(names)] / f"{i}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
+    return folder
+
+
+def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int, images: int, size: int,
+                 fast: bool) -> dict:
+    """The published MIT-States schedule, from one epoch and one test on random pixels of MIT-States' real sizes."""
+    mitstates_tree(folder, nouns, adjectives, images)
     args = get_parser().parse_args([
         "--dataset=mitstates", f"--dataset_path={folder}", "--model=tirg", "--loss=soft_triplet", "--weight_decay=5e-5",
         "--learning_rate_decay_frequency=50000", "--num_iters=160000", "--image_weights=none", "--image_cache=device",
@@ -215,7 +227,15 @@ def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int
         data = MITStates(folder, name)
         pixels = torch.randint(0, 256, (len(data.images), size, size, 3), dtype=torch.uint8, device=device)
         splits[name] = Split(data, DeviceStore(pixels))
-    model = main.make_model(args, run_data.Data(splits, None), "", None, device)
+    return schedule_of(args, run_data.Data(splits, None), folder, device, 25)
+
+
+def schedule_of(args: argparse.Namespace, data: run_data.Data, folder: Path, device: torch.device, goal: float) -> dict:
+    """What the whole run takes, by an epoch of it and one test. goal: minutes."""
+    splits = data.splits
+    model = main.make_model(args, data, "", None, device)
+    if args.freeze_image_encoder:
+        model.freeze_backbone()
     log = report.Report(report.run_folder(folder / "logs", ""), plain(args))
 
     def judge(it: int) -> dict:
@@ -233,8 +253,127 @@ def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int
         run.it = it
         return run.test_is_due()
     tests = sum(map(test_is_due, [*range(0, args.num_iters, run.epoch_steps), args.num_iters]))
-    return row(f"{device.type}, published MIT-States schedule: 160,000 steps of {1000 * step:.1f} ms, {tests} tests of "
-               f"{test:.1f} s", (args.num_iters * step + tests * test) / 60, 25, 1.0, "min")
+    how = "frozen" if args.freeze_image_encoder else "published"
+    return row(f"{device.type}, {how} MIT-States schedule: 160,000 steps of {1000 * step:.1f} ms, {tests} tests of "
+               f"{test:.1f} s", (args.num_iters * step + tests * test) / 60, goal, 1.0, "min")
+
+
+# A frozen encoder
+
+FROZEN = "timm:tf_efficientnet_lite0"   # with random weights: they cost what trained ones do
+
+
+class Constant:
+    """In the place of a sentence service: vectors that take no time."""
+
+    features, dim = {"of": "the benchmark"}, 384
+
+    def encode(self, texts: list[str], _progress: Callable) -> Iterator[tuple[list[str], np.ndarray]]:
+        yield texts, np.random.default_rng(0).standard_normal((len(texts), self.dim), np.float32)
+
+
+class Unseen(ImageStore):
+    """Of files that hold nothing."""
+
+    def picture(self, index: int) -> np.ndarray:
+        return np.zeros((self.size, self.size, 3), np.uint8)
+
+
+def random_features(data: MITStates, folder: Path) -> FeatureStore:
+    """In a file, as many as the split has images."""
+    width, rng = traits(FROZEN).width, np.random.default_rng(0)
+    store = FeatureStore(Unseen(data.paths, 32), lambda pixels: pixels, width, data.split, folder)
+    for start in range(0, len(store), 1024):
+        part = range(start, min(start + 1024, len(store)))
+        store.keep(part, rng.standard_normal((len(part), width), np.float32))
+    return store
+
+
+def frozen_rows(folder: Path, pixels: Split, batch: int, repetitions: int, steps: int, sizes: tuple) -> list[dict]:
+    """Training and testing on features. pixels: a split whose whole step is compared with. sizes: nouns, adjectives,
+    and images as MIT-States has."""
+    tree = mitstates_tree(folder / "tree", *sizes)
+    splits = {name: Split(data, random_features(data, folder)) for name in ("train", "test")
+              for data in [MITStates(tree, name)]}
+    sentences = SentenceTable(Constant())
+    sentences.prepare(text for split in splits.values() for text in split.data.sample_texts(0, 0))
+    step = our_step(splits["train"], COMPOSEAE, batch, CPU, sentences=sentences, encoder=FROZEN)
+    times = compare("frozen steps", {"full": our_step(pixels, COMPOSEAE, batch, CPU), "alone": partial(
+        repeat, composer_step(batch, sentences.dim), steps), "ours": partial(repeat, step, steps)}, repetitions)
+    ours, alone = times["ours"] / steps, times["alone"] / steps
+    rows = [row("frozen step, composeAE (floor: a hundredth of the whole fp32 step, encoder and all)", 1000 * ours,
+                10 * times["full"], 1.0, "ms"),
+            row("the same (floor: the composer's forward, backward and update, on tensors in memory)", 1000 * ours,
+                1000 * alone, 1.25, "ms")]
+    large = our_step(splits["train"], COMPOSEAE, 32 * batch, CPU, sentences=sentences, encoder=FROZEN)
+    with peak_memory(CPU) as taken:
+        repeat(large, 2)
+        megabytes = taken()
+    rows.append(row(f"frozen step of {32 * batch} queries: memory (floor: what is allowed)", megabytes, 2000, 1.0,
+                    "MB"))
+    for kind in ("tirg", "composeAE"):
+        rows.append(frozen_test_row(splits["test"], kind, sentences, repetitions))
+    args = get_parser().parse_args([
+        "--dataset=mitstates", f"--dataset_path={tree}", "--model=tirg", "--loss=soft_triplet", "--weight_decay=5e-5",
+        "--learning_rate_decay_frequency=50000", "--num_iters=160000", "--image_weights=none", f"--batch_size={batch}",
+        f"--image_encoder={FROZEN}", "--image_size=128", "--freeze_image_encoder=True", "--text_encoder=service"])
+    args.best_metric = MITStates.best_metric
+    return [*rows, schedule_of(args, run_data.Data(splits, sentences), folder, CPU, 60)]
+
+
+def composer_step(batch: int, text_dim: int) -> Callable:
+    """composeAE's own work for one batch: last layer, composition, losses, gradients, update."""
+    model = MODELS["composeAE"](SimpleVocab({"<UNK>": 0}), text_dim=text_dim, sentence_vectors=lambda texts: texts,
+                                encoder=FROZEN)
+    model.freeze_backbone()
+    model.train()
+    optimizer = make_optimizer(model, 1e-3, 1e-6)
+    source, target = (torch.randn(batch, model.traits.width) for _ in range(2))
+    text = torch.randn(batch, text_dim)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        losses = composition_losses(model.features(source, text, target), COMPOSEAE[1])
+        losses["total training loss"].backward()
+        optimizer.step()
+    return step
+
+
+def frozen_test_row(split: Split, kind: str, sentences: SentenceTable, repetitions: int) -> dict:
+    """main's test, of features; the floor ranks alone."""
+    model = MODELS[kind](SimpleVocab({"<UNK>": 0}), text_dim=sentences.dim, sentence_vectors=sentences, encoder=FROZEN)
+    task = split.data.task()
+    (asked,) = task.query_sets
+    queries, gallery = unit_rows(len(asked.texts), CPU), unit_rows(len(task.gallery), CPU)
+    times = compare("frozen test", {"floor": lambda: recalls(queries, gallery, asked.own, asked.judges),
+                                    "ours": lambda: evaluate(model, split.data, split.store)}, repetitions)
+    return row(f"frozen test, {kind}, {len(asked.texts)} queries x {len(task.gallery)} images (floor: ranking alone)",
+               times["ours"], times["floor"], 1.2)
+
+
+def filling_row(split: Split, folder: Path, repetitions: int) -> dict:
+    """Features of a split whose pixels are in the store; the floor is the encoder on as many, in its best batches."""
+    known = traits(FROZEN)
+    model = Recipe("tirg", FROZEN, split.store.size, 512, "lstm", 512, {"<UNK>": 0}).build()
+    model.to(memory_format=torch.channels_last).eval()
+    net = model.img_model.backbone
+    count = len(split.store)
+
+    @torch.inference_mode()
+    def floor(size: int, images: int = count) -> None:
+        pixels = torch.randn(size, 3, split.store.size, split.store.size).contiguous(memory_format=torch.channels_last)
+        for start in range(0, images, size):
+            net(pixels[:images - start])
+
+    def ours(turn: Iterator[int]) -> None:
+        store = FeatureStore(split.store, model.backbone, known.width, str(next(turn)), folder)
+        store.fill(encoder_batch(CPU), 4, partial(tqdm, disable=True))
+    sizes = compare("batch sizes", {size: partial(floor, size, min(count, 256)) for size in (8, 16, 32, 64, 128)}, 1)
+    best = min(sizes, key=sizes.get)
+    times = compare("filling the feature file", {"floor": partial(floor, best),
+                                                 "ours": partial(ours, itertools.count())}, repetitions)
+    return row(f"filling the feature file, {count} images of {split.store.size} pixels (floor: batches of {best})",
+               times["ours"], times["floor"], 1.15)
 
 
 # Several processes
@@ -459,7 +598,7 @@ def write_fashion200k(root: Path, train: int, test: int, queries: int) -> None:
         (root / "labels").mkdir(exist_ok=True)
         (root / f"labels/all_{split}_detect_all.txt").write_text("".join(lines))
     images = [line.split("\t")[0] for line in lines]
-    pairs = pairwise(rng.integers(0, test, queries + 1))
+    pairs = itertools.pairwise(rng.integers(0, test, queries + 1))
     (root / "test_queries.txt").write_text("".join(f"{images[a]} {images[b]}\n" for a, b in pairs))
 
 
@@ -702,13 +841,16 @@ def original_rows(split: Split, test: Split, batch: int, repetitions: int, size:
 def toy_splits(folder: Path, size: int) -> dict[str, Split]:
     subprocess.run([sys.executable, Path(__file__).parent / "data" / "make_toy.py", folder], check=True,
                    stdout=subprocess.DEVNULL)
-    splits = {}
-    for name in ("train", "test"):
-        data = MITStates(folder / "mitstates", name)
-        splits[name] = Split(data, ImageStore(data.paths, size, folder / "cache"))
-        if bad := splits[name].store.unreadable():                              # also fills the store
-            raise RuntimeError(f"toy images cannot be read: {bad}")
-    return splits
+    return {name: toy_split(folder, name, size) for name in ("train", "test")}
+
+
+def toy_split(folder: Path, name: str, size: int, resampling: str = "bilinear") -> Split:
+    """Of the toy pictures in that folder, decoded."""
+    data = MITStates(folder / "mitstates", name)
+    store = ImageStore(data.paths, size, folder / "cache", resampling)
+    if bad := store.unreadable():                                               # also fills the store
+        raise RuntimeError(f"toy images cannot be read: {bad}")
+    return Split(data, store)
 
 
 def some_nouns(folder: Path, nouns: int, images: int, size: int) -> Split:
@@ -738,6 +880,10 @@ def cpu_rows(folder: Path, quick: bool) -> list[dict]:
     rows.append(store_row(folder / "pictures", 8 if quick else 800, repetitions))
     rows.append(start_row(folder / "start", 50 if quick else 1, repetitions))
     rows.append(sentence_row(64 if quick else 2048, min(repetitions, 2)))
+    rows += frozen_rows(folder / "frozen", splits["train"], batch, repetitions, 2 if quick else 40,
+                        (10, 3, 200) if quick else (245, 8, 53_753))
+    small = toy_split(folder, "train", 128, "bicubic")
+    rows.append(filling_row(small, folder / "features", repetitions))
     rows += search_rows(folder / "search", 1000 if quick else 100_000, size, repetitions)
     return rows
 

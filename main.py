@@ -29,7 +29,7 @@ from machine.folder_lock import FolderLock
 from machine.progress import progress_bar, say
 from machine.streams import log_to_stderr
 from resuming import find_start
-from run_data import Data, make_data, place_images
+from run_data import Data, make_data, place_images, tell_of_unread
 from sizes import check_sizes, check_test_size
 from test_retrieval import evaluate
 from text_encoders import text_encoder_of
@@ -91,6 +91,8 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock
     data = make_data(args, device, source, state, bool(resumed))
     check_test_size(args, max(len(split.store) for split in data.splits.values()), device)
     model = make_model(args, data, source, state, device)
+    if data.sentences is None and distributed.first():
+        tell_of_unread(model.text_model.vocabulary, data, args.seed)
     place_images(args, data.splits, model)
     folder = resumed.parent if resumed else distributed.from_first(
         partial(report.run_folder, args.log_dir, args.comment, lock))

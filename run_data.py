@@ -21,7 +21,7 @@ from machine.image_store import DeviceStore, ImageStore
 from machine.progress import progress_bar, say
 from test_retrieval import encoder_batch
 from text_encoders import InProcess, sentence_source
-from text_model import SentenceService, SentenceTable
+from text_model import SentenceService, SentenceTable, SimpleVocab, tokenize
 from training import Split, check_shares, prepare
 
 
@@ -129,6 +129,21 @@ def learn_texts(args: argparse.Namespace, service: SentenceService | InProcess, 
     asked += [split.data.task(args.seed).texts for split in data.splits.values()]
     prepare(sentences, chain.from_iterable(asked))
     return sentences
+
+
+def tell_of_unread(words: SimpleVocab, data: Data, seed: int) -> None:
+    """Say what of the tests' texts the LSTM does not read."""
+    texts = [text for split in data.splits.values() for text in split.data.task(seed).texts]
+    unknown, wordless = map(dict.fromkeys, words.unread(texts))
+    if unknown:
+        asked = sum(not set(tokenize(text)).isdisjoint(unknown) for text in texts)
+        logging.warning("note: the LSTM does not know %s of the tests' words (%s), which are in %s of %s queries: "
+                        "it was given none of them to learn", len(unknown), ", ".join([*unknown][:5]), asked,
+                        len(texts))
+    if wordless:
+        asked = sum(text in wordless for text in texts)
+        logging.warning("note: %s of %s queries have no word that the LSTM can read, which reads ASCII letters and "
+                        "digits alone (%r)", asked, len(texts), next(iter(wordless)))
 
 
 def place_images(args: argparse.Namespace, splits: dict[str, Split], model: ImgTextCompositionBase) -> None:

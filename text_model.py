@@ -52,6 +52,12 @@ class SimpleVocab:
         """Word ids, at least one: a text without any word reads as a single unknown word."""
         return [self.word2id.get(word, 0) for word in tokenize(text)] or [0]
 
+    def unread(self, texts: Iterable[str]) -> tuple[list[str], list[str]]:
+        """The distinct words of these texts that are unknown, and the texts without any word that can be read."""
+        distinct = {text: tokenize(text) for text in texts}
+        words = dict.fromkeys(word for words in distinct.values() for word in words if word not in self.word2id)
+        return list(words), [text for text, words in distinct.items() if not words]
+
 
 class TextLSTMModel(nn.Module):
     """Embedding -> one-layer LSTM -> its output at the last word -> dropout, linear: texts to (B, dim)."""

@@ -177,6 +177,23 @@ def test_several_processes_train_on_sentence_vectors(fashion200k, tmp_path, mini
     assert len(trained) == sum(not name.startswith("text_model.") for name in names)
 
 
+@pytest.mark.long("a job of its own")
+def test_several_processes_train_on_features_and_encode_each_image_once(mitstates, tmp_path):
+    """Filled by both, then found by one that trains alone; nobody moves the frozen layers."""
+    frozen = {"freeze_image_encoder": True, "num_iters": 2, "batch_size": 8}
+    run(*torchrun(2, "main.py", *flags("mitstates", mitstates, tmp_path / "two", **frozen)))
+    shared, cache = only_run(tmp_path / "two"), mitstates / "image_cache"
+    kept = {file: file.read_bytes() for file in cache.glob("features_*.features")}
+    assert len(kept) == 1
+    alone = run_main("mitstates", mitstates, tmp_path / "one", **frozen)
+    assert {file: file.read_bytes() for file in cache.glob("features_*.features")} == kept
+    weights = [checkpoint.load(each.checkpoint)["model_state_dict"] for each in (shared, alone)]
+    head = "img_model.classifier.3."
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items()
+               if name.startswith("img_model.") and not name.startswith(head))
+    assert shared.metrics["it"] == 2 and not torch.equal(*(each[f"{head}0.weight"] for each in weights))
+
+
 def test_what_does_not_fall_into_equal_shares_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 4)
     training.check_shares(32, 1, 2)

@@ -11,6 +11,7 @@ from machine.errors import InputError
 from text_model import SentenceService, SentenceTable, SimpleVocab, TextLSTMModel, tokenize
 
 from . import golden
+from .conftest import run_main
 
 
 def test_vocabulary_and_encodings_are_the_originals():
@@ -54,3 +55,15 @@ def test_no_service_is_one_clear_line_within_the_timeout():
         port = free.getsockname()[1]                                            # nothing listens on it
     with pytest.raises(InputError, match=f"no sentence service at 127.0.0.1:{port}"):
         SentenceTable(SentenceService("127.0.0.1", port, port, timeout=0.5))
+
+
+def test_what_an_lstm_cannot_read_is_listed():
+    vocabulary = SimpleVocab.from_texts(["red dress", "blue A-line"])
+    assert vocabulary.unread(["Red, aline!", "red café dress", "лук", "лук", "", "green caf"]) == (
+        ["caf", "green"], ["лук", ""])
+
+
+def test_a_run_says_once_what_its_lstm_cannot_read(fashion200k, tmp_path, caplog):
+    run_main("fashion200k", fashion200k, tmp_path / "logs", num_iters=1)
+    assert "the LSTM does not know 3 of the tests' words (replace, with, skirt), which are in" in caplog.text
+    assert caplog.text.count("note: the LSTM") == 1 and "no word" not in caplog.text
