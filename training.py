@@ -25,7 +25,7 @@ from machine.device import send
 from machine.errors import InputError, PeerLost
 from machine.feature_store import FeatureStore
 from machine.image_store import DeviceStore, ImageStore, prefetch
-from machine.progress import progress_bar
+from machine.progress import lasting, note, on_terminal, progress_bar
 from machine.stopping import Stopped, Stopping
 from text_model import SentenceTable, spread
 from torch_function import composition_losses
@@ -273,6 +273,10 @@ class Training:
             self.clock = 0, time.perf_counter()
             self.log.scalars({**means, **self.state(), "queries per second": rate, "images per second": 2 * rate},
                              self.it)
+            if not on_terminal() and self.it < self.args.num_iters:
+                left = lasting((self.args.num_iters - self.it) * self.args.batch_size / rate)
+                note(f"step {self.it} of {self.args.num_iters}: loss {means['total training loss']:.4f}, {rate:.0f} "
+                     f"queries/s, {left} left")
         show(bar, losses)
 
     def state(self) -> dict[str, float]:
@@ -300,7 +304,8 @@ class Training:
     def run(self) -> None:
         """To the end, or to where it is stopped or cannot go on: there too all is saved, and the reason raised."""
         self.model.train()
-        with progress_bar(total=self.args.num_iters, initial=self.it, unit="step", smoothing=0.05, leave=True) as bar:
+        with progress_bar(total=self.args.num_iters, initial=self.it, unit="step", smoothing=0.05, leave=True,
+                          lines=False) as bar:
             try:
                 with distributed.noticing():
                     while self.it < self.args.num_iters or not self.tested:

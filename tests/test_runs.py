@@ -20,7 +20,8 @@ PUBLISHED = ("mitstates-tirg", "mitstates-tirg-bert", "mitstates-tirg-complete",
 
 def asked_for(script, *more, folder):
     """The command that a script ends in, by a python that only says what it was told."""
-    (fake := folder / "python").write_text('#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done\n')
+    (fake := folder / "python").write_text('#!/bin/sh\n[ "$1" = -c ] && exec echo minilm\n'
+                                           'for word; do printf "%s\\0" "$word"; done\n')
     fake.chmod(0o755)
     done = subprocess.run([ROOT / "runs" / script, *more], capture_output=True, check=True, cwd="/",
                           env={"PATH": "/usr/bin:/bin", "PYTHON": str(fake)})
@@ -71,3 +72,12 @@ def test_a_comparison_is_means_and_deviations_of_its_runs_and_goes_on_where_it_w
 def test_a_comparison_that_fails_is_one_line(tmp_path):
     failed = compare("--on", f"mitstates:{tmp_path / 'nowhere'}", "--models", "tirg", "--out", tmp_path)
     assert failed.returncode == 2 and failed.stderr.count("error") == 2 and "Traceback" not in failed.stderr
+
+
+def test_a_frozen_comparison_takes_further_flags_after_its_own(tmp_path):
+    (program, *words), (_, *plain) = (asked_for("frozen.sh", "mitstates:a b", *more, folder=tmp_path)
+                                      for more in (["--seeds", "4", "--", "--num_iters", "7"], []))
+    assert Path(program).name == "compare.py" and words[:5] == ["--on", "mitstates:a b", "--seeds", "4", "--"]
+    assert words[-2:] == ["--num_iters", "7"] and words[5:-2] == plain[3:]
+    args = main.get_parser().parse_args(["--dataset=mitstates", "--dataset_path=x", *words[5:]])
+    assert (args.num_iters, args.learning_rate, args.freeze_image_encoder) == (7, 0.03, True)
