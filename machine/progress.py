@@ -1,4 +1,4 @@
-"""What is said while a program works: bars on a terminal, else lines now and then; of several processes, the first's."""
+"""What is said while it works: bars on a terminal, else lines now and then; of several processes in the first."""
 
 import sys
 import time
