@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint
 from datasets import MITStates
 from machine.image_store import ImageStore
 from pictures import GREEN, INK, PAPER, QUIET, RED, Answer, font, sheet
+from searching.gallery import Encoder
 from test_retrieval import compose_queries, encode_images
 
 IMAGE_HUE, TEXT_HUE, BOTH_HUE = "#dbe9fb", "#fdebd0", "#e3f5e1"
@@ -115,9 +115,8 @@ def run() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "static" / "images", help="folder for the two pictures")
     args = parser.parse_args()
     architecture().save(args.out / "model_en.png", optimize=True)
-    model = checkpoint.rebuild_model(args.model_checkpoint)
-    size = checkpoint.load(args.model_checkpoint)["opt"]["image_size"]
-    sample(model, Path(args.dataset_path), args.rows, size).save(args.out / "sample.png", optimize=True)
+    encoder = Encoder(Path(args.model_checkpoint), torch.device("cpu"))
+    sample(encoder.model, Path(args.dataset_path), args.rows, encoder.size).save(args.out / "sample.png", optimize=True)
 
 
 if __name__ == "__main__":
