@@ -69,6 +69,7 @@ def test_a_comparison_is_means_and_deviations_of_its_runs_and_goes_on_where_it_w
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
 
 
+@pytest.mark.long("two processes that load torch")
 def test_a_comparison_that_fails_is_one_line(tmp_path):
     failed = compare("--on", f"mitstates:{tmp_path / 'nowhere'}", "--models", "tirg", "--out", tmp_path)
     assert failed.returncode == 2 and failed.stderr.count("error") == 2 and "Traceback" not in failed.stderr
