@@ -131,9 +131,10 @@ def flags_of(path: str | Path) -> list[str]:
     """What main.py was told of all that a test depends on, when it wrote this checkpoint: ["--dataset=mitstates", ...].
     Nothing where the file cannot be read: what is wrong with it is for `load` to say."""
     try:
-        opt = tensor_files.read(path, glance=True).get("opt", {})
+        content = tensor_files.read(path, glance=True)
     except (tensor_files.Unreadable, OSError):
         return []
+    opt = content.get("opt", {}) if isinstance(content, dict) else {}
     opt = vars(opt) if isinstance(opt, argparse.Namespace) else opt
     told = {name: opt.get(name) for name in TESTED_FLAGS + WHERE_TEXTS_ARE_READ} if isinstance(opt, dict) else {}
     return [f"--{name}={value}" for name, value in told.items() if isinstance(value, bool | int | float | str)]

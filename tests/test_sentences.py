@@ -63,7 +63,7 @@ def test_a_second_run_finds_the_vectors_on_disk_and_repeats(minilm, tmp_path, mo
         "test_only": True, "model_checkpoint": first.checkpoint, "image_cache": "none"})
     assert tested.metrics == first.metrics
     data = DATASETS[name](path, "test", complete_text=complete)
-    model = checkpoint.rebuild_model(first.checkpoint, table_of(minilm, timeout=30))
+    model = checkpoint.rebuild_model(first.checkpoint, table_of(minilm, path / "image_cache"))
     rebuilt = evaluate(model.to(memory_format=torch.channels_last), data, ImageStore(data.paths, 32))["model"]
     assert rebuilt == pytest.approx(first.metrics["test"])
 
