@@ -25,8 +25,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class TrainingParser(Parser):
+    """Of main.py: which dataset is asked for, unless a checkpoint may say it."""
+
     def parse_args(self, *given):
         args = super().parse_args(*given)
+        args.dataset = getattr(args, "dataset", "")
         if not args.dataset and not args.test_only:
             self.error("the following arguments are required: --dataset")
         return args
@@ -91,9 +94,10 @@ port_number = at_least(1, most=65535)
 
 
 def get_parser() -> TrainingParser:
-    parser = TrainingParser(prog="main.py", usage="%(prog)s --dataset NAME --dataset_path DIR [flags]",
-                    description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    epilog="The defaults are the published settings; README.md has the five published commands.")
+    parser = TrainingParser(
+        prog="main.py", usage="%(prog)s --dataset NAME --dataset_path DIR [flags]", description=DESCRIPTION,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="The defaults are the published settings; README.md has the five published commands.")
 
     def add(group, flag: str, default, help: str, **how):
         if isinstance(default, bool):
@@ -101,8 +105,8 @@ def get_parser() -> TrainingParser:
         group.add_argument(flag, default=default, help=help, **how)
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=DATASETS, help="benchmark to train and test on (required, but by "
-                      "--test_only)")
+    data.add_argument("--dataset", choices=DATASETS, default=argparse.SUPPRESS,
+                      help="benchmark to train and test on (required, but by --test_only)")
     data.add_argument("--dataset_path", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                       help="folder with the benchmark's published tree, see data/README.md (required)")
     add(data, "--category_to_train", "all", "FashionIQ: all three categories, or this one alone",

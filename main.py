@@ -71,8 +71,6 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock
         raise InputError("--test_only needs the checkpoint to test: pass --model_checkpoint PATH")
     if args.test_only and args.resume:
         raise InputError("--test_only tests --model_checkpoint and resumes nothing: drop --resume")
-    if not args.dataset:
-        raise InputError(f"{args.model_checkpoint} does not say what it was trained on: pass --dataset NAME")
     args.image_embed_dim = args.image_embed_dim or traits(args.image_encoder).width
     if args.sync_bn and device.type != "cuda":
         raise InputError("--sync_bn True: torch's synchronized batch norm is for CUDA GPUs alone; drop it")
@@ -84,6 +82,8 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock
         report.check_log_dir(args.log_dir, args.comment)
     resumed, source, state, turn = distributed.from_first(partial(
         find_start, args.resume, args.model_checkpoint, args.log_dir, args.comment, not args.test_only, lock))
+    if not args.dataset:
+        raise InputError(f"{args.model_checkpoint} does not say what it was trained on: pass --dataset NAME")
     args.image_size = args.image_size or checkpoint.image_size(state) or traits(args.image_encoder).size
     check_sizes(args, device)
     if state and not resumed:

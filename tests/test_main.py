@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,27 @@ def test_test_only_gives_the_same_numbers_and_rebuilding_needs_no_flag(name, tmp
     model = checkpoint.rebuild_model(trained.checkpoint).to(memory_format=torch.channels_last)  # to the last digit
     rebuilt = evaluate(model, data, ImageStore(data.paths, 32))["model"]
     assert rebuilt == pytest.approx(trained.metrics["test"])
+
+
+def test_the_best_checkpoint_is_the_validations_where_there_is_one(mitstates, tmp_path):
+    between = sum(int(sha256(noun).hexdigest()[:16], 16) / 16**16 for noun in (b"dog", b"bus")) / 2
+    run = run_main("mitstates", mitstates, tmp_path / "logs", validation=between,
+                   best_metric="recall_top1_correct_composition")
+    assert run.metrics.keys() == {"it", "train", "validation", "test"}
+    best = torch.load(run.checkpoint, weights_only=True)["progress"]["best"]
+    assert best == run.metrics["validation"]["recall_top1_correct_composition"]
+    assert any(name.startswith("validation_recall_top1") for name in run.scalars())
+    tested = run_main("mitstates", mitstates, tmp_path / "logs", comment="_t", test_only=True, validation=between,
+                      model_checkpoint=run.checkpoint)
+    assert tested.metrics == run.metrics
+
+
+def test_a_test_alone_needs_a_checkpoint_that_says_its_dataset(mitstates, tmp_path, capsys):
+    torch.save({"model_state_dict": {"a": torch.zeros(4)}}, tmp_path / "bare.pth")
+    for name, words in (("bare.pth", "does not say what it was trained on"), ("none.pth", "checkpoint not found")):
+        assert main.main(["--test_only=True", f"--model_checkpoint={tmp_path / name}", f"--dataset_path={mitstates}",
+                          f"--log_dir={tmp_path / 'logs'}"]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_training_starts_from_a_given_checkpoint(mitstates, tmp_path):
