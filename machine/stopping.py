@@ -93,7 +93,8 @@ def starting(parser: ArgumentParser) -> None:
     prepare_streams()
 
     def leave(number: int, _frame) -> None:
-        print(f"{parser.prog}: stopped by {name_of(number)}", file=sys.stderr, flush=True)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:                             # else torchrun says what ended it
+            print(f"{parser.prog}: stopped by {name_of(number)}", file=sys.stderr, flush=True)
         os._exit(EXIT_CODES[number])                                            # half-loaded libraries end badly
     for number in signals():
         signal.signal(number, leave)

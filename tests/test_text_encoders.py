@@ -16,7 +16,7 @@ from machine.errors import InputError
 from text_encoders import InProcess, sentence_source, text_encoder_of
 from text_model import SentenceTable
 
-from .conftest import flags, run_main
+from .conftest import Run, flags, run_main
 
 TEXTS = ["old dog", "is red and has a much longer hem than the one before, with a ribbon at its end and no belt at all",
          "ripe", "caf\u00e9"]
@@ -109,8 +109,10 @@ def test_a_run_on_hf_vectors_is_resumed_tested_and_searched(mitstates, tmp_path,
     capsys.readouterr()
     assert search.main(["query", f"--index={index}", f"--image={query}", "--text=quite unheard of", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["results"]) == 20
-    assert main.main(flags("mitstates", mitstates, tmp_path / "logs", test_only=True, model_checkpoint=run.checkpoint,
-                           **SMALL)) == 2
+    tested = run_main("mitstates", mitstates, tmp_path / "tests", test_only=True, model_checkpoint=run.checkpoint,
+                      **SMALL)                                                  # its texts are read as in training
+    assert tested.metrics == Run(run.checkpoint.parent).metrics
+    assert main.main(flags("mitstates", mitstates, tmp_path / "logs", model_checkpoint=run.checkpoint, **SMALL)) == 2
     assert f"--text_encoder {HF['text_encoder']}; pass the same" in capsys.readouterr().err
 
 
