@@ -107,7 +107,12 @@ def ending(program: str, work: Callable[[Stopping], None]) -> int:
     """Do the work; returns the exit code: 0, 2 for bad input, 129 for SIGHUP, 130 for Ctrl-C, 143 for SIGTERM."""
     try:
         with Stopping() as stopping:
-            work(stopping)
+            try:
+                work(stopping)
+            except (AssertionError, RuntimeError) as error:                     # of what was torn apart by a stop, as
+                if stopping.asked is None or stopping.is_held:                  # torch's `with device` can be
+                    raise
+                raise Stopped(stopping.asked) from error
             if sys.stdout:
                 sys.stdout.flush()                                              # now: a full disk can still be said
     except (InputError, OSError, FloatingPointError, PeerLost) as error:

@@ -17,7 +17,7 @@ import main
 import training
 from img_text_composition_models import MODELS
 from machine.errors import InputError
-from machine.stopping import Stopped, Stopping
+from machine.stopping import Stopped, Stopping, ending
 from torch_function import LOSSES
 
 from .conftest import Run, flags, run_main, some
@@ -146,6 +146,28 @@ def test_a_second_ctrl_c_ends_at_once_and_other_signals_wait():
     with Stopping(), pytest.raises(Stopped, match="Ctrl-C") as stop:
         os.kill(os.getpid(), signal.SIGINT)
     assert stop.value.code == 130
+
+
+@pytest.mark.parametrize("saving", [False, True])
+def test_a_stop_that_tears_something_apart_is_one_line_but_not_a_fault_of_saving(saving, capsys):
+    class Fragile:
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            raise AssertionError("torn apart")
+
+    def work(stopping):
+        if saving:
+            stopping.ending()
+        with Fragile():
+            os.kill(os.getpid(), signal.SIGTERM)
+    if saving:
+        with pytest.raises(AssertionError):
+            ending("x.py", work)
+    else:
+        assert ending("x.py", work) == 143
+        assert capsys.readouterr().err == "x.py: stopped by SIGTERM\n"
 
 
 def test_a_stop_before_training_is_one_line(mitstates, tmp_path):
