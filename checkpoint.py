@@ -33,8 +33,8 @@ PROGRESS, PROGRESS_SINCE = {"best", "samples", "steps", "sums", "tested"}, {"tur
 TESTED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "validation", "skip_bad_images",
                 "image_size", "model", "image_encoder", "image_embed_dim", "text_embed_dim", "use_bert", "text_encoder",
                 "freeze_image_encoder", "precision")
-WHERE_TEXTS_ARE_READ = ("image_weights", "pooling_layer", "max_seq_len", "bert_ip", "bert_port", "bert_port_out",
-                        "bert_timeout")
+# Not a service's host: a stranger's checkpoint would be told every text.
+WHERE_TEXTS_ARE_READ = ("image_weights", "pooling_layer", "max_seq_len", "bert_port", "bert_port_out", "bert_timeout")
 # A run goes on only with the values of these that it was started with: others would give other results.
 FIXED_FLAGS = (*TESTED_FLAGS, "loss", "batch_size", "learning_rate", "learning_rate_decay_frequency", "weight_decay",
                "seed", "compile", "accumulate", "gather", "sync_bn", "optimizer", "schedule", "warmup")

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from datasets import DATASETS, FashionIQ
+from machine.stopping import one_of_several
 from machine.streams import shown
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -20,8 +21,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         line = f"{self.prog}: error: {shown(message)}; see --help\n"
-        alone = "TORCHELASTIC_RUN_ID" not in os.environ                         # else torchrun started several of us
-        self.exit(2, line if alone or first_to_say(line) else None)
+        self.exit(2, line if not one_of_several() or first_to_say(line) else None)
 
 
 class TrainingParser(Parser):

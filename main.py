@@ -25,6 +25,7 @@ from image_encoders import load_image_weights, traits
 from img_text_composition_models import ImgTextCompositionBase, Recipe
 from machine import distributed
 from machine.device import choose_device, compiled, seed_everything, set_up
+from machine.downloads import stay_offline
 from machine.folder_lock import FolderLock
 from machine.progress import progress_bar, say
 from machine.streams import log_to_stderr
@@ -131,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         device = choose_device(args.device, distributed.local_rank() if distributed.launched() else None)
         with distributed.job(device), FolderLock() as lock:
             if args.test_only and args.model_checkpoint:
+                stay_offline()
                 told = distributed.from_first(partial(checkpoint.flags_of, args.model_checkpoint))
                 args = parser.parse_args([*told, *(sys.argv[1:] if argv is None else argv)])
             run(args, stopping, device, lock)

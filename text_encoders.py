@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from image_encoders import LIBRARIES, quiet
+from machine.downloads import offline
 from machine.errors import InputError, first_line
 from machine.tensor_files import fingerprint, read_weights
 from text_model import SentenceService
@@ -33,6 +34,14 @@ def text_encoder_of(flags: dict) -> str:
 def sentence_source(flags: dict) -> "SentenceService | InProcess":
     """Where the vectors of these flags' texts come from. Raises InputError for a name that stands for nothing."""
     kind, colon, name = text_encoder_of(flags).partition(":")
+    try:
+        return source_of(kind, colon, name, flags)
+    except InputError as error:
+        hint = "; HF_HUB_OFFLINE=0 has it fetched" if colon and offline() else ""
+        raise InputError(f"{error}{hint}") from None
+
+
+def source_of(kind: str, colon: str, name: str, flags: dict) -> "SentenceService | InProcess":
     if kind == "service" and not colon:
         return SentenceService(flags.get("bert_ip", "localhost"), flags.get("bert_port", 5555),
                                flags.get("bert_port_out", 5556), flags.get("bert_timeout", 10.0))

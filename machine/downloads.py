@@ -13,12 +13,22 @@ from machine.errors import first_line
 from machine.tensor_files import read_weights
 
 
+def stay_offline() -> None:
+    """From here on, what a file names that may be a stranger's is looked for on this machine alone, unless the user has
+    set HF_HUB_OFFLINE=0. To be called before huggingface_hub is first imported, which reads it."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+
+
 def downloaded(address: str) -> dict[str, Tensor]:
     """The weights at this address, kept where torch keeps such files. Raises ValueError where it cannot be reached, or
     nothing is to be: HF_HUB_OFFLINE counts for all that a name stands for."""
     path = kept_at(address)
     if not path.exists():
-        if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        if offline():
             raise ValueError(f"HF_HUB_OFFLINE is set: get {address} and put it at {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with reaching(address, path):

@@ -84,6 +84,11 @@ class Stopping:
             raise Stopped(self.asked)
 
 
+def one_of_several() -> bool:
+    """Whether torchrun started this process, and so perhaps others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def starting(parser: ArgumentParser) -> None:
     """For a program's first line, before it loads what takes seconds: wrong flags and --help are answered at once, a
     stop is one line, and who looks on is told what takes so long."""
@@ -93,7 +98,7 @@ def starting(parser: ArgumentParser) -> None:
     prepare_streams()
 
     def leave(number: int, _frame) -> None:
-        if "TORCHELASTIC_RUN_ID" not in os.environ:                             # else torchrun says what ended it
+        if not one_of_several():                                                # else torchrun says what ended it
             print(f"{parser.prog}: stopped by {name_of(number)}", file=sys.stderr, flush=True)
         os._exit(EXIT_CODES[number])                                            # half-loaded libraries end badly
     for number in signals():

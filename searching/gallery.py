@@ -81,9 +81,6 @@ class Sentences:
         try:
             check_service(self.flags)
             source = sentence_source(self.flags)
-        except InputError as error:
-            online = "; HF_HUB_OFFLINE=0 has it fetched" if ":" in text_encoder_of(self.flags) else ""
-            raise InputError(f"{error}{online}") from None
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"the checkpoint's flags of its text encoder are none of this program's "
                              f"({first_line(error)})") from None

@@ -275,6 +275,11 @@ def test_a_checkpoint_says_what_it_was_trained_with(mitstates, tmp_path, capsys,
     assert main.main(flags("mitstates", mitstates, tmp_path / "logs", test_only=True,
                            model_checkpoint=tmp_path / "bert.pth", use_bert=False)) == 2
     assert "trained with --use_bert True" in capsys.readouterr().err
+    state["opt"].update({"bert_ip": "192.0.2.1", "bert_port": 9, "bert_port_out": 9, "bert_timeout": 1.0})
+    torch.save(state, tmp_path / "bert.pth")                                    # a stranger's
+    assert main.main(["--test_only=True", f"--model_checkpoint={tmp_path / 'bert.pth'}", f"--dataset_path={mitstates}",
+                      f"--log_dir={tmp_path / 'logs'}"]) == 2
+    assert "no sentence service at localhost:9" in capsys.readouterr().err
     with pytest.raises(InputError, match="needs a sentence service"):
         checkpoint.rebuild_model(tmp_path / "bert.pth")
 
