@@ -58,11 +58,24 @@ def caption_aware_classification_loss(query: Tensor, target: Tensor, goals: Tens
     goals: (B,) ints, equal for targets that are right for one another's queries, as those of one caption are; without
     them each is right for its own query alone, as in batch_based_classification_loss.
     """
-    logits = query @ target.T                                                   # (B, B)
     if goals is None:
-        goals = torch.arange(len(logits), device=logits.device)
-    right = logits.masked_fill(goals[:, None] != goals, -torch.inf)             # (B, B), in each row at least its own
-    return (logits.logsumexp(1) - right.logsumexp(1)).mean()
+        goals = torch.arange(len(query), device=query.device)
+    return choice_loss(query @ target.T, goals[:, None] == goals)               # in each row at least its own
+
+
+def choice_loss(logits: Tensor, right: Tensor) -> Tensor:
+    """Cross entropy where each row may pick any of its right columns, of which it has at least one. (B, C) twice."""
+    return (logits.logsumexp(1) - logits.masked_fill(~right, -torch.inf).logsumexp(1)).mean()
+
+
+def told_text_loss(told: Tensor, text: Tensor, said: Tensor) -> Tensor:
+    """Cross entropy over the batch's texts, where row i of `told` should pick text i or one that says the same; scores
+    are cosines times 10. (B, T) twice. The texts teach and are not taught: no gradient reaches them.
+
+    said: (B,) ints, equal for equal texts, whose vectors may differ, as an LSTM's do by dropout.
+    """
+    scores = 10 * F.normalize(told, dim=1) @ F.normalize(text.detach(), dim=1).T    # (B, B)
+    return choice_loss(scores, said[:, None] == said)
 
 
 LOSSES = {"soft_triplet": soft_triplet_loss, "batch_based_classification": batch_based_classification_loss,
@@ -76,17 +89,22 @@ def composition_losses(features: dict[str, Tensor], loss: str,
 
     `loss` names the metric loss, which judges query against target (weight 1) and, for ComposeAE, the conjugate
     composition against the source (0.01); the two reconstructions weigh 0.1 each (ComposeAE eq. 9 to 12).
+    TransformerAE's text that is told from two images weighs 1.
     gather: (B, D) of this process -> (all, D): where several share a batch, every query meets the targets of all.
     goals: (B,) ints of this process, equal for targets of one caption; of the losses, one asks for them.
     """
     def metric_loss(query: Tensor, target: Tensor, **known: Tensor) -> Tensor:
         return LOSSES[loss](gather(query), gather(target), **known)
+
+    def told_text(told: Tensor, text: Tensor) -> Tensor:
+        return told_text_loss(gather(told), gather(text), gather(features["said"]))
     aware = goals is not None and LOSSES[loss] is caption_aware_classification_loss
     terms = {
         loss: (1.0, partial(metric_loss, goals=gather(goals)) if aware else metric_loss, "query", "target"),
         "L2_loss": (0.1, F.mse_loss, "decoded_image", "image"),
         "L2_loss_text": (0.1, F.mse_loss, "decoded_text", "text"),
         "rot_sym_loss": (0.01, metric_loss, "rotated_back", "source"),
+        "told_text_loss": (1.0, told_text, "told_text", "text"),
     }
     present = {name: term for name, term in terms.items() if term[2] in features}
     losses = {name: compare(features[a], features[b]) for name, (_, compare, a, b) in present.items()}

@@ -14,6 +14,7 @@ from torch_function import (
     composition_losses,
     draw_negatives,
     soft_triplet_loss,
+    told_text_loss,
 )
 
 from . import golden
@@ -89,6 +90,18 @@ def test_caption_aware_classification_matches_a_loop():
     assert found["total training loss"] < plain
 
 
+def test_a_told_text_is_right_where_it_points_at_its_text_or_one_that_says_the_same():
+    """Scores are 10 cos: (10, 0, 10), (10, 0, 10), (0, 10, 0); right are the texts 0 and 2, 1, and 0 and 2."""
+    text = torch.tensor([[1.0, 0], [0, 3], [2, 0]], requires_grad=True)
+    told = torch.tensor([[5.0, 0], [1, 0], [0, 1]], requires_grad=True)
+    both, one = math.log(2 * math.exp(10) + 1), math.log(math.exp(10) + 2)
+    expected = (both - math.log(2 * math.exp(10)) + both - 0 + one - math.log(2)) / 3
+    loss = told_text_loss(told, text, torch.tensor([7, 3, 7]))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert text.grad is None and told.grad.any()
+
+
 def test_normalization_scales_unit_rows_by_one_learned_number():
     layer = NormalizationLayer()
     rows = layer(torch.tensor([[3.0, 4.0], [0.0, 0.1]]))
@@ -99,10 +112,12 @@ def test_normalization_scales_unit_rows_by_one_learned_number():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_total_weighs_the_terms_that_are_there(loss):
     named = {name: torch.randn(4, 6) for name in ("query", "target", "image", "decoded_image", "text", "decoded_text",
-                                                  "source", "rotated_back")}
+                                                  "source", "rotated_back", "told_text")}
+    named["said"] = torch.arange(4)
     losses = composition_losses(named, loss)
-    assert list(losses) == [loss, "L2_loss", "L2_loss_text", "rot_sym_loss", "total training loss"]
-    expected = (losses[loss] + 0.1 * losses["L2_loss"] + 0.1 * losses["L2_loss_text"] + 0.01 * losses["rot_sym_loss"])
+    assert list(losses) == [loss, "L2_loss", "L2_loss_text", "rot_sym_loss", "told_text_loss", "total training loss"]
+    expected = (losses[loss] + 0.1 * losses["L2_loss"] + 0.1 * losses["L2_loss_text"] + 0.01 * losses["rot_sym_loss"]
+                + losses["told_text_loss"])
     torch.testing.assert_close(losses["total training loss"], expected)
     assert losses["L2_loss"].item() == pytest.approx((named["image"] - named["decoded_image"]).square().mean().item())
     alone = composition_losses({name: named[name] for name in ("query", "target")}, loss)

@@ -61,7 +61,7 @@ def test_every_composer_and_loss_trains_on_every_benchmark(tmp_path, name, model
     assert run.metrics["train"].keys() == run.metrics["test"].keys() == set(DATASETS[name](path, "test").metrics())
     assert all(0 <= value <= 1 for split in ("train", "test") for value in run.metrics[split].values())
     logged = run.scalars()
-    extra = {"tirg": [], "RealSpaceConcatAE": ["L2_loss", "L2_loss_text"],
+    extra = {"tirg": [], "TransformerAE": ["told_text_loss"], "RealSpaceConcatAE": ["L2_loss", "L2_loss_text"],
              "composeAE": ["L2_loss", "L2_loss_text", "rot_sym_loss"]}[model]
     for loss_name in [loss, *extra, "total_training_loss"]:                     # tensorboardX puts _ for a space
         assert [step for step, _ in logged[loss_name]] == [1, 2, 3]

@@ -141,6 +141,67 @@ def test_turning_by_the_conjugate_undoes_the_rotation():
     assert torch.equal(raw, image)
 
 
+def test_ours_adds_the_directions_of_tirg_and_of_the_changed_image():
+    """By hand: a gate of 1/2 makes TIRG's 1/2 (3, 4) + 10 (1/4, -1/5) = (4, 0); the image changed by (-3, 0) is
+    (0, 4)."""
+    model = MODELS["TransformerAE"](SimpleVocab(), 2, 3).eval()
+    image, text = torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0, -6.0, 7.0]])
+    with torch.no_grad():
+        for last, bias in ((model.gated_feature_composer[-1], [0, 0]), (model.res_info_composer[-1], [0.25, -0.2])):
+            last.weight.zero_()
+            last.bias.copy_(torch.tensor(bias))
+        at_first = model.compose(image, text)
+        model.change[-1].bias.copy_(torch.tensor([-3, 0]))
+        changed = model.compose(image, text)
+    torch.testing.assert_close(at_first, torch.tensor([[1 + 0.6, 0 + 0.8]]))    # near the source itself
+    torch.testing.assert_close(changed, torch.tensor([[1.0, 1.0]]))
+
+
+def test_from_the_second_step_on_the_gradient_reaches_every_weight_of_ours():
+    model = MODELS["TransformerAE"](SimpleVocab.from_texts(["red dress"]), 24, 16)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(2):                                                          # zeros let nothing through at first
+        optimizer.zero_grad()
+        features = model(torch.randn(4, 3, 32, 32), ["red", "dress", "red dress", "red"], torch.randn(4, 3, 32, 32))
+        composition_losses(features, "batch_based_classification")["total training loss"].backward()
+        optimizer.step()
+    assert [name for name, weight in model.named_parameters() if not weight.grad.any()] == []
+
+
+def test_ours_learns_what_neither_image_nor_text_can_say_alone():
+    """Things in colours; a text names the colour that the thing shall have. The thing is in the image alone, the new
+    colour in the text alone; each pairing of the two that is asked for in the end is none of those trained with."""
+    generator = torch.Generator().manual_seed(0)
+    things, colours = torch.randn(6, 16, generator=generator), torch.randn(6, 16, generator=generator)
+    gallery = (things[:, None] + colours).flatten(0, 1)                         # (36, D), by thing and colour
+    queries = [(6 * thing + old, colour, 6 * thing + colour) for thing in range(6) for old in range(6)
+               for colour in range(6) if old != colour]
+    seen = [query for query in queries if (query[1] + query[2] // 6) % 3]
+    unseen = [query for query in queries if (query[1] + query[2] // 6) % 3 == 0]    # two colours of each thing
+
+    def recall(sees_image: bool, sees_text: bool) -> float:
+        torch.manual_seed(0)
+        model = MODELS["TransformerAE"](SimpleVocab(), 16, 16)
+        optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9)
+
+        def compose(asked):
+            sources, texts, _ = torch.tensor(asked).T
+            return model.compose(gallery[sources] * sees_image, colours[texts] * sees_text)
+        for _ in range(150):
+            batch = [seen[i] for i in torch.randperm(len(seen), generator=generator)[:32]]
+            target = gallery[[query[2] for query in batch]]
+            features = {"query": model.normalization_layer(compose(batch)), "target": model.normalization_layer(target)}
+            optimizer.zero_grad()
+            composition_losses(features, "batch_based_classification")["total training loss"].backward()
+            optimizer.step()
+        with torch.no_grad():
+            model.eval()
+            scores = compose(unseen) @ nn.functional.normalize(gallery).T       # (queries, 36)
+        return (scores.argmax(1) == torch.tensor([query[2] for query in unseen])).float().mean().item()
+    assert recall(True, True) > 0.9
+    assert recall(True, False) <= 0.6 and recall(False, True) <= 0.5            # the most that can be guessed
+
+
 def test_image_weights_come_from_a_file_and_leave_the_last_layer(tmp_path):
     state = torchvision.models.resnet18(weights=None).state_dict()
     torch.save(state, tmp_path / "resnet18.pth")
