@@ -115,6 +115,7 @@ def get_parser() -> TrainingParser:
     add(data, "--validation", 0.0, "share of the train split's nouns, products or source images to hold out and test "
         "on too; best_checkpoint.pth is then the best on these. Published: 0, the best on the test split",
         type=at_least(0, float, 0.9), metavar="SHARE")
+    add(data, "--keep_source", False, "triplets: a query's own picture stays in its ranking, as FashionIQ has it")
     add(data, "--skip_bad_images", False, "check every image first and leave out broken and missing ones, with what "
         "refers to them, in place of stopping at the first")
     add(data, "--image_size", 0, "side in pixels of the square images the encoder sees; 0 for its own, or a "

@@ -43,6 +43,8 @@ def make_model(args: argparse.Namespace, data: Data, source: str | Path, state: 
                device: torch.device) -> ImgTextCompositionBase:
     """The composer with a checkpoint's, ImageNet's or random weights, ready to be trained on the device."""
     words = state and checkpoint.vocabulary(state, lstm_used=data.sentences is None)
+    if not words and not data.train:
+        raise InputError(f"the checkpoint {source} has no vocabulary, so that of its train split is needed to test it")
     words = words or SimpleVocab.from_texts(data.train.training_texts())
     recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim,
                     args.text_encoder, data.sentences.dim if data.sentences else args.text_embed_dim, words.word2id)
@@ -51,8 +53,9 @@ def make_model(args: argparse.Namespace, data: Data, source: str | Path, state: 
         checkpoint.restore(model, state, source)
     elif distributed.first():                                                   # whose weights all take in `averaging`
         load_image_weights(model.img_model, args.image_weights, args.image_encoder)
-    samples = Epoch(data.train, args.seed, 0)
-    model.example_texts = list(dict.fromkeys(samples[i].text for i in spread(range(len(samples)), 8)))
+    if data.train:
+        samples = Epoch(data.train, args.seed, 0)
+        model.example_texts = list(dict.fromkeys(samples[i].text for i in spread(range(len(samples)), 8)))
     return ready(model, device, args.precision, args.compile)
 
 
@@ -99,8 +102,12 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock
         partial(report.run_folder, args.log_dir, args.comment, lock))
     first = distributed.first()
     log = (report.Report if first else report.Silence)(folder, plain(args), state["it"] if resumed else None)
-    say(f"{args.model} on {args.dataset}, {device}: {len(data.train)} training samples, {len(data.test.images)} test "
-        f"images; logs in {folder}" + (f", going on after iteration {state['it']}" if resumed else "")
+    for split in data.splits.values():
+        if split.data.about:
+            say(split.data.about)
+    say(f"{args.model} on {args.dataset}, {device}: {len(data.train or ())} training samples, "
+        f"{len(data.test.images)} test images; logs in {folder}"
+        + (f", going on after iteration {state['it']}" if resumed else "")
         + (f"; {distributed.world()} processes" if distributed.world() > 1 else ""))
 
     def judge(it: int) -> dict[str, report.Tested]:
@@ -109,7 +116,7 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock
             seen = report.Sightings(split.store, it)
             tested[name] = report.Tested(evaluate(
                 model, split.data, split.store, args.test_batch_size, args.loader_num_workers, args.seed, progress_bar,
-                args.baselines and name == "test", seen if distributed.first() else None), seen)
+                args.baselines and split.data is data.test, seen if distributed.first() else None), seen)
         return tested
     if args.test_only:
         report.show_results(log, judge(state["it"]), state["it"])

@@ -96,7 +96,7 @@ class Sightings(dict):
         best = scores.topk(min(self.RESULTS, len(gallery)), dim=1).indices.cpu().numpy()
         return [Answer(self.picture(asked.sources[query]), f"+ {asked.texts[query]}",
                        [self.picture(ids[place]) for place in places],
-                       judge.gallery_labels[places] == judge.query_labels[query],
+                       judge.is_right(query, places),
                        verdict="none is right" if ranks[query] == NEVER else f"first right one: {ranks[query] + 1}")
                 for query, places in zip(chosen, best, strict=True)]
 
@@ -152,10 +152,10 @@ class Report:
     def metrics(self, results: dict[str, dict[str, float]], baselines: dict[str, dict[str, float]], it: int) -> str:
         """Log the recalls, write metrics.json, and return the table to print.
 
-        baselines: {name: {metric: value}} of other ways to answer the test split; logged and shown, not in the file.
+        baselines: {"test NAME": {metric: value}} of other ways to answer; logged and shown, not in the file.
         """
         self.results = results
-        shown = {**results, **{f"test {name}": values for name, values in baselines.items()}}
+        shown = {**results, **baselines}
         for split, values in shown.items():
             self.scalars({f"{split} {name}": value for name, value in values.items()}, it)
         write_whole(self.folder / "metrics.json", (json.dumps({"it": it, **results}, indent=1) + "\n").encode())
@@ -220,7 +220,8 @@ class Silence(Report):
 def show_results(log: Report, tested: dict[str, Tested], it: int) -> dict[str, dict[str, float]]:
     """Print and log a test. Returns the model's results, {split: {metric: value}}."""
     results = {name: split.ways["model"] for name, split in tested.items()}
-    baselines = {way: metrics for way, metrics in tested["test"].ways.items() if way != "model"}
+    split, judged = list(tested.items())[-1]                                     # the one that is not trained with
+    baselines = {f"{split} {way}": metrics for way, metrics in judged.ways.items() if way != "model"}
     say(log.metrics(results, baselines, it))
     for name, split in tested.items():
         log.sightings(name, split.seen, it)

@@ -27,32 +27,35 @@ from training import Split, check_shares, prepare
 
 @dataclass
 class Data:
-    """What is made of the flags to learn and to test from: {"train": ..., "test": ...}, and the texts' vectors where
-    they come from a sentence service."""
+    """What is made of the flags to learn and to test from: {"train": ..., "test": ...}, with "validation" beside or in
+    place of the last; and the texts' vectors where they come from a sentence service."""
     splits: dict[str, Split]
     sentences: SentenceTable | None
     digests: dict[str, str] = field(default_factory=dict)                       # of images and texts, of each split
 
     @property
-    def train(self) -> CompositionDataset:
-        return self.splits["train"].data
+    def train(self) -> CompositionDataset | None:
+        """None where there is none to be tested on."""
+        return self.splits["train"].data if "train" in self.splits else None
 
     @property
     def test(self) -> CompositionDataset:
-        return self.splits["test"].data
+        """What is not trained with: the test split, or what is held out where there is none."""
+        return self.splits[list(self.splits)[-1]].data
 
 
 def make_data(args: argparse.Namespace, device: torch.device, source: str | Path, state: dict | None,
               resumed: bool) -> Data:
     """Both splits, their images and sentence vectors; source, state: a checkpoint's that they must go with."""
     service = find_source(args, source, state)                                  # before anything that takes long
-    splits = {name: open_split(args, name) for name in ("train", *["validation"] * bool(args.validation), "test")}
+    names = DATASETS[args.dataset].splits(args.dataset_path, args.validation)
+    splits = {name: split for name in names if (split := open_split(args, name))}
     digests = {what: found for split in splits.values() for what, found in split.digests(args.seed).items()}
     data = Data(splits, None, {} if args.test_only else digests)
-    samples = len(data.train)
-    if samples < args.batch_size and not args.test_only:
-        raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; lower it")
+    samples = len(data.train) if data.train else 0
     if not args.test_only:
+        if samples < args.batch_size:
+            raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; lower it")
         check_shares(args.batch_size, args.accumulate, data.train.together)
     args.best_metric = choose_metric(args.best_metric, data.test)
     if resumed:
@@ -69,13 +72,25 @@ def cache_folder(args: argparse.Namespace) -> Path | None:
     return {"none": None, "auto": in_dataset, "device": in_dataset}.get(args.image_cache, Path(args.image_cache))
 
 
-def open_split(args: argparse.Namespace, split: str) -> Split:
+def open_split(args: argparse.Namespace, split: str) -> Split | None:
+    """A split to train on or to test. None for a train split that was only to be tested, and is not there."""
+    try:
+        return read_split(args, split)
+    except InputError as error:
+        if not (args.test_only and split == "train"):
+            raise
+        logging.warning("note: the train split is not tested (%s)", error)
+        return None
+
+
+def read_split(args: argparse.Namespace, split: str) -> Split:
     """Read a split; with --skip_bad_images decode all of it first and read it again without what is broken."""
     read = partial(DATASETS[args.dataset], args.dataset_path, split, complete_text=args.use_complete_text_query,
-                   category=args.category_to_train, held_out=args.validation)
+                   category=args.category_to_train, held_out=args.validation, keep_source=args.keep_source)
 
     def open_store(data: CompositionDataset) -> ImageStore:
-        return ImageStore(data.paths, args.image_size, cache_folder(args), traits(args.image_encoder).resampling)
+        return ImageStore(data.paths, args.image_size, cache_folder(args), traits(args.image_encoder).resampling,
+                          data.upright)
     data = read(without=frozenset() if args.skip_bad_images else None)
     store = open_store(data)
     if args.skip_bad_images:
@@ -102,9 +117,10 @@ def hold_on_device(splits: dict[str, Split], device: torch.device, workers: int)
 
 
 def choose_metric(name: str, data: CompositionDataset) -> str:
-    if name != "auto" and name not in data.metrics():
-        raise InputError(f"--best_metric {name}: choose one of {', '.join(data.metrics())}")
-    return data.best_metric if name == "auto" else name
+    chosen = data.best_metric if name == "auto" else name
+    if chosen not in data.metrics():
+        raise InputError(f"--best_metric {chosen}: choose one of {', '.join(data.metrics())}")
+    return chosen
 
 
 def find_source(args: argparse.Namespace, source: str | Path, state: dict | None) -> SentenceService | InProcess | None:

@@ -71,11 +71,8 @@ class CorrectImages:
 
     def __init__(self, judge: Judge):
         self.among = judge.among
-        labels = judge.gallery_labels if judge.among is None else judge.gallery_labels[judge.among]
-        self.places = np.argsort(labels, kind="stable")
-        ordered = labels[self.places]
-        self.first = np.searchsorted(ordered, judge.query_labels, "left")       # (Q,) where a query's correct ones
-        self.counts = np.searchsorted(ordered, judge.query_labels, "right") - self.first  # begin, and how many they are
+        self.places, self.first, self.counts = judge.correct()
+        self.candidates = getattr(judge, "candidates", None)
 
 
 @numba.njit(nogil=True)
@@ -122,6 +119,12 @@ def rank_table(scores: Tensor, among, places, first, counts) -> Tensor:
 
 def rank_of_best(scores: Tensor, images: CorrectImages, chunk: slice) -> Tensor:
     """Each row's rank, the rows being the queries of `chunk`: (q, N) -> (q,) ints."""
+    if images.candidates is not None:                                           # all others are as if masked
+        looked_at = images.candidates[chunk]
+        rows = torch.as_tensor(np.repeat(np.arange(len(looked_at)), [len(listed) for listed in looked_at]))
+        places = torch.as_tensor(np.concatenate(looked_at))
+        rows, places = send(rows, scores.device), send(places, scores.device)
+        scores = torch.full_like(scores, -torch.inf).index_put_((rows, places), scores[rows, places])
     asked = images.among, images.places, images.first[chunk], images.counts[chunk]
     if scores.device.type == "cpu":
         return torch.from_numpy(rank_rows(scores.numpy(), *asked))
@@ -245,8 +248,8 @@ def chance(asked: QuerySet) -> dict[str, float]:
     for judge in asked.judges:
         images = CorrectImages(judge)
         own = asked.own
-        total = len(judge.gallery_labels if judge.among is None else judge.among) - (own >= 0)
-        own_is_correct = (own >= 0) & (judge.gallery_labels[own] == judge.query_labels)
+        total = judge.ranked(own)
+        own_is_correct = (own >= 0) & judge.is_right(np.arange(len(own)), own)
         correct = images.counts - own_is_correct
         for k in judge.ks:
             miss = np.ones(len(own))

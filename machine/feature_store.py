@@ -32,6 +32,7 @@ class FeatureStore:
         self.file = None
         if cache is not None:
             try:
+                made_by += "_upright" * images.upright
                 self.file = RowFile(Path(cache), f"features_{made_by}", "features", images.paths, (width,), np.float32,
                                     made_by)
             except OSError as error:

@@ -195,19 +195,19 @@ class ImageStore:
     """Pixels of a dataset's images by image id, from the cache folder where there is one, else decoded each time.
 
     paths: by image id. size: side S in pixels. cache: folder for the decoded images, or None. resampling: Pillow's
-    filter, by name; each has its own file there.
+    filter, by name; each has its own file there. upright: images as they are looked at, see picture_files.decode.
     """
 
     def __init__(self, paths: Sequence[str], size: int = 224, cache: str | Path | None = None,
-                 resampling: str = "bilinear"):
-        self.paths, self.size, self.resampling = list(paths), size, resampling
+                 resampling: str = "bilinear", upright: bool = False):
+        self.paths, self.size, self.resampling, self.upright = list(paths), size, resampling, upright
         self.versions = [file_version(path) for path in self.paths]
         self.file, self.writable = None, True
         self.more_than_rgb: list[str] = []                                      # paths, of which is told once
         self.has_told = False
         if cache is not None:
             try:
-                name = f"images_{size}" + f"_{resampling}" * (resampling != "bilinear")
+                name = f"images_{size}" + f"_{resampling}" * (resampling != "bilinear") + "_upright" * upright
                 self.file = RowFile(Path(cache), name, "pixels", self.paths, (size, size, 3), np.uint8,
                                     f"{PIL.__version__}:channels last")
             except OSError as error:
@@ -224,7 +224,7 @@ class ImageStore:
     def decode(self, index: int) -> np.ndarray:
         """One image's pixels (S, S, 3) from its file, kept in the cache. Raises InputError."""
         try:
-            pixels = decode(self.paths[index], self.size, self.resampling, told=self.more_than_rgb.append)
+            pixels = decode(self.paths[index], self.size, self.resampling, self.upright, told=self.more_than_rgb.append)
         except InputError as error:
             raise InputError(f"{error}; replace it, or pass --skip_bad_images True to leave such images out") from None
         if self.file and self.writable:

@@ -19,6 +19,7 @@ from machine.errors import InputError
 from machine.regular_files import open_regular
 from machine.resizing import square
 
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF")   # JPEG is also MPO
 MEGA = 10**6
 LARGEST_FILE = 256 * MEGA               # bytes: 40 megapixels of three times 16 bits have 240 million

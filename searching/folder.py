@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 
-from searching.image_list import SUFFIXES
+from machine.picture_files import SUFFIXES
 
 
 class Kind(Enum):

@@ -16,9 +16,9 @@ import numpy as np
 
 from machine.checksums import digest
 from machine.errors import InputError
+from machine.picture_files import SUFFIXES
 from machine.streams import shown
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
 ROWS_AT_ONCE = 10_000                   # of features, in reading them all
 SMALLEST_ROW = 16                       # bytes of the file that an image takes at the very least
 SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")                               # ends a journal that names another file
