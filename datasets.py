@@ -740,7 +740,8 @@ class Triplets(CompositionDataset):
     def not_there(self, folder: Path, name: str, where: str) -> str:
         if os.path.exists(folder / name):
             return (f"{where}: {name} does not end as a picture does ({', '.join(SUFFIXES)}); save it as one of these")
-        close = difflib.get_close_matches(name, self.there, 1)
+        alike = [other for other in self.there if other.lower() == name.lower()]    # as IMG_1.JPG and img_1.jpg
+        close = alike or difflib.get_close_matches(name, self.there, 1)
         nearest = f"; is {close[0]} meant?" if close else ""
         return (f"{where}: {name} is not in {folder}{nearest}; mend the line, put the picture there, or pass "
                 "--skip_bad_images True to leave such lines out")
