@@ -207,8 +207,8 @@ def test_an_image_gone_since_is_no_result_of_a_ranking_that_holds_it_still(train
     made(trained, images, tmp_path / "out")
     opened = Gallery(tmp_path / "out", CPU)
     opened.images.remove([opened.images.id_of("0.jpg")])
-    hits, _ = opened.search(opened.picture(images / "0.jpg"), "", 20)
-    assert len(hits) == 11 and "0.jpg" not in {hit.path for hit in hits}
+    hits = opened.search(images / "0.jpg", "", 20)
+    assert len(hits) == 11 and images / "0.jpg" not in {hit.path for hit in hits}
 
 
 def test_broken_images_are_listed_and_no_more(trained, tmp_path, capfd):
