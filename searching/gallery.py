@@ -34,6 +34,7 @@ from text_model import SentenceTable, spread, tokenize
 MODEL, IMAGES = "model.pth", "images.sqlite"
 LONGEST_TEXT = 1000                     # characters
 LARGEST_SIDE = 4096                     # pixels of the images that a model sees
+ENCODED_AT_ONCE = 32                    # pictures
 ROUNDING = 2**-11 + 2**-20              # half precision moves the product of two unit vectors by no more
 
 log = logging.getLogger(__name__)
@@ -137,11 +138,34 @@ class Encoder:
     def fingerprint(self) -> str:
         return fingerprint(self.state["model_state_dict"])
 
+    def compose(self, picture: str | Path, text: str) -> np.ndarray:
+        """A query's picture and text -> the unit vector (D,) float32 to search with: without a text, the picture's own.
+
+        Raises InputError for a picture that cannot be read, and for a text as `unknown` does.
+        """
+        return self.query(self.images([self.read(picture)])[0], text).numpy()
+
+    def encode(self, pictures: Sequence[str | Path]) -> np.ndarray:
+        """A gallery's N pictures -> unit rows (N, D) float32, whose products with a composed query are cosines.
+
+        Raises InputError for a picture that cannot be read.
+        """
+        parts = [self.images([self.read(picture) for picture in pictures[start:start + ENCODED_AT_ONCE]])
+                 for start in range(0, len(pictures), ENCODED_AT_ONCE)]
+        return F.normalize(torch.cat([torch.empty(0, self.model.image_dim), *parts]), dim=1).numpy()
+
+    def read(self, picture: str | Path) -> np.ndarray:
+        """(S, S, 3) uint8, as the model sees it."""
+        return read_picture(picture, self.size, self.resampling)
+
     @torch.inference_mode()
     def images(self, pixels: Sequence[np.ndarray]) -> Tensor:
-        """B arrays (S, S, 3) uint8 -> (B, D) on the CPU."""
+        """B arrays (S, S, 3) uint8 -> (B, D) on the CPU. Raises InputError where they are not finite."""
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)          # (B, 3, S, S)
-        return self.model.encode_image(batch.to(self.device)).cpu()
+        features = self.model.encode_image(batch.to(self.device)).cpu()
+        if not features.isfinite().all():
+            raise InputError(f"the model of {self.path} gives features that are not finite: its training diverged")
+        return features
 
     @torch.inference_mode()
     def query(self, image: Tensor, text: str) -> Tensor:
@@ -173,6 +197,12 @@ class Encoder:
             known = ", ".join(spread([word for word in self.vocabulary.word2id if word.isalpha()], 8))
             raise InputError(f"the model knows none of these words; it was trained with words as {known}")
         return unknown
+
+
+def load_model(path: str | Path, device: str | torch.device | None = None) -> Encoder:
+    """The model of a run's checkpoint, to `compose` queries and `encode` galleries with; device: a GPU where there is
+    one, unless given. Raises InputError for what is no whole checkpoint."""
+    return Encoder(path, device)
 
 
 class Gallery:
@@ -215,7 +245,7 @@ class Gallery:
 
     def picture(self, path: str | Path) -> Source:
         """Any picture as a query's."""
-        pixels = read_picture(path, self.encoder.size, self.encoder.resampling)
+        pixels = self.encoder.read(path)
         with self.lock:
             return Source(self.encoder.images([pixels])[0])
 
