@@ -126,18 +126,18 @@ def index(args: argparse.Namespace) -> None:
 
 def query(args: argparse.Namespace) -> None:
     gallery = open_index(args)
-    hits, unknown = gallery.search(gallery.picture(args.image), args.text, args.k)
-    if unknown:
+    hits = gallery.search(args.image, args.text, args.k)
+    if unknown := gallery.encoder.unknown(args.text):
         words = shown(", ".join(unknown))
         print(f"note: not known to the model, so read as one unknown word: {words}", file=sys.stderr)
     if args.json:
         print(json.dumps({"image": str(args.image), "text": args.text, "unknown_words": unknown, "results": [
-            {"rank": rank, "score": hit.score, "path": str(gallery.folder / hit.path)}
+            {"rank": rank, "score": hit.score, "path": str(hit.path)}
             for rank, hit in enumerate(hits, start=1)]}, indent=1))
     else:
         print("rank   score  image")
         for rank, hit in enumerate(hits, start=1):
-            print(f"{rank:4}  {hit.score:6.4f}  {shown_name(gallery.folder / hit.path)}")
+            print(f"{rank:4}  {hit.score:6.4f}  {shown_name(hit.path)}")
     if "png" in args:
         notes = [f"{rank}.  {hit.score:.4f}" for rank, hit in enumerate(hits, start=1)]
         picture = sheet([Answer(thumbnail(args.image), words_of(args.text), [result(gallery, hit) for hit in hits],
@@ -174,7 +174,7 @@ def page_of(gallery: Gallery, args: argparse.Namespace, hits: list[Hit]) -> str:
         data = base64.b64encode(content.getvalue()).decode()
         return (f'<figure><img src="data:image/jpeg;base64,{data}" alt="{html.escape(title)}" '
                 f'title="{html.escape(title)}"><figcaption>{html.escape(words)}</figcaption></figure>')
-    results = "\n".join(figure(result(gallery, hit), f"{rank}. {hit.score:.4f}", str(gallery.folder / hit.path))
+    results = "\n".join(figure(result(gallery, hit), f"{rank}. {hit.score:.4f}", str(hit.path))
                         for rank, hit in enumerate(hits, start=1))
     return f"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -68,7 +68,7 @@ def build(source: Path, folder: Path, out: Path, ivf: bool, device: torch.device
 def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, ivf: bool, batch_size: int, workers: int,
                        progress: Callable, prune: bool) -> Built:
     """The index in `out`, which is this process's own and holds the encoder's model, of what is below `folder`."""
-    source, images, walk = encoder.path, ImageList(out / IMAGES), Walk(folder)
+    images, walk = ImageList(out / IMAGES), Walk(folder)
     if images.create(folder):
         log.warning("note: %s had no checksums; what it holds is taken as it is, and has them from now on", out)
     if images.file_note(MODEL)[0] is None:
@@ -83,7 +83,7 @@ def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, ivf: bool, bat
                 if isinstance(why, str):
                     walk.leave_out(path, Kind.BROKEN, why + "; its earlier feature stays" * (path in update.changed))
             add(images, encoder, [(entry, row) for entry, row in zip(part, pixels, strict=True)
-                                  if not isinstance(row, str)], source)
+                                  if not isinstance(row, str)])
             bar.update(len(part))
     broken = {path: why for path, (kind, why) in walk.left_out.items() if kind.is_image()}
     if not len(images):
@@ -97,15 +97,10 @@ def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, ivf: bool, bat
                  walk.summary(), broken)
 
 
-def add(images: ImageList, encoder: Encoder, read: list[tuple[tuple[str, tuple[int, int]], np.ndarray]],
-        source: Path) -> None:
+def add(images: ImageList, encoder: Encoder, read: list[tuple[tuple[str, tuple[int, int]], np.ndarray]]) -> None:
     """Images that were read, as (path and version, pixels)."""
-    if not read:
-        return
-    features = encoder.images([pixels for _, pixels in read]).numpy()           # (n, D)
-    if not np.isfinite(features).all():
-        raise InputError(f"the model of {source} gives features that are not finite: its training diverged")
-    images.add([entry for entry, _ in read], features)
+    if read:
+        images.add([entry for entry, _ in read], encoder.images([pixels for _, pixels in read]).numpy())
 
 
 def compare(images: ImageList, walk: Walk, progress: Callable, prune: bool) -> Update:

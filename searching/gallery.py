@@ -20,6 +20,7 @@ from torch import Tensor
 
 import checkpoint
 from machine.checksums import file_digest
+from machine.device import choose_device
 from machine.errors import InputError, first_line
 from machine.picture_files import Beyond, decode
 from machine.progress import progress_bar
@@ -33,6 +34,7 @@ from text_model import SentenceTable, spread, tokenize
 MODEL, IMAGES = "model.pth", "images.sqlite"
 LONGEST_TEXT = 1000                     # characters
 LARGEST_SIDE = 4096                     # pixels of the images that a model sees
+ENCODED_AT_ONCE = 32                    # pictures
 ROUNDING = 2**-11 + 2**-20              # half precision moves the product of two unit vectors by no more
 
 log = logging.getLogger(__name__)
@@ -47,9 +49,10 @@ class Source:
 
 @dataclass
 class Hit:
-    """One of a query's results; score: the cosine of its feature and the query's; path: below the gallery's folder."""
+    """One of a query's results; path: whole, though only `Gallery.file` sees that it is there and leads nowhere else;
+    score: the cosine of its feature and the query's."""
     image: int
-    path: str
+    path: Path
     score: float
 
 
@@ -105,11 +108,13 @@ def check_service(flags: dict) -> None:
 class Encoder:
     """The model of a checkpoint and what goes with it: image size, vocabulary, texts' kind.
 
-    where: of the sentence service, by flag, what shall differ from the checkpoint's. folder: keeps its vectors.
+    device: a GPU where there is one, unless given. where: of the sentence service, by flag, what shall differ from the
+    checkpoint's. folder: keeps its vectors. Raises InputError for what is no whole checkpoint.
     """
 
-    def __init__(self, path: Path, device: torch.device, where: dict | None = None, folder: Path | None = None):
-        self.state, self.device, self.path = checkpoint.load(path), device, path
+    def __init__(self, path: str | Path, device: str | torch.device | None = None, where: dict | None = None,
+                 folder: Path | None = None):
+        self.state, self.device, self.path = checkpoint.load(path), device or choose_device("auto"), path
         self.opt = self.state["opt"]
         sentences = Sentences(self.state, where or {}, folder) if text_encoder_of(self.opt) != "lstm" else None
         self.check(sentences)
@@ -133,19 +138,49 @@ class Encoder:
     def fingerprint(self) -> str:
         return fingerprint(self.state["model_state_dict"])
 
+    def compose(self, picture: str | Path, text: str) -> np.ndarray:
+        """A query's picture and text -> the unit vector (D,) float32 to search with: without a text, the picture's own.
+
+        Raises InputError for a picture that cannot be read, and for a text as `unknown` does.
+        """
+        return self.query(self.images([self.read(picture)])[0], text).numpy()
+
+    def encode(self, pictures: Sequence[str | Path]) -> np.ndarray:
+        """A gallery's N pictures -> unit rows (N, D) float32, whose products with a composed query are cosines.
+
+        Raises InputError for a picture that cannot be read.
+        """
+        parts = [self.images([self.read(picture) for picture in pictures[start:start + ENCODED_AT_ONCE]])
+                 for start in range(0, len(pictures), ENCODED_AT_ONCE)]
+        return F.normalize(torch.cat([torch.empty(0, self.model.image_dim), *parts]), dim=1).numpy()
+
+    def read(self, picture: str | Path) -> np.ndarray:
+        """(S, S, 3) uint8, as the model sees it."""
+        return read_picture(picture, self.size, self.resampling)
+
     @torch.inference_mode()
     def images(self, pixels: Sequence[np.ndarray]) -> Tensor:
-        """B arrays (S, S, 3) uint8 -> (B, D) on the CPU."""
+        """B arrays (S, S, 3) uint8 -> (B, D) on the CPU. Raises InputError where they are not finite."""
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)          # (B, 3, S, S)
-        return self.model.encode_image(batch.to(self.device)).cpu()
+        features = self.model.encode_image(batch.to(self.device)).cpu()
+        if not features.isfinite().all():
+            raise InputError(f"the model of {self.path} gives features that are not finite: its training diverged")
+        return features
 
     @torch.inference_mode()
     def query(self, image: Tensor, text: str) -> Tensor:
-        """(D,), a text -> the unit vector (D,) to search with: without a text, the image's own."""
+        """(D,), a text -> the unit vector (D,) to search with: without a text, the image's own.
+
+        Raises InputError for a text as `unknown` does, and where the vector is not finite.
+        """
+        self.unknown(text)                                                      # refuses what cannot be read
         composed = image[None].to(self.device)
         if text.strip():
             composed = self.model.compose(composed, self.model.encode_text([text]))
-        return F.normalize(composed, dim=1)[0].cpu()
+        query = F.normalize(composed, dim=1)[0].cpu()
+        if not query.isfinite().all():
+            raise InputError("the model's answer to this query is not finite: its training diverged")
+        return query
 
     def unknown(self, text: str) -> list[str]:
         """The words that the model was not trained with. A sentence service knows all.
@@ -164,13 +199,20 @@ class Encoder:
         return unknown
 
 
+def load_model(path: str | Path, device: str | torch.device | None = None) -> Encoder:
+    """The model of a run's checkpoint, to `compose` queries and `encode` galleries with; device: a GPU where there is
+    one, unless given. Raises InputError for what is no whole checkpoint."""
+    return Encoder(path, device)
+
+
 class Gallery:
-    """An index, opened to be searched. Raises InputError where it is not whole.
+    """An index, opened to be searched; device: a GPU where there is one, unless given. Raises InputError where it is
+    not whole.
 
     One query at a time: several threads may ask.
     """
 
-    def __init__(self, index: str | Path, device: torch.device, where: dict | None = None):
+    def __init__(self, index: str | Path, device: str | torch.device | None = None, where: dict | None = None):
         index = Path(index)
         if missing := [name for name in (MODEL, IMAGES, RANKING) if not (index / name).is_file()]:
             raise InputError(f"{index} is no finished index: it has no {missing[0]}; make it with search.py index, "
@@ -203,7 +245,7 @@ class Gallery:
 
     def picture(self, path: str | Path) -> Source:
         """Any picture as a query's."""
-        pixels = read_picture(path, self.encoder.size, self.encoder.resampling)
+        pixels = self.encoder.read(path)
         with self.lock:
             return Source(self.encoder.images([pixels])[0])
 
@@ -222,19 +264,21 @@ class Gallery:
             raise InputError(f"{path or f'image {image}'} is no more in {self.folder}; run search.py index again")
         return file
 
-    def search(self, source: Source, text: str, k: int = 20, leave_out: bool = False) -> tuple[list[Hit], list[str]]:
-        """The k images nearest to the composed query, best first, equal ones by id; and the words not known.
+    def search(self, picture: str | Path | Source, text: str, k: int = 20, leave_out: bool = False) -> list[Hit]:
+        """The k images (1 or more) nearest to the composed query, best first, equal ones by id. Without a text, those
+        that look like the picture.
 
-        leave_out: whether the query's own picture is none of its results.
+        picture: any file, or what `picture` or `own_picture` made of one. leave_out: whether one of the gallery's own
+        is none of its results. Raises InputError for a picture that cannot be read, for a text as the encoder's
+        `unknown` does, which gives the words that are not known, and where the index is damaged.
         """
-        unknown = self.encoder.unknown(text)
+        source = picture if isinstance(picture, Source) else self.picture(picture)
         with self.lock:
             query = self.encoder.query(source.feature, text).numpy()
-        if not np.isfinite(query).all():
-            raise InputError("the model's answer to this query is not finite: its training diverged")
         own = {source.image} if leave_out else set()
         found = [(number, score) for number, score in self.nearest(query, k + len(own)) if number not in own][:k]
-        return [Hit(number, self.images.path_of(number), score) for number, score in found], unknown
+        return [Hit(number, self.folder / path, score) for number, score in found
+                if (path := self.images.path_of(number))]                       # else taken out this moment
 
     def check_missing(self, numbers: np.ndarray) -> None:
         """Images that are ranked and not listed were taken out since, or else the list is damaged: raises InputError.

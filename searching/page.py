@@ -194,10 +194,11 @@ class Page:
         if session.source is None:
             raise InputError("choose a picture first, or drop one in")
         start = time.perf_counter()
-        hits, unknown = self.gallery.search(session.source, text, self.k, leave_out=True)
+        hits = self.gallery.search(session.source, text, self.k, leave_out=True)
         taken = time.perf_counter() - start
         session.hits = hits
         session.steps = [*session.steps, Step(session.source, session.picture, text.strip(), hits)][-LONGEST_TRAIL:]
+        unknown = self.gallery.encoder.unknown(text)
         note = f" Not known to the model: {', '.join(unknown)}." if unknown else ""
         return (f"The best {len(hits)} of {self.gallery.size:,} images, in {1000 * taken:.0f} ms, with their cosine to "
                 f"the query. Click one to go on from it.{note}")
@@ -223,11 +224,11 @@ class Page:
         if not isinstance(text, str) or not isinstance(k, int) or not 1 <= k <= MOST_RESULTS:
             raise gr.Error(f"text is a string, k a number from 1 to {MOST_RESULTS}", print_exception=False)
         try:
-            hits, _ = self.gallery.search(source(), printable(text), k)
+            hits = self.gallery.search(source(), printable(text), k)
         except InputError as error:
             raise gr.Error(html.escape(printable(str(error))), print_exception=False) from None
         # Not "path": Gradio's client takes what has one for a file to download.
-        return [{"rank": rank, "score": hit.score, "image": printable(hit.path)}
+        return [{"rank": rank, "score": hit.score, "image": printable(str(hit.path.relative_to(self.gallery.folder)))}
                 for rank, hit in enumerate(hits, start=1)]
 
     def build(self) -> gr.Blocks:

@@ -56,7 +56,7 @@ def paths(out):
 
 def answer(out, image):
     opened = Gallery(out, CPU)
-    return [(hit.path, hit.score) for hit in opened.search(opened.picture(image), "", 12)[0]]
+    return [(hit.path, hit.score) for hit in opened.search(image, "", 12)]
 
 
 @pytest.mark.parametrize("gone", ["everything", "most"])
@@ -215,7 +215,7 @@ def test_a_strangers_index_has_no_other_host_asked(first, tmp_path, monkeypatch,
     other_model(out, change)
     opened = Gallery(out, CPU)
     with pytest.raises(InputError, match=said):
-        opened.search(opened.picture(first / "images" / "0.jpg"), "red", 12)
+        opened.search(first / "images" / "0.jpg", "red", 12)
 
 
 def test_a_query_cannot_write_to_the_list(first):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from functools import partial
 
@@ -25,7 +26,7 @@ from machine.errors import InputError
 from machine.image_store import decode, normalize_images
 from machine.stopping import Stopped
 from searching.build import build
-from searching.gallery import Gallery, read_picture
+from searching.gallery import Gallery, load_model, read_picture
 from searching.image_list import ImageList
 from searching.ranking import rank
 
@@ -207,8 +208,8 @@ def test_an_image_gone_since_is_no_result_of_a_ranking_that_holds_it_still(train
     made(trained, images, tmp_path / "out")
     opened = Gallery(tmp_path / "out", CPU)
     opened.images.remove([opened.images.id_of("0.jpg")])
-    hits, _ = opened.search(opened.picture(images / "0.jpg"), "", 20)
-    assert len(hits) == 11 and "0.jpg" not in {hit.path for hit in hits}
+    hits = opened.search(images / "0.jpg", "", 20)
+    assert len(hits) == 11 and images / "0.jpg" not in {hit.path for hit in hits}
 
 
 def test_broken_images_are_listed_and_no_more(trained, tmp_path, capfd):
@@ -246,7 +247,7 @@ def test_the_index_needs_nothing_but_itself_and_the_images(trained, images, tmp_
     made(copy, images, tmp_path / "out")
     copy.unlink()
     slim = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
-    assert "optimizer_state_dict" not in slim and sorted(slim["example_texts"]) == ["old", "wet", "young"]
+    assert "optimizer_state_dict" not in slim and sorted(slim["example_texts"]) == ["old", "wet", "white"]
     os.rename(tmp_path / "out", tmp_path / "moved")
     assert asked(capsys, "--index", tmp_path / "moved", "--image", images / "0.jpg")["results"]
 
@@ -371,6 +372,56 @@ def test_a_model_of_a_sentence_service_indexes_without_it_and_asks_it_for_texts(
     with serving(tmp_path / "bert") as again:
         assert asked(capsys, *words, "--text", "red", "--bert_port", again.port, "--bert_port_out",
                      again.port_out)["results"] == found
+
+
+def test_readmes_python_runs_as_printed(trained, images, index, tmp_path, capsys):
+    section = (ROOT / "README.md").read_text().split("\n## From Python\n")[1].split("\n## ")[0]
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^ {4}.+\n+)+", section, re.M)]
+    assert len(blocks) == 2
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "RUN").symlink_to(trained.parent)
+    (tmp_path / "INDEX").symlink_to(index)
+    for number, name in enumerate(("dress", "a", "b")):
+        shutil.copy(images / f"{number}.jpg", tmp_path / f"{name}.jpg")
+    done = subprocess.run([sys.executable, "-c", "import sys\nfor block in sys.argv[1:]: exec(block, {})", *blocks],
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    *hits, cosines = done.stdout.splitlines()
+    paths, scores = zip(*(hit.rsplit(" ", 1) for hit in hits), strict=True)
+    found = asked(capsys, "--index", index, "--image", tmp_path / "dress.jpg", "--text", "is white", "-k", 5)
+    assert list(paths) == [hit["path"] for hit in found["results"]] and all(map(os.path.isfile, paths))
+    assert found["unknown_words"] == ["is"]
+    assert list(map(float, scores)) == pytest.approx([hit["score"] for hit in found["results"]], abs=2e-6)
+    expected = dict(plain_search(trained.with_name("best_checkpoint.pth"), [tmp_path / "a.jpg", tmp_path / "b.jpg"],
+                                 tmp_path / "dress.jpg", "is white"))
+    assert list(map(float, cosines.strip("[]").split())) == pytest.approx(
+        [expected[str(tmp_path / f"{name}.jpg")] for name in "ab"], abs=2e-6)
+
+
+def test_a_model_without_an_index_gives_the_vectors_that_an_index_ranks(trained, images, index, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")                                       # with which programs set no threads
+    threads = torch.get_num_threads()
+    hits, model = Gallery(index).search(images / "0.jpg", "old wet dog"), load_model(trained)
+    query, gallery = model.compose(images / "0.jpg", "old wet dog"), model.encode([hit.path for hit in hits] * 3)
+    assert len(hits) == 12 and hits[0].score - hits[-1].score > 0.01 and torch.get_num_threads() == threads
+    assert (query.shape, gallery.shape, model.encode([]).shape) == ((24,), (36, 24), (0, 24))
+    assert query.dtype == gallery.dtype == np.float32
+    assert np.linalg.norm([query, *gallery], axis=1) == pytest.approx(np.ones(37), abs=1e-6)
+    assert gallery @ query == pytest.approx([hit.score for hit in hits] * 3, abs=1e-3)
+
+
+def test_bad_input_from_python_is_one_line(trained, images, index):
+    opened, model, image = Gallery(index, CPU), load_model(trained, "cpu"), images / "0.jpg"
+    for call, said in ((lambda: Gallery(images), "no finished index"),
+                       (lambda: opened.search(images / "notes.txt", "wet"), "no picture that can be read"),
+                       (lambda: opened.search(image, "zebra"), "knows none"),
+                       (lambda: load_model(image), "not a readable checkpoint"),
+                       (lambda: model.compose(str(image), "zebra"), "knows none"),
+                       (lambda: model.encode([image, "nothing.jpg"]), r"nothing\.jpg is no picture")):
+        with pytest.raises(InputError, match=rf"^.*{said}.*$") as raised:
+            call()
+        assert "\n" not in str(raised.value)
 
 
 def test_missing_faiss_says_how_to_install_it(trained, images, tmp_path, monkeypatch, capsys):

@@ -36,7 +36,7 @@ def prepared(folder: Path) -> tuple[Path, Path]:
 
 def answer(index: Path, image: Path) -> list:
     opened = Gallery(index, CPU)
-    return [(hit.path, hit.score) for hit in opened.search(opened.picture(image), "", 12)[0]]
+    return [(hit.path, hit.score) for hit in opened.search(image, "", 12)]
 
 
 def outcome(index: Path, image: Path, right: list) -> str:
