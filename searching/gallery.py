@@ -272,6 +272,8 @@ class Gallery:
         is none of its results. Raises InputError for a picture that cannot be read, for a text as the encoder's
         `unknown` does, which gives the words that are not known, and where the index is damaged.
         """
+        if k < 1:
+            raise InputError(f"k is {k}; ask for one result or more")
         source = picture if isinstance(picture, Source) else self.picture(picture)
         with self.lock:
             query = self.encoder.query(source.feature, text).numpy()

@@ -58,8 +58,8 @@ def one_query_a_noun(data: MITStates, rows: int) -> list:
 
 
 def architecture() -> Image.Image:
-    """ComposeAE from left to right, at twice the size for sharp screens."""
-    picture = Image.new("RGB", (1960, 860), PAPER)
+    """TransformerAE from left to right, at twice the size for sharp screens."""
+    picture = Image.new("RGB", (1960, 900), PAPER)
     draw = ImageDraw.Draw(picture)
 
     def box(x: int, y: int, width: int, title: str, detail: str, hue: str, height: int = 110) -> None:
@@ -75,35 +75,36 @@ def architecture() -> Image.Image:
         tip = np.array([x, y])
         draw.polygon([tuple(tip), tuple(tip - 14 * along + 7 * across), tuple(tip - 14 * along - 7 * across)], hue)
 
-    box(40, 120, 230, "source image", "3 x 224 x 224", IMAGE_HUE)
-    box(330, 120, 250, "ResNet-18", "image feature z, 512", IMAGE_HUE)
+    box(40, 120, 230, "source image", "S x S pixels", IMAGE_HUE)
+    box(330, 120, 250, "image encoder", "feature z, D", IMAGE_HUE)
     box(40, 370, 230, "text", "what should change", TEXT_HUE)
-    box(330, 370, 250, "LSTM or BERT", "text feature q, 512 or 768", TEXT_HUE)
-    box(660, 245, 320, "complex projection", "v = f(z), angle d = g(q)", BOTH_HUE)
-    draw.text((820, 385), "v cos d + i v sin d", INK, font(24), anchor="mm")
-    box(1060, 150, 250, "rho", "MLP on re, im", BOTH_HUE)
-    box(1060, 340, 250, "rho conv", "conv over 5 channels", BOTH_HUE)
-    box(1400, 245, 240, "composed", "10 rho + 1 rho conv", BOTH_HUE)
-    box(1400, 620, 240, "target image", "the same ResNet-18", IMAGE_HUE)
-    box(1720, 120, 200, "image decoder", "back to z", IMAGE_HUE)
-    box(1720, 370, 200, "text decoder", "back to q", TEXT_HUE)
-    for y in (175, 425):
+    box(330, 370, 250, "text encoder", "feature q, T", TEXT_HUE)
+    box(40, 620, 230, "target image", "in training", IMAGE_HUE)
+    box(330, 620, 250, "image encoder", "the same", IMAGE_HUE)
+    box(720, 120, 420, "TIRG", "sigmoid(gate(z, q)) z + 10 residual(z, q)", BOTH_HUE)
+    box(720, 370, 420, "the source, changed", "z + MLP(z, q), whose last layer starts at 0", BOTH_HUE)
+    box(720, 620, 420, "transformer layer", "source and target as two tokens", BOTH_HUE)
+    box(1250, 245, 280, "query", "the two unit vectors' sum", BOTH_HUE)
+    box(1640, 245, 280, "gallery", "nearest by cosine", IMAGE_HUE)
+    box(1250, 620, 280, "told text", "must be the batch's q", TEXT_HUE)
+    for y in (175, 425, 675):
         arrow((270, y), (328, y))
-        arrow((580, y), (620, y), (620, 300), (658, 300))
-    arrow((980, 280), (1020, 280), (1020, 205), (1058, 205))
-    arrow((980, 320), (1020, 320), (1020, 395), (1058, 395))
-    for y in (205, 395):
-        arrow((1310, y), (1355, y), (1355, 300), (1398, 300))
+    arrow((580, 175), (718, 175))
+    arrow((620, 175), (620, 400), (718, 400))
+    arrow((580, 425), (660, 425), (660, 450), (718, 450))
+    arrow((660, 425), (660, 205), (718, 205))
+    arrow((620, 400), (620, 650), (718, 650))
+    arrow((580, 690), (718, 690))
     for y in (175, 425):
-        arrow((1640, 300), (1680, 300), (1680, y), (1718, y))
-    arrow((1520, 357), (1520, 618), hue=GREEN)
-    draw.text((1536, 480), "metric loss", GREEN, font(24), anchor="lm")
-    arrow((1398, 675), (820, 675), (820, 410), hue=RED)
-    draw.text((1010, 705), "rotational symmetry: the target turned back by -d must meet the source", RED, font(22),
-              anchor="mm")
-    draw.text((40, 40), "ComposeAE: text as a rotation of the image in complex space", INK, font(34), anchor="lm")
-    draw.text((40, 800), "TIRG replaces the middle by sigmoid(gate) * z + 10 * residual; RealSpaceConcatAE by "
-              "rho and rho conv on the concatenated z, q.", QUIET, font(22), anchor="lm")
+        arrow((1140, y), (1195, y), (1195, 300), (1248, 300))
+    arrow((1530, 300), (1638, 300), hue=GREEN)
+    arrow((1140, 675), (1248, 675))
+    draw.text((1390, 400), "metric loss with the target", GREEN, font(22), anchor="mm")
+    draw.text((1390, 775), "cross entropy over the batch's texts", RED, font(22), anchor="mm")
+    draw.text((40, 40), "TransformerAE: TIRG's direction plus that of the changed source; the text has to be told from "
+              "two images", INK, font(34), anchor="lm")
+    draw.text((40, 850), "The upper path learns what is asked for; the lower one stays near the source, which unseen "
+              "things profit from. The transformer works in training alone.", QUIET, font(24), anchor="lm")
     return picture
 
 
