@@ -4,7 +4,7 @@
 # settings gave on real artwork: docs/results.md, "Larger batches" (at 128 pixels; here the encoder's own size, 224).
 [ $# -ge 2 ] || { echo "usage: runs/laptop.sh DATASET DIR [main.py's flags]" >&2; exit 2; }
 dataset="$1" path="$2"; shift 2
-exec "${PYTHON:-python}" "$(dirname "$0")/../main.py" --dataset "$dataset" --dataset_path "$path" --model tirg \
+exec "${PYTHON:-python}" "$(dirname "$0")/../main.py" --dataset "$dataset" --dataset_path "$path" --model TransformerAE \
 	--loss batch_based_classification --freeze_image_encoder True --image_encoder timm:tf_efficientnet_lite0 \
 	--text_encoder hf:sentence-transformers/all-MiniLM-L6-v2 --num_iters 600 --batch_size 128 --learning_rate 0.03 \
 	--schedule cosine --warmup 100 --validation 0.1 --eval_frequency 0 --baselines True --log_dir logs "$@"

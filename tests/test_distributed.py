@@ -14,7 +14,6 @@ import torch
 import checkpoint
 import main
 import training
-from datasets import DATASETS
 from img_text_composition_models import MODELS
 from machine import distributed
 from machine.device import usable_cores
@@ -145,7 +144,7 @@ def test_tests_give_exactly_one_processs_metrics_and_decode_each_image_once(tree
         for key, value in expected.items():
             if key not in ("composed",) and key[-1] != "queries":
                 assert each[key] == value, key
-        for name in DATASETS:
+        for name in WRITERS:
             for mine, theirs in zip(each[name, "test", "queries"], expected[name, "test", "queries"], strict=True):
                 assert torch.equal(mine, theirs)
         assert len(each["decoded"]) == len(set(each["decoded"]))
