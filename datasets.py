@@ -534,17 +534,23 @@ class FashionIQ(CompositionDataset):
         return "val" if self.published == "test" else "train"
 
     def image_files(self) -> tuple[str, dict[str, str]]:
-        """Whichever of the three customary folders is there, and id -> path below root of what it holds."""
-        folder = next((name for name in self.FOLDERS if (self.root / name).is_dir()), None)
-        if folder is None:
+        """The first of the three customary folders that is there, and id -> path below root of what all of them hold,
+        also in folders of their own, as images/dress/; of several images of an id the first."""
+        there = [name for name in self.FOLDERS if (self.root / name).is_dir()]
+        if not there:
             raise InputError(f"no image folder under {self.root}: expected one of {', '.join(self.FOLDERS)}; "
                              "data/README.md shows the expected tree")
         files: dict[str, str] = {}
-        for name in self.visible(os.listdir(self.root / folder)):
-            stem, ending = os.path.splitext(name)
-            if ending.lower() in self.ENDINGS:
-                files.setdefault(stem, f"{folder}/{name}")
-        return folder, files
+        for top in there:
+            folders = [top]
+            for folder in folders:                                              # the first of them finds the others
+                for name in self.visible(os.listdir(self.root / folder)):
+                    stem, ending = os.path.splitext(name)
+                    if ending.lower() in self.ENDINGS:
+                        files.setdefault(stem, f"{folder}/{name}")
+                    elif folder == top and (self.root / folder / name).is_dir():
+                        folders.append(f"{folder}/{name}")
+        return there[0], files
 
     def read_split(self, category: str) -> list[str]:
         file = self.root / "image_splits" / f"split.{category}.{self.files}.json"

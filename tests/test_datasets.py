@@ -171,6 +171,36 @@ def test_the_train_split_is_judged_against_its_own_targets(name, label, tmp_path
     assert (asked.judges[0].query_labels == asked.judges[0].gallery_labels).all()
     assert (dataset.task(seed=3).gallery == task.gallery).all()
 
+def moved(fashion_iq, place):
+    """The images of all_imgs, each moved to where `place` says of its id."""
+    for file in sorted((fashion_iq / "all_imgs").rename(fashion_iq / "before").iterdir()):
+        target = fashion_iq / place(file.stem)
+        target.mkdir(parents=True, exist_ok=True)
+        file.rename(target / file.name)
+
+
+def test_fashion_iq_folders_of_categories(fashion_iq):
+    before = FashionIQ(fashion_iq, "test").images
+    moved(fashion_iq, lambda name: f"images/{name[0]}")
+    assert FashionIQ(fashion_iq, "test").images == [
+        image.replace("all_imgs", f"images/{image.split('/')[1][0]}") for image in before]
+    (fashion_iq / "all_imgs").mkdir()                                           # empty: the others are looked at too
+    assert FashionIQ(fashion_iq, "test").images[0] == "images/D/DV000.jpg"
+
+
+def test_fashion_iq_takes_the_first_of_several_images_of_an_id(fashion_iq):
+    """all_imgs before images before img; in each, what lies in it before its folders."""
+    moved(fashion_iq, lambda name: {"D": "all_imgs/x", "S": "images", "T": "img/y", "B": "images/b"}[name[0]])
+    for name in ("all_imgs/DV001.png", "images/DV000.jpg", "images/b/SV000.jpg", "img/SV001.jpg", "img/y/z/TV009.jpg"):
+        picture(fashion_iq / name)
+    images = dict(zip(FashionIQ(fashion_iq, "test").ids, FashionIQ(fashion_iq, "test").images, strict=True))
+    assert images == {"DV000": "all_imgs/x/DV000.jpg", "DV001": "all_imgs/DV001.png", "DV002": "all_imgs/x/DV002.jpg",
+                      "DV003": "all_imgs/x/DV003.jpg", **{f"SV00{i}": f"images/SV00{i}.jpg" for i in range(4)},
+                      "BOTHV1": "images/b/BOTHV1.jpg", **{f"TV00{i}": f"img/y/TV00{i}.jpg" for i in range(4)}}
+    (fashion_iq / "img/y/TV003.jpg").rename(fashion_iq / "img/y/z/TV003.jpg")   # one level of folders is enough
+    assert FashionIQ(fashion_iq, "test").images[-1] == "all_imgs/TV003.jpg"
+
+
 
 def test_a_large_train_split_is_judged_on_9600_samples(tmp_path, monkeypatch):
     dataset = MITStates(write_mitstates(tmp_path), "train")
