@@ -935,6 +935,10 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     with io.BufferedReader(opened(file)) as lines:
         for number, line in enumerate(lines, start=1):
             if len(line) > LONGEST_LINE:
+    try:
+        os.fsencode(image)
+    except UnicodeEncodeError:                                                  # JSON can hold half a character
+        raise InputError(f"{where}: {image[:80]!r} is no name that a file can have") from None
                 raise InputError(f"{file}, line {number}: {len(line)} bytes long, which no label is; download the file "
                                  "again")
             try:
