@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,6 +134,7 @@ class CompositionDataset:
     its three.
     complete_text: queries say the whole target caption in place of the modification.
     keep_source: a query's own image stays in its ranking, where the benchmark does not say whether it does.
+    any_suffix: images are read whatever kind of picture they end as, where the benchmark reads one ending alone.
     without: images to leave out, with all that refers to them; `dropped` then counts what went. None is the strict
     reading: anything amiss raises InputError, with file and line.
     """
@@ -144,12 +146,14 @@ class CompositionDataset:
     best_metric = "recall_top10_correct_composition"  # by which a run's best checkpoint is chosen
 
     def __init__(self, path: str | Path, split: str, complete_text: bool = False, category: str = "all",
-                 without: frozenset[str] | None = None, held_out: float = 0.0, keep_source: bool = False):
-        self.keep_source = keep_source
+                 without: frozenset[str] | None = None, held_out: float = 0.0, keep_source: bool = False,
+                 any_suffix: bool = False):
+        self.keep_source, self.any_suffix = keep_source, any_suffix
         self.root, self.split, self.complete_text, self.category = Path(path), split, complete_text, category
         self.published, self.held_out = "test" if split == "test" else "train", held_out
         self.lenient, self.without = without is not None, without or frozenset()
         self.dropped = {"images": len(self.without)}
+        self.passed_over: Counter[str] = Counter()                              # endings of what any_suffix would read
         require(self.root, f"{type(self).__name__} folder")
         self.read()
 
@@ -247,13 +251,6 @@ class CompositionDataset:
             self.drop("hidden files", len(names) - len(shown))
         return shown
 
-    def with_endings(self, names: list[str], endings: tuple[str, ...]) -> list[str]:
-        """The names that have one of the endings; others are counted."""
-        kept = [name for name in names if name.endswith(endings)]
-        if len(kept) < len(names):
-            self.drop(f"files that do not end in {' or '.join(endings)}", len(names) - len(kept))
-        return kept
-
     def drop(self, what: str, count: int = 1) -> None:
         self.dropped[what] = self.dropped.get(what, 0) + count
 
@@ -325,9 +322,10 @@ class MITStates(CaptionedDataset):
             if not (self.root / "images" / folder).is_dir():
                 self.drop("files beside the folders of images")
                 continue
-            names = self.with_endings(self.visible(os.listdir(self.root / "images" / folder)), (".jpg",))
+            names = self.pictures(self.visible(os.listdir(self.root / "images" / folder)))
             if not names:
-                self.refuse_or_drop("empty folders", f"{self.root / 'images' / folder} holds no .jpg; put its images "
+                kind = "image" if self.any_suffix else ".jpg (--any_suffix True reads others)"
+                self.refuse_or_drop("empty folders", f"{self.root / 'images' / folder} holds no {kind}; put its images "
                                     "back, remove the folder, or pass --skip_bad_images True")
             kept = [image for name in names if (image := f"images/{folder}/{name}") not in self.without]
             self.images += kept
@@ -338,6 +336,16 @@ class MITStates(CaptionedDataset):
         if not self.images:
             raise InputError(f"no '<adjective> <noun>' folder of the {self.split} split with a usable image under "
                              f"{self.root / 'images'}; data/README.md shows the expected tree")
+
+    def pictures(self, names: list[str]) -> list[str]:
+        """The names that end in .jpg, or with `any_suffix` as any picture does; others are counted."""
+        pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
+        kept = pictures if self.any_suffix else [name for name in names if name.endswith(".jpg")]
+        if len(kept) < len(names):
+            self.drop(f"files that do not end {'as pictures do' if self.any_suffix else 'in .jpg'}",
+                      len(names) - len(kept))
+        self.passed_over.update(os.path.splitext(name)[1] for name in set(pictures).difference(kept))
+        return kept
 
     def index(self) -> None:
         """noun -> adjective -> image ids."""
@@ -534,17 +542,23 @@ class FashionIQ(CompositionDataset):
         return "val" if self.published == "test" else "train"
 
     def image_files(self) -> tuple[str, dict[str, str]]:
-        """Whichever of the three customary folders is there, and id -> path below root of what it holds."""
-        folder = next((name for name in self.FOLDERS if (self.root / name).is_dir()), None)
-        if folder is None:
+        """The first of the three customary folders that is there, and id -> path below root of what all of them hold,
+        also in folders of their own, as images/dress/; of several images of an id the first."""
+        there = [name for name in self.FOLDERS if (self.root / name).is_dir()]
+        if not there:
             raise InputError(f"no image folder under {self.root}: expected one of {', '.join(self.FOLDERS)}; "
                              "data/README.md shows the expected tree")
         files: dict[str, str] = {}
-        for name in self.visible(os.listdir(self.root / folder)):
-            stem, ending = os.path.splitext(name)
-            if ending.lower() in self.ENDINGS:
-                files.setdefault(stem, f"{folder}/{name}")
-        return folder, files
+        for top in there:
+            folders = [top]
+            for folder in folders:                                              # the first of them finds the others
+                for name in self.visible(os.listdir(self.root / folder)):
+                    stem, ending = os.path.splitext(name)
+                    if ending.lower() in self.ENDINGS:
+                        files.setdefault(stem, f"{folder}/{name}")
+                    elif folder == top and (self.root / folder / name).is_dir():
+                        folders.append(f"{folder}/{name}")
+        return there[0], files
 
     def read_split(self, category: str) -> list[str]:
         file = self.root / "image_splits" / f"split.{category}.{self.files}.json"
@@ -863,6 +877,13 @@ def images_below(folder: Path, but: str) -> list[str]:
 DATASETS = {"mitstates": MITStates, "fashion200k": Fashion200k, "fashionIQ": FashionIQ, "triplets": Triplets}
 
 
+def tell_of_passed_over(splits: Iterable[CompositionDataset]) -> str:
+    """What to say of pictures that these splits' benchmark does not read; nothing where there are none."""
+    endings = sum((data.passed_over for data in splits), Counter())
+    return (f"{endings.total()} files end in {' or '.join(sorted(endings))}, which the published protocol does not "
+            "read; --any_suffix True reads them") if endings else ""
+
+
 def texts_of(queries) -> list[str]:
     return [query.text for query in queries]
 
@@ -915,6 +936,10 @@ def inside(image: str, where: str) -> str:
     """An image path of a label file, refused where it would leave the dataset folder."""
     if not image or image[0] == "/" or "\0" in image or (".." in image and ".." in image.split("/")):
         raise InputError(f"{where}: {image[:80]!r} is no path inside the dataset folder")
+    try:
+        os.fsencode(image)
+    except UnicodeEncodeError:                                                  # JSON can hold half a character
+        raise InputError(f"{where}: {image[:80]!r} is no name that a file can have") from None
     return image
 
 

@@ -93,20 +93,17 @@ def image_side(text: str) -> int:
 port_number = at_least(1, most=65535)
 
 
-def get_parser() -> TrainingParser:
-    parser = TrainingParser(
-        prog="main.py", usage="%(prog)s --dataset NAME --dataset_path DIR [flags]", description=DESCRIPTION,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="The defaults are the published settings; README.md has the five published commands.")
+def add(group, flag: str, default, help: str, **how) -> None:
+    """A flag; one whose default is a bool takes True or False."""
+    if isinstance(default, bool):
+        how = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "True|False"}
+    group.add_argument(flag, default=default, help=help, **how)
 
-    def add(group, flag: str, default, help: str, **how):
-        if isinstance(default, bool):
-            how = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "True|False"}
-        group.add_argument(flag, default=default, help=help, **how)
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=DATASETS, default=argparse.SUPPRESS,
-                      help="benchmark to train and test on (required, but by --test_only)")
+def add_dataset_flags(data, required: bool) -> None:
+    """What says which samples and queries a run has. required: whether --dataset is."""
+    data.add_argument("--dataset", choices=DATASETS, required=required, default=argparse.SUPPRESS,
+                      help=f"benchmark to train and test on (required{'' if required else ', but by --test_only'})")
     data.add_argument("--dataset_path", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                       help="folder with the benchmark's published tree, see data/README.md (required)")
     add(data, "--category_to_train", "all", "FashionIQ: all three categories, or this one alone",
@@ -116,6 +113,18 @@ def get_parser() -> TrainingParser:
         "on too; best_checkpoint.pth is then the best on these. Published: 0, the best on the test split",
         type=at_least(0, float, 0.9), metavar="SHARE")
     add(data, "--keep_source", False, "triplets: a query's own picture stays in its ranking, as FashionIQ has it")
+    add(data, "--any_suffix", False, "MIT-States: read images that end in .JPG, .png and the like, too. Published: in "
+        ".jpg alone")
+
+
+def get_parser() -> TrainingParser:
+    parser = TrainingParser(
+        prog="main.py", usage="%(prog)s --dataset NAME --dataset_path DIR [flags]", description=DESCRIPTION,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="The defaults are the published settings; README.md has the five published commands.")
+
+    data = parser.add_argument_group("data")
+    add_dataset_flags(data, required=False)
     add(data, "--skip_bad_images", False, "check every image first and leave out broken and missing ones, with what "
         "refers to them, in place of stopping at the first")
     add(data, "--image_size", 0, "side in pixels of the square images the encoder sees; 0 for its own, or a "

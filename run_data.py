@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from datasets import DATASETS, CompositionDataset
+from datasets import DATASETS, CompositionDataset, tell_of_passed_over
 from flags import plain
 from image_encoders import traits
 from img_text_composition_models import ImgTextCompositionBase
@@ -50,6 +50,8 @@ def make_data(args: argparse.Namespace, device: torch.device, source: str | Path
     service = find_source(args, source, state)                                  # before anything that takes long
     names = DATASETS[args.dataset].splits(args.dataset_path, args.validation)
     splits = {name: split for name in names if (split := open_split(args, name))}
+    if told := tell_of_passed_over(split.data for split in splits.values()):
+        logging.warning("note: %s", told)
     digests = {what: found for split in splits.values() for what, found in split.digests(args.seed).items()}
     data = Data(splits, None, {} if args.test_only else digests)
     samples = len(data.train) if data.train else 0
@@ -86,7 +88,8 @@ def open_split(args: argparse.Namespace, split: str) -> Split | None:
 def read_split(args: argparse.Namespace, split: str) -> Split:
     """Read a split; with --skip_bad_images decode all of it first and read it again without what is broken."""
     read = partial(DATASETS[args.dataset], args.dataset_path, split, complete_text=args.use_complete_text_query,
-                   category=args.category_to_train, held_out=args.validation, keep_source=args.keep_source)
+                   category=args.category_to_train, held_out=args.validation, keep_source=args.keep_source,
+                   any_suffix=args.any_suffix)
 
     def open_store(data: CompositionDataset) -> ImageStore:
         return ImageStore(data.paths, args.image_size, cache_folder(args), traits(args.image_encoder).resampling,

@@ -108,6 +108,8 @@ CASES = {
                                        {}, ["entry 3", "'X'"]),
     "split with a path": ("fashionIQ", lambda p: edit_json(p / "image_splits/split.dress.val.json",
                           lambda c: c.append("../../x")), {}, ["split.dress.val.json", "../../x"]),
+    "split with half a character": ("fashionIQ", lambda p: edit_json(p / "image_splits/split.dress.val.json",
+                                    lambda c: c.append("\ud800")), {}, ["split.dress.val.json", r"'\ud800'"]),
     "batch larger than the data": ("mitstates", None, {"batch_size": 64}, ["--batch_size 64", "10 training samples"]),
     "batch of one": ("mitstates", None, {"batch_size": 1}, ["--batch_size", "at least 2"]),
     "unknown model": ("mitstates", None, {"model": "vit"}, ["--model", "composeAE"]),

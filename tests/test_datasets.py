@@ -6,10 +6,21 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from datasets import DATASETS, Epoch, Fashion200k, FashionIQ, MITStates, clean_caption, parent_captions
+from datasets import (
+    DATASETS,
+    Epoch,
+    Fashion200k,
+    FashionIQ,
+    MITStates,
+    clean_caption,
+    parent_captions,
+    tell_of_passed_over,
+)
+from flags import get_parser
 from machine.errors import InputError
+from run_data import make_data
 
-from .conftest import LABEL, picture, write_fashion200k, write_mitstates
+from .conftest import LABEL, flags, picture, write_fashion200k, write_mitstates
 
 
 def epoch(dataset, seed=0, number=0):
@@ -160,6 +171,36 @@ def test_fashion_iq_other_folders_and_endings(fashion_iq, folder, ending):
     assert dataset.images[0] == f"{folder}/DV000{ending}"
 
 
+def moved(fashion_iq, place):
+    """The images of all_imgs, each moved to where `place` says of its id."""
+    for file in sorted((fashion_iq / "all_imgs").rename(fashion_iq / "before").iterdir()):
+        target = fashion_iq / place(file.stem)
+        target.mkdir(parents=True, exist_ok=True)
+        file.rename(target / file.name)
+
+
+def test_fashion_iq_folders_of_categories(fashion_iq):
+    before = FashionIQ(fashion_iq, "test").images
+    moved(fashion_iq, lambda name: f"images/{name[0]}")
+    assert FashionIQ(fashion_iq, "test").images == [
+        image.replace("all_imgs", f"images/{image.split('/')[1][0]}") for image in before]
+    (fashion_iq / "all_imgs").mkdir()                                           # empty: the others are looked at too
+    assert FashionIQ(fashion_iq, "test").images[0] == "images/D/DV000.jpg"
+
+
+def test_fashion_iq_takes_the_first_of_several_images_of_an_id(fashion_iq):
+    """all_imgs before images before img; in each, what lies in it before its folders."""
+    moved(fashion_iq, lambda name: {"D": "all_imgs/x", "S": "images", "T": "img/y", "B": "images/b"}[name[0]])
+    for name in ("all_imgs/DV001.png", "images/DV000.jpg", "images/b/SV000.jpg", "img/SV001.jpg", "img/y/z/TV009.jpg"):
+        picture(fashion_iq / name)
+    images = dict(zip(FashionIQ(fashion_iq, "test").ids, FashionIQ(fashion_iq, "test").images, strict=True))
+    assert images == {"DV000": "all_imgs/x/DV000.jpg", "DV001": "all_imgs/DV001.png", "DV002": "all_imgs/x/DV002.jpg",
+                      "DV003": "all_imgs/x/DV003.jpg", **{f"SV00{i}": f"images/SV00{i}.jpg" for i in range(4)},
+                      "BOTHV1": "images/b/BOTHV1.jpg", **{f"TV00{i}": f"img/y/TV00{i}.jpg" for i in range(4)}}
+    (fashion_iq / "img/y/TV003.jpg").rename(fashion_iq / "img/y/z/TV003.jpg")   # one level of folders is enough
+    assert FashionIQ(fashion_iq, "test").images[-1] == "all_imgs/TV003.jpg"
+
+
 @pytest.mark.parametrize(("name", "label"), [("mitstates", "composition"), ("fashion200k", "composition")])
 def test_the_train_split_is_judged_against_its_own_targets(name, label, tmp_path):
     from .conftest import WRITERS
@@ -195,6 +236,40 @@ def test_only_jpgs_of_folders_with_a_space_are_read(mitstates):
     picture(mitstates / "images" / "old dog" / "note.png")
     (mitstates / "images" / "a file.jpg").write_text("")
     assert len(MITStates(mitstates, "train").images) == 10
+
+
+def test_any_suffix_reads_other_pictures_too(mitstates):
+    names = ("old dog/2.JPG", "old dog/3.png", "ripe fig/0.JPG", "old dog/note.txt")
+    for name in names[:3]:
+        picture(mitstates / "images" / name)
+    (mitstates / "images" / names[3]).touch()
+    (mitstates / "images" / "new dog").mkdir()
+    picture(mitstates / "images" / "new dog" / "0.jpeg")
+    with pytest.raises(InputError, match=r"new dog holds no \.jpg \(--any_suffix True reads others\)"):
+        MITStates(mitstates, "train")
+    train, test = (MITStates(mitstates, split, any_suffix=True) for split in ("train", "test"))
+    assert train.images == [f"images/{name}.jpg" if "." not in name else f"images/{name}" for name in (
+        "new dog/0.jpeg", "old bus/0", "old bus/1", "old dog/0", "old dog/1", "old dog/2.JPG", "old dog/3.png",
+        "wet bus/0", "wet bus/1", "wet dog/0", "wet dog/1", "young dog/0", "young dog/1")]
+    assert test.images[2:5] == ["images/ripe fig/0.JPG", "images/ripe fig/0.jpg", "images/ripe fig/1.jpg"]
+    assert train.dropped == {"images": 0, "files that do not end as pictures do": 1}
+    assert tell_of_passed_over([train, test]) == ""
+
+
+def test_a_run_says_once_what_any_suffix_would_read(mitstates, tmp_path, caplog):
+    for name in ("old dog/2.JPG", "old dog/3.png", "ripe fig/2.JPG"):
+        picture(mitstates / "images" / name)
+    (mitstates / "images" / "old dog" / "note.txt").touch()
+
+    def notes(**given):
+        caplog.clear()
+        args = get_parser().parse_args(flags("mitstates", mitstates, tmp_path, image_cache="none", **given))
+        return make_data(args, None, "", None, False), caplog.messages
+    data, said = notes()
+    assert len(data.train.images) == 10 and said == [
+        "note: 3 files end in .JPG or .png, which the published protocol does not read; --any_suffix True reads them"]
+    data, said = notes(any_suffix=True)
+    assert len(data.train.images) == 12 and said == []
 
 
 def test_validation_takes_whole_nouns_out_of_what_is_trained_on(mitstates):

@@ -214,13 +214,15 @@ def test_a_run_goes_on_only_as_the_same_run(mitstates, tmp_path, capsys):
     line = refused(learning_rate=0.5, seed=3)
     assert "--learning_rate 0.0001 (now 0.5), --seed 0 (now 3)" in line and "--model_checkpoint" in line
     assert "--model composeAE (now tirg)" in refused(model="tirg")
+    assert "--any_suffix False (now True)" in refused(any_suffix=True)
     assert "--precision fp32 (now bf16)" in refused(precision="bf16")
     state = torch.load(run.checkpoint, weights_only=True)
-    del state["opt"]["precision"], state["opt"]["compile"]                      # of a version without these flags
+    for name in ("precision", "compile", "any_suffix"):                         # of a version without these flags
+        del state["opt"][name]
     torch.save(state, run.checkpoint)
     assert "--precision fp32 (now bf16)" in refused(precision="bf16")
     checkpoint.check_same_run(checkpoint.load(run.checkpoint), run.checkpoint, {
-        **state["opt"], "precision": "fp32", "compile": False}, 10, None)
+        **state["opt"], "precision": "fp32", "compile": False, "any_suffix": False}, 10, None)
     run.checkpoint.write_bytes(content)
     (mitstates / "images" / "wet dog" / "0.jpg").unlink()
     assert "10 training samples (now 9)" in refused()

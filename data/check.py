@@ -1,0 +1,294 @@
+"""Look through a dataset before training on it: what it holds, which files are amiss, and what would stop a run.
+
+    python data/check.py --dataset fashionIQ --dataset_path ../data/fashionIQ --out check.html
+"""
+
+import argparse
+import base64
+import hashlib
+import html
+import io
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from flags import Parser, a_path, add_dataset_flags
+from machine.errors import InputError
+from machine.stopping import ending, starting
+
+PROGRAM = "data/check.py"
+SHOWN, RESULTS, TILE = 10, 8, 128       # queries drawn, right answers of each, and pixels of a picture
+NAMED = 5                               # of what is amiss in one way
+SIDE = 32                               # pixels: an image is decoded whole, and made no larger than it takes
+
+
+def get_parser() -> Parser:
+    parser = Parser(
+        prog=PROGRAM, usage="%(prog)s --dataset NAME --dataset_path DIR [flags]",
+        description="Look through a dataset before training on it: what each split holds; which images are broken, "
+        "missing, twice there or never used; and, in lines that begin with 'wrong:', what would stop a run or be left "
+        "out of it. Nothing in the folder is changed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Give it the flags that main.py will be given. The exit code is 0 where nothing is wrong, 1 where "
+        "something is, 2 for a wrong flag or a folder that is none.")
+    add_dataset_flags(parser, required=True)
+    parser.add_argument("--out", type=a_sheet, metavar="FILE", default=argparse.SUPPRESS,
+                        help=f"also draw {SHOWN} queries with their right answers, always the same: a .png, or a .html "
+                        "with all that was said, which needs no other file (default: not drawn)")
+    return parser
+
+
+def a_sheet(text: str) -> Path:
+    path = a_path(text)
+    if path.suffix.lower() not in (".html", ".png"):
+        raise argparse.ArgumentTypeError(f"expected a file that ends in .html or .png, got {text!r}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
+if __name__ == "__main__":                                                      # before the seconds that torch takes
+    starting(get_parser())
+
+import numpy as np
+from PIL import Image
+
+from datasets import DATASETS, CompositionDataset, QuerySet, Triplets, images_below, tell_of_passed_over
+from machine.device import usable_cores
+from machine.image_store import file_version, prefetch
+from machine.picture_files import decode
+from machine.progress import progress_bar, say
+from machine.streams import log_to_stderr, shown
+from pictures import Answer, sheet
+from text_model import SimpleVocab
+
+
+class Report:
+    """What is found: said line by line, and kept for the page."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+        self.wrong: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(shown(line))
+        say(self.lines[-1])
+
+    def row(self, what: str, found) -> None:
+        self.say(f"  {what:<18}{found}")
+
+    def count(self, what: str, lines: list[str]) -> None:
+        """How many there are, and the first."""
+        self.row(what, len(lines))
+        for line in lines[:NAMED]:
+            self.say(f"    {line}")
+        if len(lines) > NAMED:
+            self.say(f"    ... and {len(lines) - NAMED} more")
+
+    def complain(self, line: str) -> None:
+        """Of what several splits have in common once."""
+        if line not in self.wrong:
+            self.wrong.append(line)
+            self.say(f"wrong: {line}")
+
+
+def check(args: argparse.Namespace, report: Report) -> None:
+    """The whole program, in order. Raises InputError where the folder is none, or --out cannot be written."""
+    kind, root = DATASETS[args.dataset], args.dataset_path
+    if not root.is_dir():
+        raise InputError(f"{root} is no folder; check --dataset_path")
+    report.say(f"{args.dataset} in {root}")
+    read = partial(kind, root, complete_text=args.use_complete_text_query, category=args.category_to_train,
+                   held_out=args.validation, keep_source=args.keep_source, any_suffix=args.any_suffix)
+    try:
+        names, whole = kind.splits(root, args.validation), True
+    except (InputError, OSError) as error:
+        report.complain(str(error))
+        names, whole = ["train"], False
+    splits, known = {}, None
+    for name in names:
+        data = read_split(partial(read, name), report)
+        if data is None:
+            whole = False
+            continue
+        splits[name] = data
+        words = describe(data, known, report)
+        known = words if name == "train" else known
+    if told := tell_of_passed_over(splits.values()):
+        report.complain(told)
+    bad = look_at_files(root, kind.upright, splits, whole, report)
+    for name, data in list(splits.items()):
+        if gone := bad.intersection(data.images):
+            try:
+                splits[name] = read(name, without=gone)
+                report.say(f"--skip_bad_images True leaves out of the {name} split: {left_out(splits[name])}")
+            except (InputError, OSError) as error:
+                del splits[name]
+                report.complain(str(error))
+    report.say(f"{len(report.wrong)} wrong, see above: a run would stop there or leave something out"
+               if report.wrong else "nothing is wrong")
+    if "out" not in args:
+        report.say("--out check.html draws ten of its queries")
+    elif splits:
+        write(args.out, draw(splits[list(splits)[-1]]), report)
+    else:
+        report.say(f"no query to draw, so {args.out} was not written")
+
+
+def read_split(read: Callable, report: Report) -> CompositionDataset | None:
+    """A split as it is trained on, else as with --skip_bad_images; None where it cannot be read at all."""
+    for without in (None, frozenset()):
+        try:
+            return read(without=without)
+        except (InputError, OSError) as error:
+            report.complain(str(error))
+    return None
+
+
+def describe(data: CompositionDataset, known: SimpleVocab | None, report: Report) -> SimpleVocab:
+    """Say what a split holds. known: the train split's words. Returns this one's."""
+    report.say(f"{data.split} split")
+    report.row("images", len(data.images))
+    if data.split == "train":
+        texts = data.training_texts()
+        report.row("training samples", len(data))
+    else:
+        sets = asked_by(data)
+        texts = [text for asked in sets for text in asked.texts]
+        counts = [len(right) for asked in sets for right in right_answers(asked)]
+        report.row("queries", len(texts))
+        report.row("right answers", f"min {min(counts)}, mean {np.mean(counts):.1f}, max {max(counts)} a query")
+    often = Counter(texts)
+    text, most = often.most_common(1)[0]
+    report.row("texts", f"{len(often)} distinct of {len(texts)}, {sum(count > 1 for count in often.values())} of them "
+                        f"more than once, at most {most} times ({text[:60]!r})")
+    words = SimpleVocab.from_texts(texts)
+    new, wordless = (known or words).unread(often)
+    report.row("vocabulary", f"{len(words) - 1} words"                          # less the one for unknown words
+               + f", {len(new)} of them not the train split's" * bool(new)
+               + f"; {len(wordless)} texts have none" * bool(wordless))
+    if gone := left_out(data):
+        report.row("passed over", gone)
+    return words
+
+
+def left_out(data: CompositionDataset) -> str:
+    return ", ".join(f"{count} {what}" for what, count in data.dropped.items() if count)
+
+
+def asked_by(data: CompositionDataset) -> list[QuerySet]:
+    """Each query of a split once: what a group or few images are asked besides is named otherwise."""
+    return [asked for asked in data.task().query_sets if asked.judges[0].name.startswith("correct_")]
+
+
+def right_answers(asked: QuerySet) -> Iterator[np.ndarray]:
+    """Each query's right gallery positions, among those that are ranked."""
+    places, first, counts = asked.judges[0].correct()
+    for own, start, count in zip(asked.own, first, counts, strict=True):
+        right = places[start:start + count]
+        yield right[right != own]
+
+
+def look_at_files(root: Path, upright: bool, splits: dict[str, CompositionDataset], whole: bool,
+                  report: Report) -> set[str]:
+    """Say which files are amiss; returns the images that cannot be read. whole: whether these are all splits, without
+    which it is not known what is used, and every picture is looked at."""
+    users: dict[str, set[str]] = {}
+    for name, data in splits.items():
+        for image in data.images:
+            users.setdefault(image, set()).add(name)
+    used = set(map(os.path.normpath, users))
+    unused = [image for image in images_below(root, Triplets.CACHE) if image not in used]
+    there = {image: file_version(f"{root}/{image}")[0] > 0 for image in users}
+    missing = [image for image in users if not there[image]]
+    looked = [image for image in users if there[image]] + ([] if whole else unused)
+    found = prefetch(partial(look_at, root, upright), looked, usable_cores())
+    found = progress_bar(found, desc="checking images", total=len(looked), unit="image")
+    broken: dict[str, str] = {}
+    same: dict[bytes, list[str]] = {}
+    for image, (complaint, digest) in zip(looked, found, strict=True):
+        if complaint:
+            broken[image] = complaint
+        else:
+            same.setdefault(digest, []).append(image)
+    report.say("files")
+    report.count("missing or empty", missing)
+    report.count("broken", list(broken.values()))
+    report.count("duplicates", [" = ".join(images) for images in same.values() if len(images) > 1])
+    leaks = [[next((image for image in images if split in users.get(image, ())), None) for split in ("train", "test")]
+             for images in same.values()]
+    report.count("in train and test", [" = ".join(dict.fromkeys(pair)) for pair in leaks if None not in pair])
+    if whole:
+        report.count("never used", unused)
+    else:
+        report.row("never used", "not known, as not every split can be read")
+    for images, what in ((missing, "missing or empty"), (broken, "broken")):
+        if images:
+            report.complain(f"{len(images)} images are {what}: put them back, or pass --skip_bad_images True to leave "
+                            "such images out")
+    return {*missing, *broken}
+
+
+def look_at(root: Path, upright: bool, image: str) -> tuple[str, bytes]:
+    """(what is wrong with an image, as training reads it, its file's digest)."""
+    try:
+        decode(f"{root}/{image}", SIDE, upright=upright)
+    except InputError as error:
+        return str(error), b""
+    with open(f"{root}/{image}", "rb") as file:
+        return "", hashlib.file_digest(file, "sha256").digest()
+
+
+def draw(data: CompositionDataset) -> Image.Image:
+    """Queries drawn by a fixed seed, each with its first right answers, as training sees them."""
+    def picture(image: int) -> Image.Image:
+        return Image.fromarray(decode(data.paths[image], TILE, upright=data.upright))
+    gallery, sets = data.task().gallery, asked_by(data)
+    every = [(asked, number) for asked in sets for number in range(len(asked.texts))]
+    rights = (right for asked in sets for right in right_answers(asked))
+    chosen = set(np.random.default_rng(0).choice(len(every), min(SHOWN, len(every)), replace=False).tolist())
+    answers = []
+    for place, ((asked, number), right) in enumerate(zip(every, rights, strict=True)):
+        if place in chosen:
+            images = list(dict.fromkeys(gallery[right].tolist()))               # the train split's gallery repeats some
+            answers.append(Answer(picture(asked.sources[number]), f"+ {asked.texts[number]}",
+                                  [picture(image) for image in images[:RESULTS]], [True] * RESULTS,
+                                  verdict=f"{len(images)} right"))
+    return sheet(answers, RESULTS, TILE)
+
+
+def write(file: Path, picture: Image.Image, report: Report) -> None:
+    """The picture, or a page with it and with what was said."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    if file.suffix.lower() == ".html":
+        lines = html.escape("\n".join(report.lines))
+        page = f"""<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>{html.escape(report.lines[0])}</title>
+<style>body {{ font: 16px system-ui, sans-serif; color: #1f2933; margin: 2rem }} pre {{ white-space: pre-wrap }}</style>
+<pre>{lines}</pre>
+<h2>Queries, each with its first right answers</h2>
+<img alt="queries with their right answers" src="data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}">
+</html>
+"""
+        content = io.BytesIO(page.encode("utf-8", "replace"))
+    try:
+        file.write_bytes(content.getvalue())
+    except OSError as error:
+        raise InputError(f"cannot write --out {file} ({error.strerror or error}); choose another file") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run with these flags; returns the exit code: 1 where something is wrong, else as `ending` says."""
+    log_to_stderr()
+    report = Report()
+    return ending(PROGRAM, lambda _stopping: check(get_parser().parse_args(argv), report)) or int(bool(report.wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
