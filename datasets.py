@@ -633,6 +633,82 @@ class FashionIQ(CompositionDataset):
         return {**metrics, **means, "recall_mean_own_gallery": float(np.mean(list(means.values())))}
 
 
+class CIRR(CompositionDataset):
+    """Annotated pairs of NLVR2's photographs (arXiv 2108.04024), release rc2; the test split is the published
+    validation split.
+
+    Queries are judged among all of the split's images but the reference, and among the five others of its set of six
+    alike images; `recall_mean` is that of the former's R@5 and the latter's R@1, by which models are ranked.
+    """
+
+    best_metric = "recall_mean"
+    FOLDERS = "img_raw", "images", "."                                          # where the split file's paths start
+    KS, SUBSET_KS = (1, 5, 10, 50), (1, 2, 3)
+
+    def read(self) -> None:
+        if self.complete_text:
+            raise InputError("CIRR has no captions of its targets: drop --use_complete_text_query")
+        self.files = "val" if self.published == "test" else "train"
+        places, entries = self.read_split(), [entry for entry in self.read_captions() if self.has(entry["reference"])]
+        used = [name for entry in entries for name in (entry["reference"], entry["target_hard"])]
+        names = dict.fromkeys(used if self.published == "train" else places)
+        kept = {name: places[name] for name in names if places[name] not in self.without}
+        self.images, ids = list(kept.values()), {name: image for image, name in enumerate(kept)}
+        whole = [entry for entry in entries if entry["reference"] in ids and entry["target_hard"] in ids]
+        if self.lenient:
+            self.drop("pairs", len(entries) - len(whole))
+        self.lines = [Line(ids[entry["reference"]], [ids[entry["target_hard"]]], entry["caption"],
+                           sorted({ids[name] for name in entry["img_set"]["members"] if name in ids}
+                                  - {ids[entry["reference"]], ids[entry["target_hard"]]}), "") for entry in whole]
+        if not self.lines:
+            raise InputError(f"no usable pair of the {self.split} split in {self.root / 'captions'}")
+
+    def read_split(self) -> dict[str, str]:
+        """Image id -> path below root."""
+        file = self.root / "image_splits" / f"split.rc2.{self.files}.json"
+        places = read_json(require(file, "split file"))
+        if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+            raise InputError(f"{file}: expected a JSON object of image ids and paths")
+        folder = next(name for name in self.FOLDERS if (self.root / name).is_dir())
+        return {name: os.path.normpath(f"{folder}/{inside(os.path.normpath(place), str(file))}")
+                for name, place in places.items()}
+
+    def read_captions(self) -> list[dict]:
+        file = self.root / "captions" / f"cap.rc2.{self.files}.json"
+        entries, known = read_json(require(file, "caption file")), self.read_split()
+        for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
+            where = f"{file}, entry {number}"
+            if not is_pair(entry):
+                raise InputError(f"{where}: expected {{'reference': id, 'target_hard': id, 'caption': text, 'img_set': "
+                                 f"{{'members': [id, ...]}}}}, got {str(entry)[:80]!r}")
+            for name in (entry["reference"], entry["target_hard"], *entry["img_set"]["members"]):
+                if name not in known:
+                    raise InputError(f"{where}: image {name[:80]!r} is not in split.rc2.{self.files}.json")
+        return entries
+
+    def queries(self) -> list["Line"]:
+        return self.lines
+
+    def sample(self, order: np.ndarray, position: int, key: tuple[int, ...]) -> Sample:
+        line = self.lines[order[position]]
+        return Sample(line.source, line.targets[0], line.text)
+
+    def sample_texts(self, seed: int, epoch: int) -> Iterable[str]:
+        return texts_of(self.lines)
+
+    def test_task(self) -> RetrievalTask:
+        sources, gallery = np.array([line.source for line in self.lines]), len(self.images)
+        right = [np.array(line.targets) for line in self.lines]
+        subsets = [np.array(sorted([*line.targets, *line.negatives])) for line in self.lines]
+        judges = [ListedJudge("correct_composition", right, gallery, None, self.KS),
+                  ListedJudge("subset", right, gallery, subsets, self.SUBSET_KS)]
+        return RetrievalTask(np.arange(gallery), [QuerySet(sources, texts_of(self.lines), sources, judges)])
+
+    def with_means(self, metrics: dict[str, float]) -> dict[str, float]:
+        parts = [metrics.get(name) for name in ("recall_top5_correct_composition", "recall_top1_subset")]
+        return metrics if None in parts else {**metrics, "recall_mean": sum(parts) / 2}
+
+
 class Line(NamedTuple):
     """A line of a table of triplets, with images by id."""
     source: int
@@ -874,7 +950,8 @@ def images_below(folder: Path, but: str) -> list[str]:
     return found
 
 
-DATASETS = {"mitstates": MITStates, "fashion200k": Fashion200k, "fashionIQ": FashionIQ, "triplets": Triplets}
+DATASETS = {"mitstates": MITStates, "fashion200k": Fashion200k, "fashionIQ": FashionIQ, "cirr": CIRR,
+            "triplets": Triplets}
 
 
 def tell_of_passed_over(splits: Iterable[CompositionDataset]) -> str:
@@ -924,6 +1001,15 @@ def is_annotation(entry) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("captions"), list):
         return False
     return all(isinstance(text, str) for text in (entry.get("candidate"), entry.get("target"), *entry["captions"]))
+
+
+def is_pair(entry) -> bool:
+    """Whether a CIRR caption file's entry has what it should."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("img_set"), dict):
+        return False
+    members = entry["img_set"].get("members")
+    return isinstance(members, list) and all(isinstance(text, str) for text in (
+        entry.get("reference"), entry.get("target_hard"), entry.get("caption"), *members))
 
 
 def require(path: Path, what: str) -> Path:

@@ -71,6 +71,27 @@ def write_fashion_iq(root, pairs=3):
     return root
 
 
+def write_cirr(root):
+    """Two pairs a split; of val, images dev-0 to dev-7."""
+    members = [f"dev-{i}" for i in (0, 1, 2, 3, 5, 6)]
+    pairs = {"train": [("train-0", "train-1", "is red", [f"train-{i}" for i in range(4)]),
+                       ("train-1", "train-2", "is blue", [f"train-{i}" for i in range(4)])],
+             "val": [("dev-3", "dev-6", "is Seen from above", members), ("dev-1", "dev-2", "two of them", members)]}
+    for split, asked in pairs.items():
+        folder = {"train": "train/12", "val": "dev"}[split]
+        places = {name: f"./{folder}/{name}.png" for name in (
+            [f"train-{i}" for i in range(4)] if split == "train" else [f"dev-{i}" for i in range(8)])}
+        entries = [{"pairid": number, "reference": reference, "target_hard": target, "target_soft": {target: 1.0},
+                    "caption": caption, "img_set": {"id": 1, "members": alike, "reference_rank": 0, "target_rank": 1}}
+                   for number, (reference, target, caption, alike) in enumerate(asked)]
+        for file, content in (("captions/cap", entries), ("image_splits/split", places)):
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / f"{file}.rc2.{split}.json").write_text(json.dumps(content))
+        for place in places.values():
+            picture(root / "img_raw" / place)
+    return root
+
+
 DAMAGE = {"emptied": lambda file, _: file.write_bytes(b""),
           "cut": lambda file, content: file.write_bytes(content[:len(content) // 2 + 3]),
           "garbled": lambda file, content: file.write_bytes(bytes(255 - byte for byte in content)),
@@ -97,6 +118,11 @@ def fashion200k(tmp_path):
 @pytest.fixture
 def fashion_iq(tmp_path):
     return write_fashion_iq(tmp_path / "fashionIQ")
+
+
+@pytest.fixture
+def cirr(tmp_path):
+    return write_cirr(tmp_path / "cirr")
 
 
 @pytest.fixture(scope="session")
