@@ -65,7 +65,8 @@ def test_bfloat16_is_near_float32_and_leaves_it_to_the_encoder(name):
     whole = model(images, TEXTS, images.flip(0))
     model.bf16 = True
     coarse = model(images, TEXTS, images.flip(0))
-    for feature, value in whole.items():
+    for feature in whole.keys() - {"said"}:                                     # whole numbers: which texts are equal
+        value = whole[feature]
         assert coarse[feature].dtype == torch.float32
         assert torch.equal(coarse[feature], value) == (feature == "text")       # it did compute otherwise
         assert (coarse[feature] - value).norm() < 0.03 * value.norm()
@@ -103,7 +104,7 @@ def test_in_bfloat16_a_step_rounds_each_weight_once(name):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", some(["composeAE", "tirg", "RealSpaceConcatAE"]))
+@pytest.mark.parametrize("name", some(["composeAE", "TransformerAE", "tirg", "RealSpaceConcatAE"]))
 def test_a_step_asks_nothing_of_the_device(name, loss):
     """No operation whose result the host must know, which on a GPU would wait for all that was started."""
     model = MODELS[name](SimpleVocab.from_texts(TEXTS), 24, 16).train()
