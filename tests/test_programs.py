@@ -13,7 +13,7 @@ import main
 from datasets import DATASETS, MITSTATES_TEST_NOUNS, Epoch
 from machine.image_store import ImageStore
 
-from .conftest import flags
+from .conftest import WRITERS, flags
 
 ROOT = Path(main.__file__).parent
 
@@ -44,8 +44,8 @@ def test_toy_data_are_the_same_bytes_each_time(toy, tmp_path):
 
 
 def test_toy_data_hold_what_the_benchmarks_need(toy):
-    for name, dataset in DATASETS.items():
-        train, test = (dataset(toy / name, split) for split in ("train", "test"))
+    for name in WRITERS:
+        train, test = (DATASETS[name](toy / name, split) for split in ("train", "test"))
         assert len(Epoch(train, 0, 0)) >= 300 and min(len(part.texts) for part in test.task().query_sets) >= 50
         for part in (train, test):
             assert ImageStore(part.paths, 32).unreadable() == {}
