@@ -1,10 +1,12 @@
 # make demo: toy data, a short training, its recall table.  make page: a web page to search on with that model.
-# make bert-demo: the demo with vectors of a sentence service.  make test: the tests.  Each installs what it needs.
+# make bert-demo: the demo with vectors of a sentence service.  make shop: photos and a spreadsheet of one's own.
+# make test: the tests.  Each installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 BERT_PORTS := 15555 15556
 
-.PHONY: install lock demo page bert-demo browser test test-long test-anywhere test-oldest torture lint bench clean
+.DELETE_ON_ERROR:
+.PHONY: install lock demo page bert-demo shop browser test test-long test-anywhere test-oldest torture lint bench clean
 
 install: .venv/installed
 
@@ -34,10 +36,16 @@ for name, version in sorted(found, key=lambda each: each[0].lower()):
 endef
 export NAME_AND_VERSION
 
-data/toy/complete: data/make_toy.py data/lite0_weights.py | install
+data/toy/complete: data/make_toy.py data/toy/lite0.pth | install
 	$(BIN)/python data/make_toy.py data/toy --force
-	$(BIN)/python data/lite0_weights.py data/toy/lite0.pth
 	touch $@
+
+data/toy/lite0.pth: data/lite0_weights.py | install
+	mkdir -p data/toy
+	$(BIN)/python data/lite0_weights.py $@
+
+data/toy/shop/metadata.csv: data/make_toy.py | install
+	$(BIN)/python data/make_toy.py data/toy --shop --force
 
 demo: install data/toy/complete
 	PYTHON=$(BIN)/python runs/demo.sh
@@ -59,6 +67,18 @@ bert-demo: install data/toy/complete
 	server=$$!; trap 'kill $$server; wait $$server' EXIT; trap 'exit 130' INT; trap 'exit 143' TERM; \
 	PYTHON=$(BIN)/python runs/demo.sh --text_encoder service --bert_port $(word 1,$(BERT_PORTS)) \
 		--bert_port_out $(word 2,$(BERT_PORTS)) --bert_timeout 60 --comment _bert_demo; }
+
+# docs/your-own-pictures.md, from the drawing to a query.
+shop: install data/toy/shop/metadata.csv data/toy/lite0.pth
+	test ! -f data/check.py || $(BIN)/python data/check.py --dataset triplets --dataset_path data/toy/shop
+	PYTHON=$(BIN)/python runs/shop.sh
+	run=$$(dirname "$$(ls -t logs/*_shop/best_checkpoint.pth | head -1)") && \
+	$(BIN)/python search.py index --model_checkpoint "$$run/best_checkpoint.pth" --images data/toy/shop/photos \
+		--out "$$run/index" && \
+	$(BIN)/python search.py query --index "$$run/index" --image data/toy/shop/photos/IMG_0136.jpg \
+		--text "do you have it in black?" -k 8 --png "$$run/query.png" && \
+	echo "The same as a picture: $$run/query.png" && \
+	echo "To search on a page: $(BIN)/python search.py serve --index $$run/index, then open http://127.0.0.1:7860"
 
 # Chromium, as root on Debian or Ubuntu: where there is none, `make test` leaves out the tests that look at pages.
 browser:

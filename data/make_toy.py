@@ -1,16 +1,19 @@
-"""Draw three small toy data sets in the published layouts of MIT-States, Fashion200k and FashionIQ.
+"""Draw three small toy data sets in the published layouts of MIT-States, Fashion200k and FashionIQ, or a small shop.
 
 Every picture is a drawn object under a visible state, so that the whole program (reading, training, retrieval) can
 be tried in minutes without a download. The same program and Pillow version always write the same bytes: each picture
-is seeded by its own file name. One exact command, from the root of the repository:
+is seeded by its own file name. Two exact commands, from the root of the repository:
 
     python data/make_toy.py /tmp/toy
+    python data/make_toy.py /tmp/toy --shop
 """
 
 import argparse
 import cmath
 import colorsys
+import csv
 import functools
+import io
 import itertools
 import json
 import math
@@ -76,7 +79,22 @@ PATTERNS = ("plain", "striped", "dotted", "checked")
 SLEEVES = ("sleeveless", "short-sleeve", "long-sleeve")
 LENGTHS = ("mini", "midi", "maxi")
 MARKER = ".written-by-make-toy"
-DATASETS = ("mitstates", "fashion200k", "fashionIQ")
+
+# What the shop sells, by category. Products of TEST_NOUNS are its test split: no photo of theirs is trained with.
+SHOP = {"home": "bottle chair cup hammer key ladder umbrella clock glass table",
+        "toys": "airplane anchor boat butterfly car cat house castle fish wheel",
+        "decor": "cactus cloud crown flower heart moon star tree lightning window"}
+PHOTOS, ASKED = (3, 2, 1, 1, 1, 1, 1), 30  # of each article of a product; lines of the table about each product
+SIZES = {"small": {"scale": 0.45, "jitter": 0.08}, "large": {"scale": 0.95, "jitter": 0.06}}
+# How people say what changes: as a word, of the thing, and as what they look for.
+SAID = {**{colour: (colour, f"is {colour}", f"in {colour}") for colour in COLOURS},
+        "plain": ("plain", "has no pattern", "without a pattern"),
+        "striped": ("striped", "has stripes", "with stripes"),
+        "dotted": ("dotted", "has dots", "with dots"),
+        "checked": ("checked", "is checked", "with checks"),
+        "small": ("smaller", "is smaller", "smaller"), "large": ("bigger", "is bigger", "larger")}
+WORDINGS = ((0, ", ", "{}"), (1, " and ", "{}"), (2, " and ", "the same but {}"), (2, " and ", "do you have it {}?"),
+            (0, " and ", "this one, {}"))
 
 
 class Look(NamedTuple):
@@ -343,9 +361,42 @@ def plan_fashioniq(files):
             files[f"fashionIQ/image_splits/split.{kind}.{split}.json"] = json.dumps(list(looks_of), indent=1)
 
 
-def clear_place(folder, force):
+def plan_shop(files):
+    """Yield a shop's photos, whose names say nothing, and add its one table to files. A line asks by a photo for
+    another article of the same product, whose photos are all right; what it does not speak of stays as it is."""
+    count = sum(PHOTOS) * sum(len(nouns.split()) for nouns in SHOP.values())
+    names, lines = [f"photos/IMG_{number:04}.jpg" for number in range(1, count + 1)], []
+    generator("shop").shuffle(names)
+    for group, noun in ((group, noun) for group, nouns in SHOP.items() for noun in nouns.split()):
+        chance, shapes = generator(f"shop {noun}"), {**TRAIN_NOUNS, **TEST_NOUNS}[noun]
+        articles = chance.sample(list(itertools.product(COLOURS, PATTERNS, SIZES)), len(PHOTOS))
+        photos = {article: [names.pop() for _ in range(number)]
+                  for article, number in zip(articles, PHOTOS, strict=True)}
+        for (colour, pattern, size), taken in photos.items():
+            yield from ((f"shop/{name}", shapes, Look(colour, pattern, **SIZES[size])) for name in taken)
+        pairs = [(source, old, new) for old, new in itertools.permutations(photos, 2) for source in photos[old]]
+        chance.shuffle(pairs)
+        for source, old, new in sorted(pairs, key=lambda pair: sum(map(str.__ne__, *pair[1:])))[:ASKED]:
+            form, joint, whole = chance.choice(WORDINGS)
+            text = whole.format(joint.join(SAID[now][form] for was, now in zip(old, new, strict=True) if was != now))
+            others = [name for article in photos if article != new for name in photos[article] if name != source]
+            wrong = chance.sample(others, 3) if chance.random() < 0.25 else []
+            lines.append((source, "|".join(photos[new]), text, group, f"{new[2]} {new[1]} {new[0]} {noun}",
+                          "|".join(wrong), "test" if noun in TEST_NOUNS else "train"))
+    sheet = csv.writer(table := io.StringIO(), lineterminator="\n")
+    sheet.writerow(("source_file_name", "target_file_names", "text", "group", "target_caption", "negative_file_names",
+                    "split"))
+    sheet.writerows(sorted(lines))
+    files["shop/metadata.csv"] = table.getvalue()
+
+
+PUBLISHED = {"mitstates": plan_mitstates, "fashion200k": plan_fashion200k, "fashionIQ": plan_fashioniq}
+OWN = {"shop": plan_shop}
+
+
+def clear_place(folder, names, force):
     """Make room for the data sets below folder; only what carries this program's marker is ever removed."""
-    places = [folder / name for name in DATASETS]
+    places = [folder / name for name in names]
     filled = [place for place in places if place.is_symlink() or (place.exists() and any(place.iterdir()))]
     for place in filled:  # all of them are judged before the first is removed
         if not force:
@@ -359,10 +410,10 @@ def clear_place(folder, force):
         (place / MARKER).write_text("data/make_toy.py --force may remove this folder.\n", encoding="utf-8")
 
 
-def write_datasets(folder, force):
-    """Write the three data sets below folder, and say what each came to."""
-    clear_place(folder, force)
-    for name, plan in zip(DATASETS, (plan_mitstates, plan_fashion200k, plan_fashioniq), strict=True):
+def write_datasets(folder, plans, force):
+    """Write these data sets below folder, and say what each came to."""
+    clear_place(folder, plans, force)
+    for name, plan in plans.items():
         files = {}
         pictures = list(plan(files))  # a plan fills in files as it goes, so it is run to its end first
         for picture in pictures:
@@ -375,17 +426,20 @@ def write_datasets(folder, force):
 
 def main():
     """Read the command line, write the data sets, and turn what goes wrong into one line."""
-    parser = argparse.ArgumentParser(description="Write three small drawn data sets in their published layouts.")
-    parser.add_argument("folder", metavar="OUT", type=Path, help="folder that receives " + ", ".join(DATASETS))
+    parser = argparse.ArgumentParser(description="Write three small drawn data sets in their published layouts, or a "
+                                     "small shop's photos and spreadsheet.")
+    parser.add_argument("folder", metavar="OUT", type=Path, help="folder that receives " + ", ".join(PUBLISHED))
+    parser.add_argument("--shop", action="store_true", help="write OUT/shop instead, for --dataset triplets")
     parser.add_argument("--force", action="store_true", help="replace what an earlier run of this program wrote")
     options, started = parser.parse_args(), time.perf_counter()
+    dataset, name = ("triplets", "shop") if options.shop else ("mitstates", "mitstates")
     try:
-        write_datasets(options.folder, options.force)
+        write_datasets(options.folder, OWN if options.shop else PUBLISHED, options.force)
     except OSError as error:
         print(f"make_toy.py: {error}", file=sys.stderr)
         return 2
     print(f"done in {time.perf_counter() - started:.1f} s; for example:\n"
-          f"python main.py --dataset mitstates --dataset_path {options.folder / 'mitstates'} "
+          f"python main.py --dataset {dataset} --dataset_path {options.folder / name} "
           "--image_weights none --image_size 64")
     return 0
 
