@@ -70,7 +70,7 @@ bert-demo: install data/toy/complete
 
 # docs/your-own-pictures.md, from the drawing to a query.
 shop: install data/toy/shop/metadata.csv data/toy/lite0.pth
-	test ! -f data/check.py || $(BIN)/python data/check.py --dataset triplets --dataset_path data/toy/shop
+	$(BIN)/python data/check.py --dataset triplets --dataset_path data/toy/shop
 	PYTHON=$(BIN)/python runs/shop.sh
 	run=$$(dirname "$$(ls -t logs/*_shop/best_checkpoint.pth | head -1)") && \
 	$(BIN)/python search.py index --model_checkpoint "$$run/best_checkpoint.pth" --images data/toy/shop/photos \

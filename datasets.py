@@ -751,9 +751,9 @@ class Triplets(CompositionDataset):
             if table:
                 found[split] = [(root / split, where, row) for where, row in read_table(table)]
         for where, row in read_table(top) if top else ():
-            split = row.get("split", "train")
+            split = str(row.get("split") or "train").strip().lower()            # a blank cell is train's
             if split not in names:
-                raise InputError(f"{where}: split is {str(split)[:40]!r}; expected {', '.join(names)}")
+                raise InputError(f"{where}: split is {split[:40]!r}; expected {', '.join(names)}")
             found.setdefault(split, []).append((root, where, row))
         if not found:
             raise InputError(f"neither {root} nor {root / 'train'} has a {' or '.join(cls.TABLES)} with a line in it; "
@@ -888,7 +888,8 @@ class Triplets(CompositionDataset):
                       f"the gallery, {'those of gallery.txt' if listed else f'all of {folder}'}; a query's "
                       f"source {'stays in' if self.keep_source else 'is left out of'} its ranking")
         if self.split == "validation" and self.held_out:
-            self.about += f"; these are the lines of a share of {self.held_out:g} of the source images, held out"
+            self.about += (f"; these are the lines of a share of {self.held_out:g} of the source images, held out, "
+                           "whose targets may be training's too")
 
     def queries(self) -> list[Line]:
         return self.lines

@@ -220,7 +220,8 @@ def look_at_files(root: Path, upright: bool, splits: dict[str, CompositionDatase
     report.count("missing or empty", missing)
     report.count("broken", list(broken.values()))
     report.count("duplicates", [" = ".join(images) for images in same.values() if len(images) > 1])
-    leaks = [[next((image for image in images if split in users.get(image, ())), None) for split in ("train", "test")]
+    named = {name: asked_about(splits[name]) if name in splits else set() for name in ("train", "test")}
+    leaks = [[next((image for image in images if image in about), None) for about in named.values()]
              for images in same.values()]
     report.count("in train and test", [" = ".join(dict.fromkeys(pair)) for pair in leaks if None not in pair])
     if whole:
@@ -232,6 +233,15 @@ def look_at_files(root: Path, upright: bool, splits: dict[str, CompositionDatase
             report.complain(f"{len(images)} images are {what}: put them back, or pass --skip_bad_images True to leave "
                             "such images out")
     return {*missing, *broken}
+
+
+def asked_about(data: CompositionDataset) -> set[str]:
+    """The images that a split's queries come from or lead to; of the train split, all."""
+    if data.split == "train":
+        return set(data.images)
+    gallery, sets = data.task().gallery, asked_by(data)
+    ids = [ids for asked in sets for ids in (asked.sources, *(gallery[right] for right in right_answers(asked)))]
+    return {data.images[image] for image in np.concatenate(ids)}
 
 
 def look_at(root: Path, upright: bool, image: str) -> tuple[str, bytes]:

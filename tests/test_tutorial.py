@@ -23,7 +23,6 @@ PAGE = (ROOT / "docs" / "your-own-pictures.md").read_text()
 COMMANDS = [line for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.M | re.S) for line in block.splitlines()]
 PROGRAMS = "*.py", "data/*.py", "machine/*.py", "runs/*", "searching/*.py"
 FEWER_STEPS = " --num_iters 20"         # the one thing that is not as typed
-NOT_YET = () if (ROOT / "data" / "check.py").exists() else ("data/check.py",)
 
 
 def like_the_repository(folder):
@@ -88,7 +87,7 @@ def test_the_commands_have_flags_that_the_programs_take(tmp_path):
         elif words and words[0] == "search.py":
             search.get_parser().parse_args(words[1:])
         else:
-            assert program.startswith("run=") or (ROOT / words[0]).exists() or words[0] in NOT_YET
+            assert program.startswith("run=") or (ROOT / words[0]).exists()
 
 
 @pytest.mark.long("seven processes that load torch")
@@ -97,7 +96,7 @@ def test_the_commands_run_as_typed(tmp_path_factory, tmp_path):
     for command in COMMANDS[:-1]:
         if command.startswith("run="):
             assigned.append(command)
-        elif not any(program in command for program in NOT_YET):
+        else:
             said[command] = type_in(place, *assigned, command + FEWER_STEPS * (command == "runs/shop.sh"))
     trained, tested, indexed, found = list(said.values())[-4:]
     rows = [re.search(r"^test correct_composition .*$", output, re.M)[0].split() for output in (trained, tested)]
