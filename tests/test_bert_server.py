@@ -488,6 +488,7 @@ def clip(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long("a server of its own")
 def test_a_clip_models_text_tower_is_served(clip):
     """A whole CLIP model's folder; beside it transformers' own way from texts to the joint space."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(clip)

@@ -187,7 +187,7 @@ def test_ours_learns_what_neither_image_nor_text_can_say_alone():
         def compose(asked):
             sources, texts, _ = torch.tensor(asked).T
             return model.compose(gallery[sources] * sees_image, colours[texts] * sees_text)
-        for _ in range(150):
+        for _ in range(100):
             batch = [seen[i] for i in torch.randperm(len(seen), generator=generator)[:32]]
             target = gallery[[query[2] for query in batch]]
             features = {"query": model.normalization_layer(compose(batch)), "target": model.normalization_layer(target)}

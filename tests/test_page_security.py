@@ -183,6 +183,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(web_page):
     call(web_page, "search", {"path": path}, "", 3)
 
 
+@pytest.mark.long("waits for the time")
 def test_an_upload_nobody_asks_about_is_removed_in_time(gallery_index, tmp_path, monkeypatch):
     """And an address of IPv6 is an address, in this process."""
     from searching import page

@@ -154,13 +154,13 @@ MISBEHAVIOUR = {
     "another size": (lambda texts: hashed(texts, 5), "size 5"),
     "not a number": (lambda texts: np.vstack([hashed(texts)[:-1], NAN]), "NaN"),
     "no JSON": ([b"[", b""], "cannot be read"),
-    "nothing": (None, "no answer"),
     "too many": (lambda texts: hashed([*texts, "x"]), "shape"),
     "one number a text": (lambda texts: hashed(texts)[:, 0], "shape"),
     "infinite": (lambda texts: hashed(texts) / 0, "NaN"),
     "no shape": ([b'{"dtype": "float32"}', b""], "cannot be read"),
     "another type": ([b'{"dtype": "pear", "shape": [2, 8]}', bytes(64)], "cannot be read"),
     "too few bytes": ([b'{"dtype": "float32", "shape": [2, 8]}', bytes(60)], "cannot be read"),
+    "nothing": (None, "no answer"),
 }
 
 

@@ -18,7 +18,10 @@ from text_model import SimpleVocab
 from torch_function import LOSSES
 
 CPU = torch.device("cpu")
-CLASSIFICATION = ["batch_based_classification"]                                 # draws no random numbers
+CLASSIFICATION = "batch_based_classification"                                   # draws no random numbers
+EACH = [(name, CLASSIFICATION) for name in MODELS]
+KINDS = [(name, loss) for name in MODELS for loss in LOSSES]
+FEW = [*EACH, *(("composeAE", loss) for loss in LOSSES if loss != CLASSIFICATION)]  # each composer, and each loss
 
 
 def a_model(name, data):
@@ -39,22 +42,21 @@ def open_split(trees, name, split, cache=None):
     return training.Split(data, image_store.ImageStore(data.paths, 32, cache))
 
 
-def steps(trees, gather=True, parts=1, losses=LOSSES):
-    """For each composer and loss the losses, gradients and weights of one step, batch norm's statistics held fixed; and
+def steps(trees, gather=True, parts=1, kinds=KINDS):
+    """For composers and losses the losses, gradients and weights of one step, batch norm's statistics held fixed; and
     the samples it was made on."""
     split = open_split(trees, "mitstates", "train")
     batch = next(training.batches(split, 5, 0, 8, 0, CPU, parts=parts))
     found = {"samples": [(text, part.source[i], part.target[i])
                          for part in batch for i, text in enumerate(part.texts)]}
-    for name in MODELS:
-        for loss in losses:
-            model = exact(a_model(name, split.data))
-            optimizer = training.make_optimizer(model, 0.1, 1e-3)
-            torch.manual_seed(7 + 100 * distributed.rank())                     # of the negatives: the first's count
-            found_losses = training.train_step(distributed.averaging(model, False), optimizer, loss, batch, gather)
-            found[name, loss] = {
-                "losses": found_losses, "weights": model.state_dict(),
-                "gradients": {key: weight.grad for key, weight in model.named_parameters()}}
+    for name, loss in kinds:
+        model = exact(a_model(name, split.data))
+        optimizer = training.make_optimizer(model, 0.1, 1e-3)
+        torch.manual_seed(7 + 100 * distributed.rank())                         # of the negatives: the first's count
+        found_losses = training.train_step(distributed.averaging(model, False), optimizer, loss, batch, gather)
+        found[name, loss] = {
+            "losses": found_losses, "weights": model.state_dict(),
+            "gradients": {key: weight.grad for key, weight in model.named_parameters()}}
     return found
 
 
@@ -98,6 +100,7 @@ if __name__ == "__main__":
     with distributed.job(CPU):
         found = {"threads": threads()}
         torch.set_num_threads(1)
-        found |= {"steps": steps(trees), "apart": steps(trees, gather=False, losses=CLASSIFICATION),
+        kinds = FEW if distributed.world() == 2 else KINDS                      # of the jobs of the long tier all
+        found |= {"steps": steps(trees, kinds=kinds), "apart": steps(trees, gather=False, kinds=EACH),
                   "tests": tests(trees, out / "cache")}
     torch.save(found, out / f"{distributed.rank()}.pt")
