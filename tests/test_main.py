@@ -43,7 +43,7 @@ PUBLISHED = {
 
 
 def settings():
-    """Benchmark, composer and loss: each benchmark, each composer and each loss once, then every pair of two of them."""
+    """Benchmark, composer and loss: each of each once, then every pair of two of them."""
     losses = list(LOSSES)
     every = [(name, model, losses[(i + j) % len(losses)]) for i, name in enumerate(WRITERS)
              for j, model in enumerate(MODELS)]
