@@ -313,6 +313,7 @@ def test_half_a_surrogate_pair_is_a_text(service):
         assert raw.answer()[-1] == b"1"
 
 
+@pytest.mark.long("six seconds of work")
 def test_eight_clients_at_once_each_get_their_own_answers(service, encoder):
     words = ["red", "blue", "green", "old", "wet", "dog", "bus", "dress", "shirt"]
     failures = []

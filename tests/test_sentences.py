@@ -127,6 +127,7 @@ def test_each_distinct_text_is_asked_once_in_large_requests():
     np.testing.assert_array_equal(found[:9000].numpy(), hashed(texts[:9000]))
 
 
+@pytest.mark.long("waits for seconds")
 def test_a_question_that_takes_seconds_is_asked_once():
     with Misbehaving([hashed], seconds=2.5) as service:
         found = table_of(service, timeout=20.0)(["a", "b"])

@@ -229,6 +229,7 @@ def slow_reader(service):
     return slow
 
 
+@pytest.mark.long("waits for who does not read")
 def test_who_does_not_read_is_not_worked_for_and_others_are(service, monkeypatch):
     monkeypatch.setattr(bert_server, "UNREAD", 2**20)
     with slow_reader(service) as slow, service.client() as client:
