@@ -20,7 +20,7 @@ import torch
 
 import checkpoint
 import report
-from datasets import Epoch
+from composition_dataset import Epoch
 from image_encoders import load_image_weights, traits
 from img_text_composition_models import ImgTextCompositionBase, Recipe
 from machine import distributed

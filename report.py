@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
 from checkpoint import FIXED_FLAGS
-from datasets import Judge, QuerySet
+from composition_dataset import Judge, QuerySet
 from machine.errors import InputError
 from machine.folder_lock import FolderLock, write_whole
 from machine.image_store import DeviceStore, ImageStore
@@ -220,8 +220,8 @@ class Silence(Report):
 def show_results(log: Report, tested: dict[str, Tested], it: int) -> dict[str, dict[str, float]]:
     """Print and log a test. Returns the model's results, {split: {metric: value}}."""
     results = {name: split.ways["model"] for name, split in tested.items()}
-    split, judged = list(tested.items())[-1]                                     # the one that is not trained with
-    baselines = {f"{split} {way}": metrics for way, metrics in judged.ways.items() if way != "model"}
+    baselines = {f"{name} {way}": metrics for name, split in tested.items() for way, metrics in split.ways.items()
+                 if way != "model"}
     say(log.metrics(results, baselines, it))
     for name, split in tested.items():
         log.sightings(name, split.seen, it)

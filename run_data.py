@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from datasets import DATASETS, CompositionDataset, tell_of_passed_over
+from composition_dataset import CompositionDataset, tell_of_passed_over
+from datasets import DATASETS
 from flags import plain
 from image_encoders import traits
 from img_text_composition_models import ImgTextCompositionBase

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets import CompositionDataset, Judge, QuerySet
+from composition_dataset import CompositionDataset, Judge, ListedJudge, QuerySet
 from machine import distributed
 from machine.device import send
 from machine.image_store import DeviceStore, ImageStore, prefetch
@@ -69,10 +69,10 @@ def compose_queries(model, images: Tensor, texts: list[str], progress: Progress 
 class CorrectImages:
     """For a judge: which images are correct for a query, as places among those it looks at."""
 
-    def __init__(self, judge: Judge):
+    def __init__(self, judge: Judge | ListedJudge):
         self.among = judge.among
         self.places, self.first, self.counts = judge.correct()
-        self.candidates = getattr(judge, "candidates", None)
+        self.candidates = judge.candidates
 
 
 @numba.njit(nogil=True)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import checkpoint
 import report
-from datasets import CompositionDataset, Epoch
+from composition_dataset import CompositionDataset, Epoch
 from flags import plain
 from img_text_composition_models import ImgTextCompositionBase
 from machine import distributed

@@ -38,6 +38,17 @@ def test_training_reads_its_pairs_and_their_images_alone(cirr):
     assert len(gone.lines) == 1 and gone.dropped["pairs"] == 1
 
 
+def test_the_annotations_may_lie_in_a_folder_beside_the_images(cirr):
+    before = CIRR(cirr, "test").images
+    (cirr / "cirr").mkdir()
+    for name in ("captions", "image_splits"):
+        (cirr / name).rename(cirr / "cirr" / name)
+    (cirr / "img_raw" / "dev").rename(cirr / "dev")
+    (cirr / "img_raw" / "train").rename(cirr / "train")
+    (cirr / "img_raw").rmdir()
+    assert [f"img_raw/{image}" for image in CIRR(cirr, "test").images] == before
+
+
 def test_a_run_ends_with_the_mean(cirr, tmp_path):
     run = run_main("cirr", cirr, tmp_path / "logs", batch_size=2)
     test = run.metrics["test"]
@@ -49,7 +60,7 @@ def test_bad_files_are_one_line(cirr):
     captions, split = cirr / "captions" / "cap.rc2.val.json", cirr / "image_splits" / "split.rc2.val.json"
     entries = json.loads(captions.read_text())
     for content, words in (([{**entries[0], "caption": 3}], "entry 1: expected"), ([*entries, {}], "entry 3: expected"),
-                           ([{**entries[0], "target_hard": "dev-99"}], "image 'dev-99' is not in split.rc2.val.json"),
+                           ([{**entries[0], "target_hard": "dev-99"}], "image 'dev-99' is not in the split's file"),
                            ([], "no usable pair"), ("{", "not valid JSON")):
         captions.write_text(content if isinstance(content, str) else json.dumps(content))
         with pytest.raises(InputError, match=words):

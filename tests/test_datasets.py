@@ -6,6 +6,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
+from composition_dataset import tell_of_passed_over
 from datasets import (
     DATASETS,
     Epoch,
@@ -14,7 +15,6 @@ from datasets import (
     MITStates,
     clean_caption,
     parent_captions,
-    tell_of_passed_over,
 )
 from flags import get_parser
 from machine.errors import InputError

@@ -1,6 +1,7 @@
 """Whole runs through main([...]) on tiny trees: what is trained, tested, saved and logged, and that it repeats."""
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -43,10 +44,8 @@ PUBLISHED = {
 
 
 def settings():
-    """Benchmark, composer and loss: each of each once, then every pair of two of them."""
-    losses = list(LOSSES)
-    every = [(name, model, losses[(i + j) % len(losses)]) for i, name in enumerate(WRITERS)
-             for j, model in enumerate(MODELS)]
+    """Benchmark, composer and loss: each benchmark, each composer and each loss once, then all others."""
+    every = list(itertools.product(WRITERS, MODELS, LOSSES))
     first = [("mitstates", "tirg", "soft_triplet"), ("fashion200k", "composeAE", "batch_based_classification"),
              ("fashionIQ", "RealSpaceConcatAE", "batch_based_classification"),
              ("mitstates", "composeAE", "soft_triplet")]

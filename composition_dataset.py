@@ -1,0 +1,310 @@
+"""What every dataset is: one split's images, training samples and queries, and how the answers are judged.
+
+A dataset opens no image and knows no model. Image ids are positions in `images`; a training sample depends on
+(seed, epoch, position) alone, so any number of loader workers draws the same ones.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from machine.errors import InputError
+
+RECALL_KS = (1, 5, 10, 50, 100)
+TEST_EPOCH = 2**32 - 1
+TRAIN_QUERIES = 9600                    # the train split is judged on this many random samples (TIRG's protocol)
+
+
+class Sample(NamedTuple):
+    """One training example: two image ids and the text that leads from one to the other."""
+    source: int
+    target: int
+    text: str
+
+
+@dataclass
+class Judge:
+    """One way to count a query's hits: a gallery image is correct when its label equals the query's."""
+    name: str                           # recall_top{K}_{name}
+    query_labels: np.ndarray            # (Q,) ints
+    gallery_labels: np.ndarray          # (N,) ints
+    among: np.ndarray | None = None     # gallery positions that are ranked; None = all of them
+    ks: tuple[int, ...] = RECALL_KS
+    candidates = None
+
+    def ranked(self, own: np.ndarray) -> np.ndarray:
+        """(Q,) how many images are ranked; own: (Q,) gallery position of the one that is not, -1 for none."""
+        among = np.arange(len(self.gallery_labels)) if self.among is None else self.among
+        return len(among) - np.isin(own, among)
+
+    def correct(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each query's correct images, ascending, as places among those that are ranked: query q's are the counts[q]
+        from first[q] on of `places`. Returns (places, first, counts)."""
+        labels = self.gallery_labels if self.among is None else self.gallery_labels[self.among]
+        places = np.argsort(labels, kind="stable")
+        ordered = labels[places]
+        first = np.searchsorted(ordered, self.query_labels, "left")             # (Q,)
+        return places, first, np.searchsorted(ordered, self.query_labels, "right") - first
+
+    def is_right(self, query, positions) -> np.ndarray:
+        """Whether images at these gallery positions are correct for a query, or for one query each."""
+        return self.gallery_labels[positions] == self.query_labels[query]
+
+
+@dataclass
+class ListedJudge:
+    """The same, where what is correct is listed for each query, as what it is to be found among can be."""
+    name: str
+    right: list[np.ndarray]             # Q times gallery positions, ascending
+    gallery: int                        # N
+    candidates: list[np.ndarray] | None = None  # Q times the gallery positions that are ranked; None = all
+    ks: tuple[int, ...] = RECALL_KS
+    among = None                        # as one of labels may have, the same for all queries
+
+    def ranked(self, own: np.ndarray) -> np.ndarray:
+        if self.candidates is None:
+            return self.gallery - (own >= 0)
+        return np.array([len(listed) - (mine in listed) for mine, listed in zip(own, self.candidates, strict=True)])
+
+    def correct(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        counts = np.array([len(listed) for listed in self.right])
+        return np.concatenate(self.right), np.cumsum(counts) - counts, counts
+
+    def is_right(self, query, positions) -> np.ndarray:
+        queries, positions = np.broadcast_arrays(query, positions)
+        pairs = zip(queries.tolist(), positions.tolist(), strict=True)
+        return np.array([position in self.right[query] for query, position in pairs])
+
+
+@dataclass
+class QuerySet:
+    """Queries that are judged alike."""
+    sources: np.ndarray                 # (Q,) image ids
+    texts: list[str]                    # Q
+    own: np.ndarray                     # (Q,) gallery position taken out of the query's ranking; -1 = nothing is
+    judges: list[Judge | ListedJudge]
+
+
+@dataclass
+class RetrievalTask:
+    """What the retrieval test of a split asks."""
+    gallery: np.ndarray                 # (N,) image ids; the train split's may repeat
+    query_sets: list[QuerySet]
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for queries in self.query_sets for text in queries.texts]
+
+
+class Epoch(Sequence):
+    """The training samples of one pass in random order; sample i depends on (seed, number, i) alone."""
+
+    def __init__(self, dataset: "CompositionDataset", seed: int, number: int):
+        self.dataset, self.key = dataset, (seed, number)
+        self.order = np.random.default_rng((*self.key, 0)).permutation(len(dataset))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> Sample:
+        return self.dataset.sample(self.order, position, self.key)
+
+
+class CompositionDataset:
+    """One split of a benchmark. One's own needs `read` and `queries`; the other methods then do.
+
+    path: the benchmark's folder. split: 'train', 'test', or 'validation', the share `held_out` of what is published to
+    train on, which 'train' then lacks: whole nouns, products or source images. category: of FashionIQ, 'all' or one of
+    its three.
+    complete_text: queries say the whole target caption in place of the modification.
+    keep_source: a query's own image stays in its ranking, where the benchmark does not say whether it does.
+    any_suffix: images are read whatever kind of picture they end as, where the benchmark reads one ending alone.
+    without: images to leave out, with all that refers to them; `dropped` then counts what went. None is the strict
+    reading: anything amiss raises InputError, with file and line.
+    """
+
+    images: list[str]                   # paths below `root`, by image id
+    upright = False                     # whether pictures are turned as the camera noted; the published are not
+    about = ""                          # what is tested, where the benchmark's name does not say it
+    together = 1                        # consecutive samples of an epoch that belong in one batch
+    best_metric = "recall_top10_correct_composition"  # by which a run's best checkpoint is chosen
+
+    def __init__(self, path: str | Path, split: str, complete_text: bool = False, category: str = "all",
+                 without: frozenset[str] | None = None, held_out: float = 0.0, keep_source: bool = False,
+                 any_suffix: bool = False):
+        self.keep_source, self.any_suffix = keep_source, any_suffix
+        self.root, self.split, self.complete_text, self.category = Path(path), split, complete_text, category
+        self.published, self.held_out = "test" if split == "test" else "train", held_out
+        self.lenient, self.without = without is not None, without or frozenset()
+        self.dropped = {"images": len(self.without)}
+        self.passed_over: Counter[str] = Counter()                              # endings of what any_suffix would read
+        require(self.root, f"{type(self).__name__} folder")
+        self.read()
+
+    @classmethod
+    def splits(cls, path: Path, held_out: float) -> list[str]:
+        """The splits that a run reads, the one it trains on first."""
+        return ["train", *["validation"] * bool(held_out), "test"]
+
+    @cached_property
+    def goals(self) -> np.ndarray:
+        """(images,) ints, equal for images that are equally right as a target: here each only for itself."""
+        return np.arange(len(self.images))
+
+    def has(self, group: str) -> bool:
+        """Whether a group of the published split is in this one: which are held out depends on their names alone."""
+        if self.published == "test" or not self.held_out:
+            return self.split != "validation"
+        lot = int.from_bytes(hashlib.sha256(group.encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
+        return (lot < self.held_out) == (self.split == "validation")
+
+    @property
+    def paths(self) -> list[str]:
+        return [f"{self.root}/{image}" for image in self.images]
+
+    def read(self) -> None:
+        """Fill `images` and whatever the split's samples or queries need."""
+        raise NotImplementedError
+
+    def queries(self) -> list[Sample]:
+        """What the split asks; of the train split, its training samples."""
+        raise NotImplementedError
+
+    @cached_property
+    def asked(self) -> list[Sample]:
+        return self.queries()
+
+    def __len__(self) -> int:
+        """Training samples in an epoch."""
+        return len(self.asked)
+
+    def sample(self, order: np.ndarray, position: int, key: tuple[int, ...]) -> Sample:
+        """The training sample at `position` of an epoch that visits indices in `order`; `key` seeds its choices.
+
+        Further numbers on the key count from 1: a trailing 0 says nothing to numpy, and is the order's own.
+        """
+        return self.asked[order[position]]
+
+    def training_texts(self) -> list[str]:
+        """The captions the vocabulary is built from, in order."""
+        return texts_of(self.asked)
+
+    def sample_texts(self, seed: int, epoch: int) -> Iterable[str]:
+        """At least every text that a training sample of the epoch has; one may come often."""
+        return texts_of(Epoch(self, seed, epoch))
+
+    def task(self, seed: int = 0) -> RetrievalTask:
+        """What the retrieval test asks: the benchmark's queries, or for the train split random training samples."""
+        return self.training_task(seed) if self.split == "train" else self.test_task()
+
+    def test_task(self) -> RetrievalTask:
+        """Every query against every image; the target is right."""
+        sources, targets = (np.array([query[place] for query in self.asked]) for place in (0, 1))
+        gallery = np.arange(len(self.images))
+        own = np.full(len(sources), -1) if self.keep_source else sources
+        return RetrievalTask(gallery, [QuerySet(sources, texts_of(self.asked), own,
+                                                [Judge("correct_composition", targets, gallery)])])
+
+    def training_task(self, seed: int) -> RetrievalTask:
+        """Random training samples against their targets, which are right for each other's queries where they are the
+        same image."""
+        samples = self.training_samples(seed)
+        sources, targets = (np.array([sample[place] for sample in samples]) for place in (0, 1))
+        return RetrievalTask(targets, [QuerySet(sources, texts_of(samples), np.full(len(samples), -1),
+                                                [Judge("correct_composition", targets, targets)])])
+
+    def training_samples(self, seed: int) -> list[Sample]:
+        """The same random samples at every test of a run, from an epoch that no training reaches."""
+        epoch = Epoch(self, seed, TEST_EPOCH)
+        return [epoch[i] for i in range(min(TRAIN_QUERIES, len(epoch)))]
+
+    def with_means(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The retrieval test's metrics, and with them whatever averages the benchmark's papers report."""
+        return metrics
+
+    def metrics(self) -> list[str]:
+        """Names of what the retrieval test gives."""
+        return list(self.with_means({f"recall_top{k}_{judge.name}": 0.0 for asked in self.task().query_sets
+                                     for judge in asked.judges for k in judge.ks}))
+
+    def visible(self, names: Iterable[str]) -> list[str]:
+        """The names in order, but hidden ones, as the `._0.jpg` that a Mac puts beside 0.jpg: those are counted."""
+        names = sorted(names)
+        shown = [name for name in names if not name.startswith(".")]
+        if len(shown) < len(names):
+            self.drop("hidden files", len(names) - len(shown))
+        return shown
+
+    def drop(self, what: str, count: int = 1) -> None:
+        self.dropped[what] = self.dropped.get(what, 0) + count
+
+    def refuse_or_drop(self, what: str, complaint: str, count: int = 1) -> None:
+        """Bad data: an error, or with `without` given a number in `dropped`."""
+        if not self.lenient:
+            raise InputError(complaint)
+        self.drop(what, count)
+
+
+class Line(NamedTuple):
+    """A query that somebody wrote, with images by id."""
+    source: int
+    targets: list[int]                  # any of them is right
+    text: str
+    negatives: list[int]                # images that should come after all of those
+    group: str
+
+
+class AnnotatedDataset(CompositionDataset):
+    """One whose queries were written one by one: `read` fills `lines`, from which it is trained and tested."""
+
+    lines: list[Line]
+
+    def queries(self) -> list[Line]:
+        return self.lines
+
+    def sample(self, order: np.ndarray, position: int, key: tuple[int, ...]) -> Sample:
+        """A line with one of its targets."""
+        line = self.lines[order[position]]
+        return Sample(line.source, pick(np.random.default_rng((*key, 1 + position)), line.targets), line.text)
+
+    def sample_texts(self, seed: int, epoch: int) -> Iterable[str]:
+        return texts_of(self.lines)
+
+
+def tell_of_passed_over(splits: Iterable[CompositionDataset]) -> str:
+    """What to say of pictures that these splits' benchmark does not read; nothing where there are none."""
+    endings = sum((data.passed_over for data in splits), Counter())
+    return (f"{endings.total()} files end in {' or '.join(sorted(endings))}, which the published protocol does not "
+            "read; --any_suffix True reads them") if endings else ""
+
+
+def texts_of(queries) -> list[str]:
+    return [query.text for query in queries]
+
+
+def pick(rng: np.random.Generator, choices: list):
+    return choices[rng.integers(len(choices))]
+
+
+def require(path: Path, what: str) -> Path:
+    if not path.exists():
+        raise InputError(f"{what} not found at {path}; check --dataset_path, data/README.md shows the expected tree")
+    return path
+
+
+def inside(image: str, where: str) -> str:
+    """An image path of a label file, refused where it would leave the dataset folder."""
+    if not image or image[0] == "/" or "\0" in image or (".." in image and ".." in image.split("/")):
+        raise InputError(f"{where}: {image[:80]!r} is no path inside the dataset folder")
+    try:
+        os.fsencode(image)
+    except UnicodeEncodeError:                                                  # JSON can hold half a character
+        raise InputError(f"{where}: {image[:80]!r} is no name that a file can have") from None
+    return image

@@ -1,0 +1,259 @@
+"""Pictures of one's own: a table with a line for each query, and a folder of images, read and checked.
+
+Its columns are named so that Hugging Face's `imagefolder` reads it too.
+"""
+
+import difflib
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from composition_dataset import (
+    RECALL_KS,
+    AnnotatedDataset,
+    Judge,
+    Line,
+    ListedJudge,
+    QuerySet,
+    RetrievalTask,
+    inside,
+    require,
+    texts_of,
+)
+from machine.errors import InputError
+from machine.picture_files import SUFFIXES
+from machine.text_files import read_lines, read_table
+
+
+class Triplets(AnnotatedDataset):
+    """Pictures of one's own: train/metadata.jsonl and test/metadata.jsonl (or .csv) beside their images, or one table
+    at the top with a column `split`, or without it and a share held out.
+
+    A line has source_file_name, text, and target_file_name or target_file_names, several being right; it may have
+    negative_file_names, group and target_caption. File names count from the table's folder; in a .csv several stand
+    in one value with | between them. Gallery: every image of the folder, or those that its gallery.txt lists.
+    """
+
+    upright = True
+    SPLITS, TABLES = ("train", "validation", "test"), ("metadata.jsonl", "metadata.csv")
+    CACHE, MOST_GROUPS = "image_cache", 50
+
+    @classmethod
+    def table(cls, folder: Path) -> Path | None:
+        found = [folder / name for name in cls.TABLES if (folder / name).is_file()]
+        if len(found) > 1:
+            raise InputError(f"{folder} has both {' and '.join(cls.TABLES)}; remove the one that is not meant")
+        return found[0] if found else None
+
+    @classmethod
+    def tables(cls, root: Path) -> dict[str, Path]:
+        """{split: its table}, or {"": the one at the top}."""
+        require(root, "folder")
+        found = {name: table for name in ("", *cls.SPLITS) if (table := cls.table(root / name))}
+        if "" in found and len(found) > 1:
+            raise InputError(f"{found['']} and {list(found.values())[1]} are two ways to say it; remove one")
+        if not found:
+            raise InputError(f"neither {root} nor {root / 'train'} has a {' or '.join(cls.TABLES)}; "
+                             "docs/your-own-pictures.md shows what it looks like")
+        return found
+
+    @classmethod
+    def split_of(cls, where: str, row: dict) -> str:
+        """Of a row of the table at the top; a blank cell is train's."""
+        split = str(row.get("split") or "train").strip().lower()
+        if split not in cls.SPLITS:
+            raise InputError(f"{where}: split is {split[:40]!r}; expected {', '.join(cls.SPLITS)}")
+        return split
+
+    @classmethod
+    def rows(cls, root: Path, split: str) -> list[tuple[str, dict]]:
+        """(where it stands, the row) of each row of a split."""
+        tables = cls.tables(root)
+        if "" in tables:
+            return [(where, row) for where, row in read_table(tables[""]) if cls.split_of(where, row) == split]
+        return list(read_table(tables[split])) if split in tables else []
+
+    @classmethod
+    def splits(cls, path: Path, held_out: float) -> list[str]:
+        tables = cls.tables(path)
+        found = {cls.split_of(*placed) for placed in read_table(tables[""])} if "" in tables else set(tables)
+        if held_out and "validation" in found:
+            raise InputError(f"{path} has a validation split of its own: drop --validation")
+        if not held_out and found <= {"train"}:
+            raise InputError(f"{path} has no test split, neither a folder test nor a column split: pass "
+                             "--validation 0.1 to hold out a tenth of the source images and test on them")
+        return ["train", *["validation"] * ("validation" in found or held_out > 0), *["test"] * ("test" in found)]
+
+    def read(self) -> None:
+        own = self.split
+        rows = self.rows(self.root, own)
+        if not rows and own == "validation":                                    # what is held out is train's
+            own = "train"
+            rows = self.rows(self.root, own)
+        if not rows:
+            raise InputError(f"{self.root} has no {own} split, neither a folder {own} with a table nor lines of it")
+        self.below = "" if "" in self.tables(self.root) else f"{own}/"
+        folder = self.root / self.below
+        self.there = images_below(folder, self.CACHE)
+        known, parsed = set(self.there), []
+        for where, row in rows:
+            entry = self.parse(row, where)
+            if own == "validation" or self.has(entry.source):
+                if missing := [name for name in (entry.source, *entry.targets, *entry.negatives) if name not in known]:
+                    self.refuse_or_drop("triplets whose images are missing", self.not_there(folder, missing[0], where))
+                else:
+                    parsed.append((where, entry))
+        listed = self.listed(folder, known)
+        self.collect(parsed, listed)
+        if not self.lines:
+            raise InputError(f"no usable line of the {self.split} split in {self.table(folder)}" + (
+                ": --validation holds out by source image, give a larger share" if self.held_out else ""))
+        if self.split != "train":
+            self.tell(folder, listed)
+
+    def parse(self, row: dict, where: str) -> "Entry":
+        def value(name: str) -> str:
+            found = row.get(name) or ""
+            if not isinstance(found, str):
+                raise InputError(f"{where}: {name} is {str(found)[:40]!r}; expected a string")
+            return found.strip()
+
+        def files(name: str) -> list[str]:
+            found = row.get(f"{name}s") or row.get(name) or []
+            several = found.split("|") if isinstance(found, str) else found
+            if not isinstance(several, list) or not all(isinstance(file, str) for file in several):
+                raise InputError(f"{where}: {name}s is {str(found)[:40]!r}; expected a list of file names")
+            return [inside(os.path.normpath(file.strip()), where) for file in several if file.strip()]
+        sources, targets, text = files("source_file_name"), files("target_file_name"), value("text")
+        if self.complete_text and not value("target_caption"):
+            raise InputError(f"{where}: no target_caption, which --use_complete_text_query asks with; add it, or drop "
+                             "the flag")
+        for name, found in (("source_file_name", sources), ("target_file_name", targets), ("text", text)):
+            if not found:
+                raise InputError(f"{where}: no {name} (it has {', '.join(map(str, row)) or 'no column'}); each line "
+                                 "needs source_file_name, target_file_name and text")
+        if len(sources) > 1:
+            raise InputError(f"{where}: {len(sources)} sources; a query has one picture")
+        if not self.keep_source and sources[0] in targets:
+            raise InputError(f"{where}: the target is the source itself, which is left out of its ranking; mend the "
+                             "line, or pass --keep_source True")
+        negatives = files("negative_file_name")
+        if twice := set(negatives) & set(targets):
+            raise InputError(f"{where}: {twice.pop()} is both right and wrong; take it out of one list")
+        return Entry(sources[0], targets, value("target_caption") if self.complete_text else text, negatives,
+                     value("group"), value("target_caption"))
+
+    def not_there(self, folder: Path, name: str, where: str) -> str:
+        if os.path.exists(folder / name):
+            return (f"{where}: {name} does not end as a picture does ({', '.join(SUFFIXES)}); save it as one of these")
+        alike = [other for other in self.there if other.lower() == name.lower()]    # as IMG_1.JPG and img_1.jpg
+        close = alike or difflib.get_close_matches(name, self.there, 1)
+        nearest = f"; is {close[0]} meant?" if close else ""
+        return (f"{where}: {name} is not in {folder}{nearest}; mend the line, put the picture there, or pass "
+                "--skip_bad_images True to leave such lines out")
+
+    def listed(self, folder: Path, known: set[str]) -> list[str]:
+        """The gallery's file names; empty where all of the folder's images are in it."""
+        names, file = [], folder / "gallery.txt"
+        if self.split == "train" or not os.path.lexists(file):
+            return names
+        for number, line in read_lines(file):
+            where = f"{file}, line {number}"
+            name = inside(os.path.normpath(line.strip()), where)
+            if name in known:
+                names.append(name)
+            else:
+                self.refuse_or_drop("lines of gallery.txt", self.not_there(folder, name, where))
+        return list(dict.fromkeys(names))
+
+    def collect(self, parsed: list[tuple[str, "Entry"]], listed: list[str]) -> None:
+        """Ids for the gallery's images, then for sources that are not in it; of the train split, for what is used."""
+        used = [name for _, entry in parsed for name in (entry.source, *entry.targets, *entry.negatives)]
+        gallery = used if self.split == "train" else listed or self.there
+        here = [name for name in dict.fromkeys(gallery) if self.below + name not in self.without]
+        ids = {name: image for image, name in enumerate(here)}
+        self.gallery, self.lines, self.captions = len(here), [], {}
+        for where, entry in parsed:
+            if self.below + entry.source in self.without:
+                self.drop("triplets whose images are broken")
+                continue
+            for name in (*entry.targets, *entry.negatives):
+                if name not in ids and self.below + name not in self.without:
+                    raise InputError(f"{where}: {name} is not in gallery.txt, so it can never be found; add it there, "
+                                     "or mend the line")
+            targets, negatives = ([ids[name] for name in dict.fromkeys(names) if name in ids]
+                                  for names in (entry.targets, entry.negatives))
+            if not targets:
+                self.drop("triplets whose images are broken")
+                continue
+            source = ids.setdefault(entry.source, len(ids))
+            self.lines.append(Line(source, sorted(targets), entry.text, sorted(negatives), entry.group))
+            self.captions.update(dict.fromkeys(targets, entry.caption) if entry.caption else {})
+        self.images = [self.below + name for name in ids]
+        groups = list(dict.fromkeys(line.group for line in self.lines if line.group))
+        if len(groups) > self.MOST_GROUPS:
+            raise InputError(f"{len(groups)} groups, of which each is tested apart; {self.MOST_GROUPS} are the most. A "
+                             "group is a category, as dress or shoe")
+        self.groups = groups
+
+    def tell(self, folder: Path, listed: list[str]) -> None:
+        """Fill `about`."""
+        right = [len(line.targets) for line in self.lines]
+        span = str(right[0]) if len(set(right)) == 1 else f"{min(right)} to {max(right)}"
+        self.about = (f"{self.split} split: {len(self.lines)} queries with {span} right of {self.gallery} images in "
+                      f"the gallery, {'those of gallery.txt' if listed else f'all of {folder}'}; a query's "
+                      f"source {'stays in' if self.keep_source else 'is left out of'} its ranking")
+        if self.split == "validation" and self.held_out:
+            self.about += (f"; these are the lines of a share of {self.held_out:g} of the source images, held out, "
+                           "whose targets may be training's too")
+
+    @cached_property
+    def goals(self) -> np.ndarray:
+        """Images are equally right where they have the same target_caption."""
+        labels = [self.captions.get(image, f"\0{image}") for image in range(len(self.images))]
+        return np.unique(labels, return_inverse=True)[1]
+
+    def test_task(self) -> RetrievalTask:
+        """All queries in the whole gallery; those of a group among the images that its lines name; and those with
+        negatives among these and what is right, as in CIRR's subsets."""
+        def asked(lines: list[Line], judge: Judge | ListedJudge) -> QuerySet:
+            sources = np.array([line.source for line in lines])
+            own = np.where((sources < self.gallery) & (not self.keep_source), sources, -1)
+            return QuerySet(sources, texts_of(lines), own, [judge])
+
+        def listed(name: str, lines: list[Line], candidates: list | None = None, ks=RECALL_KS) -> ListedJudge:
+            return ListedJudge(name, [np.array(line.targets) for line in lines], self.gallery, candidates, ks)
+        sets = [asked(self.lines, listed("correct_composition", self.lines))]
+        for group in self.groups:
+            lines = [line for line in self.lines if line.group == group]
+            named = {image for line in lines for image in (line.source, *line.targets, *line.negatives)}
+            own_gallery = np.array(sorted(image for image in named if image < self.gallery))
+            sets.append(asked(lines, listed(f"own_gallery_{group}", lines, [own_gallery] * len(lines))))
+        if lines := [line for line in self.lines if line.negatives]:
+            candidates = [np.array(sorted({*line.targets, *line.negatives})) for line in lines]
+            sets.append(asked(lines, listed("among_negatives", lines, candidates, (1, 2, 3))))
+        return RetrievalTask(np.arange(self.gallery), sets)
+
+
+class Entry(NamedTuple):
+    """A line of a table of triplets as it is read, with images by file name."""
+    source: str
+    targets: list[str]
+    text: str
+    negatives: list[str]
+    group: str
+    caption: str
+
+
+def images_below(folder: Path, but: str) -> list[str]:
+    """Names, below the folder, of all files that end as pictures do, in order; not hidden ones, nor a folder `but`."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != but)
+        start = os.path.relpath(place, folder)
+        found += [os.path.normpath(os.path.join(start, name)) for name in sorted(files)
+                  if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
+    return found
