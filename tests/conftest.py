@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import zlib
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)    # as where no nohup, which has it ignored, started the tests
 os.environ["OMP_NUM_THREADS"] = "1"     # before torch is loaded; for its processes too: two workers share the cores
 
 import numpy as np

@@ -242,7 +242,7 @@ def test_the_published_commands(comment, command, request, tmp_path):
         minilm = request.getfixturevalue("minilm")
         words += [f"--bert_port={minilm.port}", f"--bert_port_out={minilm.port_out}", "--bert_timeout=60"]
     done = subprocess.run([sys.executable, "main.py", *words], cwd=ROOT, capture_output=True, text=True,
-                          env={"TORCH_HOME": str(tmp_path), "PATH": ""}, check=False)
+                          env={"TORCH_HOME": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
     (folder,) = (tmp_path / "logs").iterdir()
