@@ -5,7 +5,6 @@ import os
 import signal
 import zlib
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)    # as where no nohup, which has it ignored, started the tests
 os.environ["OMP_NUM_THREADS"] = "1"     # before torch is loaded; for its processes too: two workers share the cores
 
 import numpy as np
@@ -18,6 +17,8 @@ import main
 import search
 
 from .services import free_ports, serving, serving_page
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)    # as where no nohup, which has it ignored, started the tests
 
 MITSTATES = ("old dog", "wet dog", "young dog", "old bus", "wet bus", "adj dog", "unspaced",  # train, and two to skip
              "ripe tomato", "sliced tomato", "old tomato", "ripe fig", "sliced fig")        # test nouns

@@ -29,7 +29,7 @@ def asked_for(script, *more, folder):
 
 
 def test_the_published_runs_are_the_readmes_commands(tmp_path):
-    commands = re.findall(r"^ {4}python (-W ignore main\.py .*)$", (ROOT / "README.md").read_text(), re.M)
+    commands = re.findall(r"^python (-W ignore main\.py .*)$", (ROOT / "README.md").read_text(), re.M)
     assert len(commands) == len(PUBLISHED)
     found = [asked_for(f"{name}.sh", folder=tmp_path) for name in PUBLISHED]
     assert found == [shlex.split(command) for command in commands]

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from functools import partial
 
@@ -375,8 +374,7 @@ def test_a_model_of_a_sentence_service_indexes_without_it_and_asks_it_for_texts(
 
 
 def test_readmes_python_runs_as_printed(trained, images, index, tmp_path, capsys):
-    section = (ROOT / "README.md").read_text().split("\n## From Python\n")[1].split("\n## ")[0]
-    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^ {4}.+\n+)+", section, re.M)]
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     assert len(blocks) == 2
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "RUN").symlink_to(trained.parent)

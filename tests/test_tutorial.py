@@ -20,7 +20,8 @@ from .services import ROOT, free_ports, serving_page
 from .test_runs import asked_for
 
 PAGE = (ROOT / "docs" / "your-own-pictures.md").read_text()
-COMMANDS = [line for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.M | re.S) for line in block.splitlines()]
+COMMANDS, OTHERS = ("".join(re.findall(r"^```sh\n(.*?)^```", part, re.M | re.S)).splitlines()
+                    for part in PAGE.split("\n## With your photos\n"))
 PROGRAMS = "*.py", "data/*.py", "machine/*.py", "runs/*", "searching/*.py"
 FEWER_STEPS = " --num_iters 20"         # the one thing that is not as typed
 
@@ -77,9 +78,8 @@ def test_held_out_by_photo_it_is_what_the_page_says(shop, tmp_path):
 
 
 def test_the_commands_have_flags_that_the_programs_take(tmp_path):
-    others = re.findall(r"^ {4}(runs/shop\.sh .*)$", PAGE, re.M)
-    assert len(COMMANDS) == 9 and len(others) == 5
-    for program, *words in map(shlex.split, [*COMMANDS, *others]):
+    assert len(COMMANDS) == 9 and len(OTHERS) == 5
+    for program, *words in map(shlex.split, [*COMMANDS, *OTHERS]):
         if program == "runs/shop.sh":
             words = asked_for("shop.sh", *words, folder=tmp_path)
         if words and words[0].endswith("main.py"):
