@@ -31,6 +31,7 @@ from machine.text_files import read_json, read_lines
 from triplets import Triplets
 
 OWN_GALLERY_KS = (10, 50)               # what later papers report on FashionIQ
+OWN_GALLERIES = ("own_gallery", "VAL_gallery")
 
 
 class CaptionedDataset(CompositionDataset):
@@ -279,11 +280,14 @@ class Triplet(NamedTuple):
 class FashionIQ(CompositionDataset):
     """Annotated triplets; the test split is the published validation split, a hit is the target image itself.
 
-    The text is the two captions joined, which is also what the original calls the target caption.
+    The text is the two captions joined, which is also what the original calls the target caption. Later papers judge
+    each category in a gallery of its own: all images of its split file (own_gallery), or those alone that its test
+    triplets name as source or target (VAL_gallery, after the paper VAL).
     """
 
     CATEGORIES = ("dress", "shirt", "toptee")
     best_metric = "recall_mean_own_gallery"
+    solved_at = OWN_GALLERIES[0], OWN_GALLERY_KS[0]
     FOLDERS, ENDINGS = ("all_imgs", "images", "img"), (".jpg", ".png", ".jpeg")
 
     def read(self) -> None:
@@ -297,6 +301,8 @@ class FashionIQ(CompositionDataset):
         folder, files = self.image_files()
         kept = [(name, image) for name in dict.fromkeys(names)
                 if (image := files.get(name, f"{folder}/{name}.jpg")) not in self.without]
+        self.named = {category: dict.fromkeys(name for own, *ends, _ in annotations if own == category for name in ends)
+                      for category in self.categories}
         self.images = [image for _, image in kept]
         self.ids = {name: i for i, (name, _) in enumerate(kept)}
         whole = [entry for entry in annotations if entry[1] in self.ids and entry[2] in self.ids]
@@ -370,19 +376,24 @@ class FashionIQ(CompositionDataset):
         return texts_of(self.triplets)
 
     def test_task(self) -> RetrievalTask:
-        positions = {category: np.array([self.ids[name] for name in self.split_ids[category] if name in self.ids])
-                     for category in self.categories}
-        return self.triplet_task(self.triplets, np.arange(len(self.images)), positions)
+        galleries = {kind: {category: np.array([self.ids[name] for name in names[category] if name in self.ids])
+                            for category in self.categories}
+                     for kind, names in zip(OWN_GALLERIES, (self.split_ids, self.named), strict=True)}
+        return self.triplet_task(self.triplets, np.arange(len(self.images)), galleries)
 
     def training_task(self, seed: int) -> RetrievalTask:
         epoch = Epoch(self, seed, TEST_EPOCH)
         triplets = [self.triplets[index] for index in epoch.order[:TRAIN_QUERIES]]
         positions = {category: np.array([i for i, triplet in enumerate(triplets) if triplet.category == category])
                      for category in self.categories}
-        return self.triplet_task(triplets, np.array([triplet.target for triplet in triplets]), positions)
+        return self.triplet_task(triplets, np.array([triplet.target for triplet in triplets]),
+                                 {OWN_GALLERIES[0]: positions})
 
-    def triplet_task(self, triplets: list[Triplet], gallery: np.ndarray, positions: dict) -> RetrievalTask:
-        """Each category judged in the merged gallery (the paper) and in its own (later papers); the source stays in."""
+    def triplet_task(self, triplets: list[Triplet], gallery: np.ndarray, galleries: dict) -> RetrievalTask:
+        """Each category judged in the merged gallery (the paper) and in its own (later papers); the source stays in.
+
+        galleries: {kind: {category: positions in the merged one}}.
+        """
         query_sets = []
         for category in self.categories:
             asked = [triplet for triplet in triplets if triplet.category == category]
@@ -390,19 +401,21 @@ class FashionIQ(CompositionDataset):
                 continue
             targets = np.array([triplet.target for triplet in asked])
             judges = [Judge(f"correct_{category}", targets, gallery),
-                      Judge(f"own_gallery_{category}", targets, gallery, among=positions[category],
-                            ks=OWN_GALLERY_KS)]
+                      *(Judge(f"{kind}_{category}", targets, gallery, positions[category], OWN_GALLERY_KS)
+                        for kind, positions in galleries.items())]
             query_sets.append(QuerySet(np.array([triplet.source for triplet in asked]), texts_of(asked),
                                        np.full(len(asked), -1), judges))
         return RetrievalTask(gallery, query_sets)
 
-
     def with_means(self, metrics: dict[str, float]) -> dict[str, float]:
         """Later papers' summary: own-gallery R@10 and R@50 averaged over the categories, and the mean of the two."""
-        means = {f"recall_top{k}_own_gallery_mean": float(np.mean([
-            value for name, value in metrics.items() if name.startswith(f"recall_top{k}_own_gallery_")]))
-            for k in OWN_GALLERY_KS}
-        return {**metrics, **means, "recall_mean_own_gallery": float(np.mean(list(means.values())))}
+        found = dict(metrics)
+        for kind in OWN_GALLERIES:
+            means = {f"recall_top{k}_{kind}_mean": float(np.mean(values)) for k in OWN_GALLERY_KS if (values := [
+                value for name, value in metrics.items() if name.startswith(f"recall_top{k}_{kind}_")])}
+            if means:
+                found |= {**means, f"recall_mean_{kind}": float(np.mean(list(means.values())))}
+        return found
 
 
 DATASETS = {"mitstates": MITStates, "fashion200k": Fashion200k, "fashionIQ": FashionIQ, "cirr": CIRR,

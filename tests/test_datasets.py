@@ -146,8 +146,8 @@ def test_fashion_iq_texts_gallery_and_judges(fashion_iq):
     task = test.task()
     assert len(task.gallery) == 13 and len(set(test.images)) == 13              # BOTHV1 counts once
     assert [judge.name for asked in task.query_sets for judge in asked.judges] == [
-        "correct_dress", "own_gallery_dress", "correct_shirt", "own_gallery_shirt", "correct_toptee",
-        "own_gallery_toptee"]
+        f"{kind}_{category}" for category in ("dress", "shirt", "toptee")
+        for kind in ("correct", "own_gallery", "VAL_gallery")]
     shirt = task.query_sets[1]
     assert (shirt.own == -1).all()
     assert [test.images[i] for i in shirt.judges[1].among] == [f"all_imgs/{name}.jpg" for name in
