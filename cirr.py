@@ -1,6 +1,7 @@
 """CIRR: annotated pairs of photographs, read and checked; and what its test server is sent."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,36 +22,43 @@ from machine.text_files import read_json
 
 class CIRR(AnnotatedDataset):
     """Annotated pairs of NLVR2's photographs (arXiv 2108.04024), release rc2; the test split is the published
-    validation split.
+    validation split. Of the published test split, test1, a server keeps the answers.
 
     Queries are judged among all of the split's images but the reference, and among the five others of its set of six
     alike images; `recall_mean` is that of the former's R@5 and the latter's R@1, by which models are ranked.
     """
 
     best_metric = "recall_mean"
+    solved_at = "correct_composition", 5
     FOLDERS = "img_raw", "images", "."                                          # where the split file's paths start
     KS, SUBSET_KS = (1, 5, 10, 50), (1, 2, 3)
+    served = "test1"
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Where an entry says which images its pair has; of test1 the target is not said."""
+        return ("reference",) if self.split == self.served else ("reference", "target_hard")
 
     def read(self) -> None:
         if self.complete_text:
             raise InputError("CIRR has no captions of its targets: drop --use_complete_text_query")
         said = self.root / "cirr" if (self.root / "cirr" / "captions").is_dir() else self.root
-        name = f"rc2.{'val' if self.published == 'test' else 'train'}.json"
+        name = f"rc2.{self.split if self.split == self.served else 'val' if self.split == 'test' else 'train'}.json"
         places = self.read_split(require(said / "image_splits" / f"split.{name}", "split file"))
         captions = require(said / "captions" / f"cap.{name}", "caption file")
         entries = [entry for entry in self.read_captions(captions, places) if self.has(entry["reference"])]
-        used = [image for entry in entries for image in (entry["reference"], entry["target_hard"])]
+        used = [entry[end] for entry in entries for end in self.ends]
         names = dict.fromkeys(used if self.published == "train" else places)
         kept = [image for image in names if places[image] not in self.without]
         self.images, ids = [places[image] for image in kept], {image: number for number, image in enumerate(kept)}
-        whole = [entry for entry in entries if entry["reference"] in ids and entry["target_hard"] in ids]
+        whole = [entry for entry in entries if all(entry[end] in ids for end in self.ends)]
         if self.lenient:
             self.drop("pairs", len(entries) - len(whole))
-        self.lines = []
+        self.names, self.pairs, self.lines = kept, [entry.get("pairid") for entry in whole], []
         for entry in whole:
-            source, target = ids[entry["reference"]], ids[entry["target_hard"]]
-            others = {ids[image] for image in entry["img_set"]["members"] if image in ids} - {source, target}
-            self.lines.append(Line(source, [target], entry["caption"], sorted(others), ""))
+            source, *targets = (ids[entry[end]] for end in self.ends)
+            others = {ids[image] for image in entry["img_set"]["members"] if image in ids} - {source, *targets}
+            self.lines.append(Line(source, targets, entry["caption"], sorted(others), ""))
         if not self.lines:
             raise InputError(f"no usable pair of the {self.split} split in {captions}")
 
@@ -63,21 +71,23 @@ class CIRR(AnnotatedDataset):
         return {name: os.path.normpath(f"{folder}/{inside(os.path.normpath(place), str(file))}")
                 for name, place in places.items()}
 
-    @staticmethod
-    def read_captions(file: Path, known: dict[str, str]) -> list[dict]:
+    def read_captions(self, file: Path, known: dict[str, str]) -> list[dict]:
         entries = read_json(file)
         for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
             where = f"{file}, entry {number}"
-            if not is_pair(entry):
-                raise InputError(f"{where}: expected {{'reference': id, 'target_hard': id, 'caption': text, 'img_set': "
+            if not is_pair(entry, self.ends):
+                ends = ", ".join(f"'{end}': id" for end in self.ends)
+                raise InputError(f"{where}: expected {{'pairid': number, {ends}, 'caption': text, 'img_set': "
                                  f"{{'members': [id, ...]}}}}, got {str(entry)[:80]!r}")
-            for name in (entry["reference"], entry["target_hard"], *entry["img_set"]["members"]):
+            for name in (*(entry[end] for end in self.ends), *entry["img_set"]["members"]):
                 if name not in known:
                     raise InputError(f"{where}: image {name[:80]!r} is not in the split's file")
         return entries if isinstance(entries, list) else [entries]
 
     def test_task(self) -> RetrievalTask:
         sources, gallery = np.array([line.source for line in self.lines]), len(self.images)
+        if self.split == self.served:
+            return RetrievalTask(np.arange(gallery), [QuerySet(sources, texts_of(self.lines), sources, [])])
         right = [np.array(line.targets) for line in self.lines]
         subsets = [np.array(sorted([*line.targets, *line.negatives])) for line in self.lines]
         judges = [ListedJudge("correct_composition", right, gallery, None, self.KS),
@@ -88,11 +98,22 @@ class CIRR(AnnotatedDataset):
         parts = [metrics.get(name) for name in ("recall_top5_correct_composition", "recall_top1_subset")]
         return metrics if None in parts else {**metrics, "recall_mean": sum(parts) / 2}
 
+    def submission(self, orders: Iterable[np.ndarray]) -> dict[str, dict]:
+        """The first of all images, and the first of the set's five others."""
+        whole, subset = ({"version": "rc2", "metric": metric} for metric in ("recall", "recall_subset"))
+        for pair, line, order in zip(self.pairs, self.lines, orders, strict=True):
+            alike = order[np.isin(order, line.negatives)]
+            for answers, found, most in ((whole, order, max(self.KS)), (subset, alike, max(self.SUBSET_KS))):
+                answers[str(pair)] = [self.names[image] for image in found[:most]]
+        return {"cirr_test1_recall.json": whole, "cirr_test1_recall_subset.json": subset}
 
-def is_pair(entry) -> bool:
-    """Whether a CIRR caption file's entry has what it should."""
+
+def is_pair(entry, ends: tuple[str, ...]) -> bool:
+    """Whether a caption file's entry has what it should, its images being named at `ends`."""
     if not isinstance(entry, dict) or not isinstance(entry.get("img_set"), dict):
+        return False
+    if "target_hard" not in ends and not isinstance(entry.get("pairid"), int):  # by which its server knows it
         return False
     members = entry["img_set"].get("members")
     return isinstance(members, list) and all(isinstance(text, str) for text in (
-        entry.get("reference"), entry.get("target_hard"), entry.get("caption"), *members))
+        *map(entry.get, ends), entry.get("caption"), *members))

@@ -120,9 +120,9 @@ class Epoch(Sequence):
 class CompositionDataset:
     """One split of a benchmark. One's own needs `read` and `queries`; the other methods then do.
 
-    path: the benchmark's folder. split: 'train', 'test', or 'validation', the share `held_out` of what is published to
-    train on, which 'train' then lacks: whole nouns, products or source images. category: of FashionIQ, 'all' or one of
-    its three.
+    path: the benchmark's folder. split: 'train', 'test', `served`, or 'validation', the share `held_out` of what is
+    published to train on, which 'train' then lacks: whole nouns, products or source images. category: of FashionIQ,
+    'all' or one of its three.
     complete_text: queries say the whole target caption in place of the modification.
     keep_source: a query's own image stays in its ranking, where the benchmark does not say whether it does.
     any_suffix: images are read whatever kind of picture they end as, where the benchmark reads one ending alone.
@@ -133,15 +133,17 @@ class CompositionDataset:
     images: list[str]                   # paths below `root`, by image id
     upright = False                     # whether pictures are turned as the camera noted; the published are not
     about = ""                          # what is tested, where the benchmark's name does not say it
+    served = ""                         # the split, where there is one, whose answers a test server alone knows
     together = 1                        # consecutive samples of an epoch that belong in one batch
     best_metric = "recall_top10_correct_composition"  # by which a run's best checkpoint is chosen
+    solved_at = "correct_composition", 10  # how its judges' names begin, and K, by which a query counts as solved
 
     def __init__(self, path: str | Path, split: str, complete_text: bool = False, category: str = "all",
                  without: frozenset[str] | None = None, held_out: float = 0.0, keep_source: bool = False,
                  any_suffix: bool = False):
         self.keep_source, self.any_suffix = keep_source, any_suffix
         self.root, self.split, self.complete_text, self.category = Path(path), split, complete_text, category
-        self.published, self.held_out = "test" if split == "test" else "train", held_out
+        self.published, self.held_out = "test" if split in ("test", self.served) else "train", held_out
         self.lenient, self.without = without is not None, without or frozenset()
         self.dropped = {"images": len(self.without)}
         self.passed_over: Counter[str] = Counter()                              # endings of what any_suffix would read
@@ -233,6 +235,11 @@ class CompositionDataset:
         """Names of what the retrieval test gives."""
         return list(self.with_means({f"recall_top{k}_{judge.name}": 0.0 for asked in self.task().query_sets
                                      for judge in asked.judges for k in judge.ks}))
+
+    def submission(self, orders: Iterable[np.ndarray]) -> dict[str, dict]:
+        """Of the split `served`: {file name: what its test server takes}. orders: of each query the images' ids, the
+        best first, without its own."""
+        raise NotImplementedError
 
     def visible(self, names: Iterable[str]) -> list[str]:
         """The names in order, but hidden ones, as the `._0.jpg` that a Mac puts beside 0.jpg: those are counted."""

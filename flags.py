@@ -207,7 +207,9 @@ def get_parser() -> TrainingParser:
     add(testing, "--test_batch_size", 0, "images the encoder takes at once in a test; 0 for 32 on a CPU, 256 on a GPU",
         type=at_least(0), metavar="B")
     add(testing, "--baselines", False, "tests also judge, on the test split, the source image alone, the text "
-        "alone, and chance")
+        "alone, and chance, and count the queries that one of the first two solves")
+    add(testing, "--write_submission", False, "in the end, also write into the run's folder what the benchmark's test "
+        "server takes: CIRR's, of the split test1")
     add(testing, "--best_metric", "auto", "metric of the test split, or with --validation of that one, by which "
         "best_checkpoint.pth is kept; auto takes R@10 of the composition, on FashionIQ the mean over each category's "
         "own gallery", metavar="NAME")

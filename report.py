@@ -152,13 +152,14 @@ class Report:
     def metrics(self, results: dict[str, dict[str, float]], baselines: dict[str, dict[str, float]], it: int) -> str:
         """Log the recalls, write metrics.json, and return the table to print.
 
-        baselines: {"test NAME": {metric: value}} of other ways to answer; logged and shown, not in the file.
+        baselines: {"test NAME": {metric: value}} of other ways to answer, and numbers of queries.
         """
         self.results = results
         shown = {**results, **baselines}
         for split, values in shown.items():
             self.scalars({f"{split} {name}": value for name, value in values.items()}, it)
-        write_whole(self.folder / "metrics.json", (json.dumps({"it": it, **results}, indent=1) + "\n").encode())
+        content = {"it": it, **results, **({"baselines": baselines} if baselines else {})}
+        write_whole(self.folder / "metrics.json", (json.dumps(content, indent=1) + "\n").encode())
         return f"iteration {it}\n{recall_table(shown)}"
 
     def sightings(self, split: str, seen: Sightings, it: int) -> None:
@@ -229,7 +230,7 @@ def show_results(log: Report, tested: dict[str, Tested], it: int) -> dict[str, d
 
 
 def recall_table(results: dict[str, dict[str, float]]) -> str:
-    """Rows split and judge, columns R@K in percent."""
+    """Rows split and judge, columns R@K in percent; numbers of queries as they are."""
     rows: dict[str, dict[int, float]] = {}
     others = []
     for split, values in results.items():
@@ -237,7 +238,7 @@ def recall_table(results: dict[str, dict[str, float]]) -> str:
             if match := re.fullmatch(r"recall_top(\d+)_(.+)", name):
                 rows.setdefault(f"{split} {match[2]}", {})[int(match[1])] = value
             else:
-                others.append(f"{split} {name}: {100 * value:.2f}")
+                others.append(f"{split} {name}: {value if isinstance(value, int) else f'{100 * value:.2f}'}")
     ks = sorted({k for row in rows.values() for k in row})
     width = max(map(len, rows), default=0)
     lines = [" " * width + "".join(f"{f'R@{k}':>8}" for k in ks)]

@@ -29,10 +29,16 @@ from training import Split, check_shares, prepare
 @dataclass
 class Data:
     """What is made of the flags to learn and to test from: {"train": ..., "test": ...}, with "validation" beside or in
-    place of the last; and the texts' vectors where they come from a sentence service."""
+    place of the last; the texts' vectors where they come from a sentence service; and the split that a test server
+    judges, where it is to be answered."""
     splits: dict[str, Split]
     sentences: SentenceTable | None
     digests: dict[str, str] = field(default_factory=dict)                       # of images and texts, of each split
+    served: dict[str, Split] = field(default_factory=dict)
+
+    @property
+    def every(self) -> dict[str, Split]:
+        return {**self.splits, **self.served}
 
     @property
     def train(self) -> CompositionDataset | None:
@@ -54,7 +60,7 @@ def make_data(args: argparse.Namespace, device: torch.device, source: str | Path
     if told := tell_of_passed_over(split.data for split in splits.values()):
         logging.warning("note: %s", told)
     digests = {what: found for split in splits.values() for what, found in split.digests(args.seed).items()}
-    data = Data(splits, None, {} if args.test_only else digests)
+    data = Data(splits, None, {} if args.test_only else digests, open_served(args))
     samples = len(data.train) if data.train else 0
     if not args.test_only:
         if samples < args.batch_size:
@@ -67,6 +73,17 @@ def make_data(args: argparse.Namespace, device: torch.device, source: str | Path
     if service:
         data.sentences = learn_texts(args, service, data)
     return data
+
+
+def open_served(args: argparse.Namespace) -> dict[str, Split]:
+    """The split that a test server judges, if it is to be answered."""
+    if not args.write_submission:
+        return {}
+    name = DATASETS[args.dataset].served
+    if not name:
+        having = ", ".join(name for name, kind in DATASETS.items() if kind.served)
+        raise InputError(f"--write_submission: {args.dataset} has no test server, as {having} has; drop it")
+    return {name: read_split(args, name)}
 
 
 def cache_folder(args: argparse.Namespace) -> Path | None:
@@ -146,14 +163,14 @@ def learn_texts(args: argparse.Namespace, service: SentenceService | InProcess, 
     """Vectors of every text of the tests and of the first epoch; with all but Fashion200k's modifications, of all."""
     sentences = SentenceTable(service, cache_folder(args))
     asked = [data.train.sample_texts(args.seed, 0)] if not args.test_only else []
-    asked += [split.data.task(args.seed).texts for split in data.splits.values()]
+    asked += [split.data.task(args.seed).texts for split in data.every.values()]
     prepare(sentences, chain.from_iterable(asked))
     return sentences
 
 
 def tell_of_unread(words: SimpleVocab, data: Data, seed: int) -> None:
     """Say what of the tests' texts the LSTM does not read."""
-    texts = [text for split in data.splits.values() for text in split.data.task(seed).texts]
+    texts = [text for split in data.every.values() for text in split.data.task(seed).texts]
     unknown, wordless = map(dict.fromkeys, words.unread(texts))
     if unknown:
         asked = sum(not set(tokenize(text)).isdisjoint(unknown) for text in texts)

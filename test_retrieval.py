@@ -26,6 +26,7 @@ COMPOSED_AT_ONCE = 1024                 # texts encoded, or queries composed
 # Ranked at once by each of a CPU's threads, or by a GPU, and at most so many scores: 32 MiB a thread, or 128 in all.
 QUERIES_AT_ONCE, SCORES_AT_ONCE = {"cpu": 256, "cuda": 4096}, {"cpu": 2**23, "cuda": 2**25}
 NEVER = np.iinfo(np.int64).max          # the rank of a query without a correct image: no hit at any K
+IMAGE, TEXT, SOLVED = "source image alone", "text alone", "queries solved by"
 
 Progress = Callable
 Watch = Callable[[QuerySet, np.ndarray, Tensor, Tensor, list[np.ndarray]], None]
@@ -159,6 +160,8 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
     """
     if not (queries.sum() + gallery.sum()).isfinite():
         raise FloatingPointError("the model's features are not finite, so nothing can be ranked: the training diverged")
+    if not judges:
+        return []
     if queries.device.type == "mps":                                            # whose memory is the CPU's
         queries, gallery = queries.cpu(), gallery.cpu()
     kind = queries.device.type
@@ -185,6 +188,16 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
     return [*found.T.cpu().numpy()]
 
 
+@torch.inference_mode()
+def orders(queries: Tensor, gallery: Tensor, own: np.ndarray) -> Iterator[np.ndarray]:
+    """Of each query all gallery positions but its own, the best first, of equally good ones the earlier; as `ranks`."""
+    step = QUERIES_AT_ONCE["cpu"]
+    for start in range(0, len(queries), step):
+        scores = queries[start:start + step] @ gallery.T                        # (q, N)
+        best = scores.argsort(dim=1, descending=True, stable=True).cpu().numpy()
+        yield from (order[order != mine] for order, mine in zip(best, own[start:start + step], strict=True))
+
+
 def shares(judges: Sequence[Judge], found: Sequence[np.ndarray]) -> dict[str, float]:
     """{recall_top{K}_{judge}: share of the queries with a correct image among the first K}, from each judge's ranks."""
     return {f"recall_top{k}_{judge.name}": float((rank < k).mean())
@@ -201,11 +214,12 @@ def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[
 def evaluate(model, dataset: CompositionDataset, store: ImageStore | DeviceStore, batch_size: int = 0,
              workers: int = 2, seed: int = 0, progress: Progress = no_progress,
              baselines: bool = False, watch: Watch | None = None) -> dict[str, dict[str, float]]:
-    """Test `model` on a split: {"model": {metric: value}}, and with `baselines` three more ways to answer.
+    """Test `model` on a split: {"model": {metric: value}}, and with `baselines` what needs no composing.
 
     batch_size: images the encoder takes at once; 0 leaves it to `encoder_batch`.
     "source image alone" ranks by the source image's feature, "text alone" composes every text with the gallery's
-    mean feature, "chance" is the expected recall of a random order. Deterministic; the model's mode is restored.
+    mean feature, "chance" is the expected recall of a random order, and "queries solved by" counts those that the first
+    two solve, as the dataset's `solved_at` says. Deterministic; the model's mode is restored.
     watch: called for each query set with it, the gallery's image ids, unit query vectors (Q, D), the unit gallery
     (N, D), and each judge's (Q,) ranks.
     """
@@ -221,25 +235,41 @@ def evaluate(model, dataset: CompositionDataset, store: ImageStore | DeviceStore
         average = gallery.mean(0, keepdim=True)
         gallery = F.normalize(gallery, dim=1)
 
-        def judged(asked: QuerySet, source: Tensor) -> dict[str, float]:
-            queries = compose_queries(model, source, asked.texts, progress)
-            found = ranks(queries, gallery, asked.own, asked.judges, progress)
-            if watch is not None:
-                watch(asked, task.gallery, queries, gallery, found)
-            return shares(asked.judges, found)
-        ways: dict[str, Callable[[QuerySet, Tensor], dict]] = {"model": judged}
+        def composed(asked: QuerySet, source: Tensor) -> Tensor:
+            return compose_queries(model, source, asked.texts, progress)
+        ways: dict[str, Callable[[QuerySet, Tensor], Tensor]] = {"model": composed}
         if baselines:
-            def recalled(asked: QuerySet, queries: Tensor) -> dict[str, float]:
-                return recalls(queries, gallery, asked.own, asked.judges, progress)
-            ways["source image alone"] = lambda asked, source: recalled(asked, F.normalize(source, dim=1))
-            ways["text alone"] = lambda asked, source: recalled(
-                asked, compose_queries(model, average.expand_as(source), asked.texts, progress))
-            ways["chance"] = lambda asked, source: chance(asked)
-        return {way: dataset.with_means({name: value for asked in task.query_sets
-                                         for name, value in answer(asked, rows(asked.sources)).items()})
-                for way, answer in ways.items()}
+            ways |= {IMAGE: lambda asked, source: F.normalize(source, dim=1),
+                     TEXT: lambda asked, source: composed(asked, average.expand_as(source))}
+        found, hits = {way: {} for way in ways}, {way: [] for way in ways}
+        for way, ask in ways.items():
+            for asked in task.query_sets:
+                queries = ask(asked, rows(asked.sources))
+                ranked = ranks(queries, gallery, asked.own, asked.judges, progress)
+                if watch is not None and way == "model":
+                    watch(asked, task.gallery, queries, gallery, ranked)
+                found[way] |= shares(asked.judges, ranked)
+                hits[way] += hits_of(dataset, asked, ranked)
     finally:
         model.train(was_training)
+    if baselines:
+        found["chance"] = {name: value for asked in task.query_sets for name, value in chance(asked).items()}
+    found = {way: dataset.with_means(metrics) for way, metrics in found.items()}
+    return {**found, SOLVED: solved(hits)} if baselines else found
+
+
+def hits_of(dataset: CompositionDataset, asked: QuerySet, found: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """(Q,) whether each query is solved, by each judge of the dataset's `solved_at`; found: the judges' ranks."""
+    name, k = dataset.solved_at
+    return [rank < k for judge, rank in zip(asked.judges, found, strict=True) if judge.name.startswith(name)]
+
+
+def solved(hits: dict[str, list[np.ndarray]]) -> dict[str, int]:
+    """How many queries one of the two ways that compose nothing solves, one of them at least, and none of them."""
+    image, text = np.concatenate(hits[IMAGE]), np.concatenate(hits[TEXT])
+    either = image | text
+    return {f"the {IMAGE}": int(image.sum()), f"the {TEXT}": int(text.sum()), "either": int(either.sum()),
+            "neither": int((~either).sum())}
 
 
 def chance(asked: QuerySet) -> dict[str, float]:

@@ -36,6 +36,7 @@ def found(folder: Path) -> dict | None:
     """What a run has given: {split: {metric: value}}, and its "ms" and "weights"; None where it has not ended."""
     for file in sorted(folder.glob("*/metrics.json"), reverse=True):
         state, results = checkpoint.load(file.with_name(checkpoint.LATEST)), json.loads(file.read_text())
+        results.pop("baselines", None)
         if results.pop("it") == state["opt"]["num_iters"]:
             speeds = EventAccumulator(str(file.parent)).Reload().Scalars("queries_per_second")
             own = [value.numel() for name, value in state["model_state_dict"].items()

@@ -203,7 +203,12 @@ def test_baselines_are_shown_beside_the_model(mitstates, tmp_path, capsys):
     for way in ("source image alone", "text alone", "chance"):
         assert f"test {way} correct_composition" in shown
         assert f"test {way} recall_top1_correct_composition".replace(" ", "_") in run.scalars()
-    assert list(run.metrics) == ["it", "train", "test"]
+    assert list(run.metrics) == ["it", "train", "test", "baselines"]
+    counts = run.metrics["baselines"]["test queries solved by"]
+    assert list(counts) == ["the source image alone", "the text alone", "either", "neither"]
+    for name, count in counts.items():
+        assert f"\ntest queries solved by {name}: {count}\n" in shown
+        assert run.scalars()[f"test queries solved by {name}".replace(" ", "_")] == [(3, count)]
 
 
 @pytest.mark.parametrize("text", ["True", "true", "1", None])

@@ -205,7 +205,7 @@ def test_what_is_held_out_is_what_the_best_checkpoint_is_chosen_by_where_there_i
              for number, name in enumerate(NAMES)]
     root = write(tmp_path / "shop", {"metadata.csv": csv({**line, "split": "train"} for line in lines)})
     run = run_main("triplets", root, tmp_path / "logs", validation=0.2, baselines=True)
-    assert list(run.metrics) == ["it", "train", "validation"]
+    assert list(run.metrics) == ["it", "train", "validation", "baselines"]
     assert (run.folder / "best_checkpoint.pth").is_file()
     assert any(name.startswith("validation_chance_recall_top1_") for name in run.scalars())
 
