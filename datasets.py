@@ -287,6 +287,7 @@ class FashionIQ(CompositionDataset):
 
     CATEGORIES = ("dress", "shirt", "toptee")
     best_metric = "recall_mean_own_gallery"
+    headline = (*(f"recall_top{k}_own_gallery_mean" for k in OWN_GALLERY_KS), best_metric)
     FOLDERS, ENDINGS = ("all_imgs", "images", "img"), (".jpg", ".png", ".jpeg")
 
     def read(self) -> None:
@@ -417,6 +418,7 @@ class CIRR(AnnotatedDataset):
     """
 
     best_metric = "recall_mean"
+    headline = "recall_top5_correct_composition", "recall_top1_subset", best_metric
     FOLDERS = "img_raw", "images", "."                                          # where the split file's paths start
     KS, SUBSET_KS = (1, 5, 10, 50), (1, 2, 3)
 
