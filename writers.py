@@ -213,9 +213,14 @@ class WandB(Writer):
         super().__init__(*what)
         import wandb
         self.wandb = wandb
-        self.run = wandb.init(dir=self.folder, project="composed-image-retrieval", name=self.folder.name,
-                              id=re.sub(r"[^\w-]", "-", self.folder.name), resume="allow", config=self.flags,
-                              settings=wandb.Settings(console="off"))
+        name = self.folder.name
+        try:
+            self.run = wandb.init(dir=self.folder, project="composed-image-retrieval", name=name, resume="allow",
+                                  id=re.sub(r"[^\w-]", "-", name), config=self.flags,
+                                  settings=wandb.Settings(console="off"))
+        except wandb.Error as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise InputError(f"--report_to wandb: {reason}; or set WANDB_MODE=offline") from None
 
     def scalars(self, values: dict[str, float], it: int) -> None:
         self.run.log({tag(name): value for name, value in values.items()}, step=it)
