@@ -42,7 +42,7 @@ import main
 import report
 import run_data
 from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Judge, MITStates
-from flags import get_parser, plain
+from flags import Parser, add, get_parser, plain
 from image_encoders import traits
 from img_text_composition_models import MODELS, Recipe
 from machine import distributed
@@ -901,10 +901,10 @@ def gpu_rows(folder: Path, device: torch.device, quick: bool) -> list[dict]:
 
 
 def run(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(prog="bench.py", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU's rows, not a CPU's")
-    parser.add_argument("--quick", action="store_true", help="small sizes: only proves that all of it runs, a GPU's "
-                        "rows too, on the device there is")
+    add(parser, "--quick", False, "small sizes: only proves that all of it runs, a GPU's rows too, on the device there "
+        "is")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--shared_step", nargs=4, metavar=("TOY", "BATCH", "SIZE", "TIMES"), help="with torchrun: the "
                         "median time of a composeAE step that its processes share, and what each sends for it")

@@ -10,6 +10,7 @@ sends or leaves unread costs the others no more than that.
 
 import argparse
 import contextlib
+import difflib
 import hashlib
 import inspect
 import json
@@ -26,14 +27,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+VERSION = "1.10.0"                      # the protocol's: the client refuses any other
 POOLINGS = ("REDUCE_MEAN", "REDUCE_MAX", "CLS_TOKEN")
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong flags end in one line and exit code 2."""
+    """Wrong flags end in one line, with the name that is nearest to a wrong one, and exit code 2; none in the help."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        if len(sys.argv) == 1:
+            self.print_help(sys.stderr)
+            self.exit(2)
+        wrong = re.match(r"unrecognized arguments: (?:.* )?(--?\w+)|.*invalid choice: '(\w+)'", message)
+        word = wrong[1] or wrong[2].upper() if wrong else ""
+        near = difflib.get_close_matches(word, [*self._option_string_actions, *POOLINGS], 1)
+        self.exit(2, f"{self.prog}: error: {message}; {f'did you mean {near[0]}?' if near else 'see --help'}\n")
 
 
 def at_least(minimum: int, most: float = math.inf):
@@ -43,6 +51,13 @@ def at_least(minimum: int, most: float = math.inf):
                                              f"{f' and at most {most}' if most < math.inf else ''}, got {text!r}")
         return int(text)
     return parse_number
+
+
+def true_or_false(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return values[text.lower()]
 
 
 def sequence_length(text: str) -> int | None:
@@ -68,10 +83,13 @@ def get_parser() -> Parser:
         metavar="LAYER")
     add("pooling_strategy", "REDUCE_MEAN", "how a text's word pieces become one vector", choices=POOLINGS)
     add("max_batch_size", 256, "texts the model takes at once", type=at_least(1), metavar="N")
-    add("show_tokens_to_client", False, "send word pieces along with the vectors", action="store_true")
+    add("show_tokens_to_client", False, "send word pieces along with the vectors", type=true_or_false, nargs="?",
+        const=True, metavar="True|False")
     add("num_worker", argparse.SUPPRESS, "taken from old command lines, and without effect: one process serves",
         type=at_least(1), metavar="N")
     add("device", "auto", "auto takes a GPU where there is one", metavar="auto|cpu|cuda|cuda:N")
+    parser.add_argument("--version", "-version", action="version", version=f"%(prog)s, the protocol of bert-serving "
+                        f"{VERSION}", help="print the version of what it speaks and exit")
     return parser
 
 
@@ -87,7 +105,6 @@ import transformers
 import zmq
 from torch import Tensor
 
-VERSION = "1.10.0"                      # the protocol's: the client refuses any other
 IDENTITY = re.compile(rb"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")  # as every client makes its own: a uuid4
 LARGEST_FRAME = 64 * 2**20              # bytes; ZeroMQ closes the connection of who sends more
 LARGEST_REQUEST = 32 * 2**20            # bytes, of

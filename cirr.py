@@ -29,6 +29,7 @@ class CIRR(AnnotatedDataset):
     """
 
     best_metric = "recall_mean"
+    headline = "recall_top5_correct_composition", "recall_top1_subset", best_metric
     solved_at = "correct_composition", 5
     FOLDERS = "img_raw", "images", "."                                          # where the split file's paths start
     KS, SUBSET_KS = (1, 5, 10, 50), (1, 2, 3)

@@ -137,6 +137,7 @@ class CompositionDataset:
     together = 1                        # consecutive samples of an epoch that belong in one batch
     best_metric = "recall_top10_correct_composition"  # by which a run's best checkpoint is chosen
     solved_at = "correct_composition", 10  # how its judges' names begin, and K, by which a query counts as solved
+    headline = tuple(f"recall_top{k}_correct_composition" for k in (1, 5, 10))  # what papers report of it
 
     def __init__(self, path: str | Path, split: str, complete_text: bool = False, category: str = "all",
                  without: frozenset[str] | None = None, held_out: float = 0.0, keep_source: bool = False,

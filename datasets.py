@@ -288,6 +288,7 @@ class FashionIQ(CompositionDataset):
     CATEGORIES = ("dress", "shirt", "toptee")
     best_metric = "recall_mean_own_gallery"
     solved_at = OWN_GALLERIES[0], OWN_GALLERY_KS[0]
+    headline = (*(f"recall_top{k}_own_gallery_mean" for k in OWN_GALLERY_KS), best_metric)
     FOLDERS, ENDINGS = ("all_imgs", "images", "img"), (".jpg", ".png", ".jpeg")
 
     def read(self) -> None:

@@ -1,27 +1,80 @@
-"""The flags of main.py: names, defaults (the published settings), and help. Nothing here loads torch."""
+"""The flags of main.py: names, defaults (the published settings), and help; and what all programs' have in common.
+Nothing here loads torch."""
 
 import argparse
 import ast
+import difflib
 import math
 import os
 import re
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from datasets import DATASETS, FashionIQ
 from machine.stopping import one_of_several
 from machine.streams import shown
 
+VERSION = "0.1.0"                       # of all programs; none was released yet
 DEVICES = ("auto", "cpu", "cuda", "mps")
 MOST_RESULTS = 1000                                                             # of a search
 DESCRIPTION = "Train and test composed image retrieval: a source image plus a text finds the target image."
 
 
+EXAMPLES = """examples:
+  python main.py --dataset mitstates --dataset_path data/toy/mitstates --image_weights none --num_iters 200
+  python main.py --dataset fashionIQ --dataset_path ../data/fashionIQ --model tirg --text_encoder hf:bert-base-uncased
+  python main.py --test_only True --model_checkpoint logs/RUN/best_checkpoint.pth --dataset_path ../data/fashionIQ
+  tensorboard --logdir ../logs
+
+The defaults are the published settings; README.md has the five published commands."""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults, and examples as they are to be typed."""
+
+
 class Parser(argparse.ArgumentParser):
-    """Wrong flags end in one line and exit code 2."""
+    """Wrong flags end in one line, with the name that is nearest to a wrong one, and exit code 2. Who gives none where
+    some are needed gets the help."""
+
+    def __init__(self, *what, **how):
+        super().__init__(*what, **{"formatter_class": Help, **how})
+        self.add_argument("--version", action="version", version=f"%(prog)s {VERSION}",
+                          help="print the version and exit")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        if not (sys.argv[1:] if args is None else args) and any(action.required for action in self._actions):
+            self.print_help(sys.stderr)
+            self.exit(2)
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += meant(value, action.choices)
+            raise
+
+    def names(self) -> list[str]:
+        """Of its flags, and of its commands'."""
+        commands = [made for action in self._actions if isinstance(action, argparse._SubParsersAction)
+                    for made in action.choices.values()]
+        return [*self._option_string_actions, *(name for made in commands for name in made.names())]
 
     def error(self, message: str):
-        line = f"{self.prog}: error: {shown(message)}; see --help\n"
+        if found := re.match(r"unrecognized arguments: (?:.* )?(--?\w+)", message):
+            message += meant(found[1], self.names())
+        hint = "" if message.endswith("?") else "; see --help"
+        line = f"{self.prog}: error: {shown(message)}{hint}\n"
         self.exit(2, line if not one_of_several() or first_to_say(line) else None)
+
+
+def meant(word: str, names: Iterable[str]) -> str:
+    """The end of a complaint about a word: the name that is nearest to it, if one is near."""
+    written = {str(name).lower(): name for name in names}
+    near = difflib.get_close_matches(word.lower(), written, 1)
+    return f"; did you mean {written[near[0]]}?" if near else ""
 
 
 class TrainingParser(Parser):
@@ -120,8 +173,7 @@ def add_dataset_flags(data, required: bool) -> None:
 def get_parser() -> TrainingParser:
     parser = TrainingParser(
         prog="main.py", usage="%(prog)s --dataset NAME --dataset_path DIR [flags]", description=DESCRIPTION,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="The defaults are the published settings; README.md has the five published commands.")
+        epilog=EXAMPLES)
 
     data = parser.add_argument_group("data")
     add_dataset_flags(data, required=False)
@@ -137,7 +189,9 @@ def get_parser() -> TrainingParser:
         type=at_least(0), metavar="N")
 
     model = parser.add_argument_group("model")
-    add(model, "--model", "composeAE", "composer of image and text",
+    add(model, "--model", "composeAE", "composer of image and text: composeAE turns the image's features by the "
+        "text's, as complex numbers, RealSpaceConcatAE only joins the two; tirg gates the image's and adds to them; "
+        "TransformerAE, our own, is tirg beside a change that stays near the image",
         choices=registered("img_text_composition_models.py", "MODELS"))
     add(model, "--image_encoder", "resnet18", "what encodes images, a last layer Linear(width, D) on it: a classifier "
         "of torchvision's, timm:NAME, or open_clip:MODEL/TAG, whose tag names its weights. Published: resnet18",
@@ -219,6 +273,9 @@ def get_parser() -> TrainingParser:
         "or auto for the newest run with the same --comment, if there is one", type=path_or_word, metavar="auto|PATH")
     add(testing, "--log_frequency", 100, "steps between logged losses, which are means over those steps",
         type=at_least(1), metavar="N")
+    add(testing, "--report_to", "tensorboard", "where numbers and pictures go besides log.jsonl and metrics.json: "
+        "tensorboard, wandb (pip install wandb; offline with WANDB_MODE=offline) or none",
+        choices=registered("writers.py", "WRITERS"))
     add(testing, "--log_dir", Path("../logs/"), "folder under which the run's own folder is made", type=a_path,
         metavar="DIR")
     add(testing, "--comment", "", "end of the run folder's name", metavar="TEXT")

@@ -37,6 +37,7 @@ from test_retrieval import evaluate, orders
 from text_encoders import text_encoder_of
 from text_model import SimpleVocab, spread
 from training import Split, Training
+from writers import WRITERS
 
 # The model
 
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock
     seed_everything(args.seed)
     if distributed.first():
         report.check_log_dir(args.log_dir, args.comment)
+        WRITERS[args.report_to].check()
     resumed, source, state, turn = distributed.from_first(partial(
         find_start, args.resume, args.model_checkpoint, args.log_dir, args.comment, not args.test_only, lock))
     if not args.dataset:
@@ -113,7 +115,8 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock
     folder = resumed.parent if resumed else distributed.from_first(
         partial(report.run_folder, args.log_dir, args.comment, lock))
     first = distributed.first()
-    log = (report.Report if first else report.Silence)(folder, plain(args), state["it"] if resumed else None)
+    log = (report.Report if first else report.Silence)(folder, plain(args), state["it"] if resumed else None,
+                                                       data.test.headline)
     for split in data.splits.values():
         if split.data.about:
             say(split.data.about)
@@ -125,7 +128,7 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock
     def judge(it: int) -> dict[str, report.Tested]:
         tested = {}
         for name, split in data.splits.items():
-            seen = report.Sightings(split.store, it)
+            seen = report.Sightings(split.store, it, split.data.images)
             tested[name] = report.Tested(evaluate(
                 model, split.data, split.store, args.test_batch_size, args.loader_num_workers, args.seed, progress_bar,
                 args.baselines and split.data is data.test, seen if distributed.first() else None), seen)

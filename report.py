@@ -1,32 +1,30 @@
-"""What a run leaves to look at: its folder, TensorBoard's numbers and pictures, the recall table, metrics.json."""
+"""What a run leaves to look at: its folder, numbers and pictures for its writers, the recall table, metrics.json."""
 
 import json
 import os
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
-from checkpoint import FIXED_FLAGS
 from composition_dataset import Judge, QuerySet
 from machine.errors import InputError
 from machine.folder_lock import FolderLock, write_whole
 from machine.image_store import DeviceStore, ImageStore
 from machine.progress import say
-from machine.streams import shown
 from pictures import Answer, feature_map, sheet
-from test_retrieval import NEVER, CorrectImages
+from test_retrieval import NEVER, CorrectImages, chance
 from text_model import spread
+from writers import WRITERS, JsonLines, Points
+
+BENCHMARKS = "correct_"                 # begins the names of what a benchmark asks; others ask of groups, or of few
 
 
 def check_log_dir(log_dir: str | Path, comment: str) -> None:
@@ -62,19 +60,22 @@ class Sighting:
     answers: list[Answer]
     ranks: dict[str, np.ndarray]        # by judge
     map: Image.Image
+    points: Points | None               # of those alone that judge what the benchmark does
+    chance: dict[str, float]            # recalls of a random order
 
 
 class Sightings(dict):
     """Judge name -> Sighting, of each query set of a test of a split, by its first judge: a `watch` for `evaluate`.
 
     store: gives the pixels. it: half of the queries shown are the same at each test, the others depend on this.
+    names: of the images.
     """
 
-    ROWS, RESULTS, POINTS = 8, 8, 1000
+    ROWS, RESULTS, POINTS, QUERIES = 8, 8, 1000, 200
 
-    def __init__(self, store: ImageStore | DeviceStore, it: int):
+    def __init__(self, store: ImageStore | DeviceStore, it: int, names: Sequence[str] = ()):
         super().__init__()
-        self.store, self.it = store, it
+        self.store, self.it, self.names = store, it, names
 
     def __call__(self, asked: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor,
                  found: list[np.ndarray]) -> None:
@@ -84,7 +85,8 @@ class Sightings(dict):
         judge = asked.judges[0]
         ranks = {judge.name: rank for judge, rank in zip(asked.judges, found, strict=True)}
         self[judge.name] = Sighting(self.answers(asked, ids, queries, gallery, found[0], chosen), ranks,
-                                    self.map(judge, queries, gallery))
+                                    self.map(judge, queries, gallery), self.points(asked, ids, queries, gallery)
+                                    if judge.name.startswith(BENCHMARKS) else None, chance(asked))
 
     def answers(self, asked: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor, ranks: np.ndarray,
                 chosen: np.ndarray) -> list[Answer]:
@@ -103,10 +105,20 @@ class Sightings(dict):
     def map(self, judge: Judge, queries: Tensor, gallery: Tensor) -> Image.Image:
         """Some of the gallery, some queries, and the first correct image of each."""
         correct = CorrectImages(judge)
-        chosen = np.array([query for query in spread(range(len(queries)), 200) if correct.counts[query]], int)
+        few = spread(range(len(queries)), self.QUERIES)
+        chosen = np.array([query for query in few if correct.counts[query]], int)
         targets = correct.places[correct.first[chosen]]
         shown = (gallery, spread(range(len(gallery)), self.POINTS)), (queries, chosen), (gallery, targets)
         return feature_map(*(rows_of(features, rows).cpu().numpy() for features, rows in shown))
+
+    def points(self, asked: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor) -> Points:
+        """Some of the gallery and some queries, these by the picture that they start from."""
+        places, few = spread(range(len(gallery)), self.POINTS), spread(range(len(queries)), self.QUERIES)
+        features = torch.cat([rows_of(gallery, places), rows_of(queries, few)]).cpu().numpy()
+        images = [*ids[places], *asked.sources[few]]
+        labels = [(self.names[image] if self.names else str(image), "image") for image in ids[places]]
+        labels += [(f"+ {asked.texts[query]}", "query") for query in few]
+        return Points(features, labels, lambda: [self.picture(image) for image in images])
 
     def picture(self, image: int) -> Image.Image:
         return Image.fromarray(self.store.picture(image))
@@ -126,38 +138,32 @@ class Tested:
 class Report:
     """Logs one run. Results are {"train": {metric: value}, "test": {metric: value}}.
 
-    after: the iteration after which a resumed run goes on; what was logged beyond it is taken back.
+    after: the iteration after which a resumed run goes on; what was logged beyond it is taken back. headline: the
+    metrics that say most.
     """
 
-    def __init__(self, folder: Path, flags: dict, after: int | None = None):
-        self.folder, self.flags, self.results = folder, flags, {}
-        self.writer = SummaryWriter(str(folder))
-        # Written at once in this thread: tensorboardX's own would lose what waits in its queue when the process is
-        # killed, and let the queue fill for ever on a full disk.
-        self.events = self.writer.file_writer.event_writer
-        self.events._worker.stop()                                              # at exit it cannot, from Python 3.12 on
-        self.events.add_event = partial(self.on_disk, self.events._ev_writer.write_event)
-        if after is not None:
-            restart = SessionLog(status=SessionLog.START)                       # TensorBoard drops steps from here on
-            self.writer.file_writer.add_event(Event(step=after + 1, session_log=restart))
-            return
-        rows = "\n".join(f"| {name} | {shown(value)} |" for name, value in sorted(flags.items()))
-        self.writer.add_text("flags", f"| flag | value |\n| --- | --- |\n{rows}", 0)
+    def __init__(self, folder: Path, flags: dict, after: int | None = None, headline: Sequence[str] = ()):
+        self.folder, self.headline, self.results, self.seen = folder, headline, {}, {}
+        self.writers = [kind(folder, flags, after) for kind in (JsonLines, WRITERS[flags["report_to"]])]
 
     def scalars(self, values: dict[str, float], it: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, it)
-        self.flush()                                                            # TensorBoard shows it now
+        for writer in self.writers:
+            writer.scalars(values, it)
+        self.flush()                                                            # who looks on sees it now
 
     def metrics(self, results: dict[str, dict[str, float]], baselines: dict[str, dict[str, float]], it: int) -> str:
         """Log the recalls, write metrics.json, and return the table to print.
 
         baselines: {"test NAME": {metric: value}} of other ways to answer, and numbers of queries.
         """
+        if not self.results:
+            headline = [f"{list(results)[-1]} {name}" for name in self.headline]
+            for writer in self.writers:
+                writer.tested(list(results), headline)
         self.results = results
         shown = {**results, **baselines}
-        for split, values in shown.items():
-            self.scalars({f"{split} {name}": value for name, value in values.items()}, it)
+        self.scalars({f"{split} {name}": value for split, values in shown.items() for name, value in values.items()},
+                     it)
         content = {"it": it, **results, **({"baselines": baselines} if baselines else {})}
         write_whole(self.folder / "metrics.json", (json.dumps(content, indent=1) + "\n").encode())
         return f"iteration {it}\n{recall_table(shown)}"
@@ -165,35 +171,28 @@ class Report:
     def sightings(self, split: str, seen: Sightings, it: int) -> None:
         """Log sheets of results, maps of features, and histograms of ranks (log10: 0 is the first place)."""
         for name, sighting in seen.items():
-            for what, picture in (("results", sheet(sighting.answers)), ("features", sighting.map)):
-                self.writer.add_image(f"{split} {what} {name}", np.asarray(picture), it, dataformats="HWC")
-            for judge, ranks in sighting.ranks.items():
-                if len(known := ranks[ranks != NEVER]):
-                    self.writer.add_histogram(f"{split} log10 rank {judge}", np.log10(known + 1.0), it)
+            results = sheet(sighting.answers)
+            for writer in self.writers:
+                writer.picture(f"{split} results {name}", results, it)
+                writer.picture(f"{split} features {name}", sighting.map, it)
+                for judge, ranks in sighting.ranks.items():
+                    if len(known := ranks[ranks != NEVER]):
+                        writer.histogram(f"{split} log10 rank {judge}", np.log10(known + 1.0), it)
+        self.seen = seen
         self.flush()
-
-    def on_disk(self, write: Callable, *content) -> None:
-        try:
-            write(*content)
-        except OSError as error:
-            self.events._closed = True                                          # else tensorboardX tries again at exit
-            raise InputError(f"cannot write the log in {self.folder} ({error.strerror or error}); make room, then pass "
-                             "--resume auto") from None
 
     def flush(self) -> None:
         """What was logged so far is on disk. Raises InputError where it cannot be."""
-        self.on_disk(self.writer.flush)
+        for writer in self.writers:
+            writer.flush()
 
     def close(self) -> None:
-        """Flags that make a difference beside final recalls, for TensorBoard's HPARAMS tab; the event file's end."""
-        self.flush()
-        if self.results:
-            plain = {name: value if isinstance(value, bool | int | float | str) else str(value)
-                     for name, value in self.flags.items() if name in (*FIXED_FLAGS, "num_iters")}
-            final = {f"final {split} {name}": value for split, values in self.results.items()
-                     for name, value in values.items()}
-            self.writer.add_hparams(plain, final, name="hparams")
-        self.writer.close()
+        """The run has ended: the features of the split that was tested last, point by point."""
+        for writer in self.writers:
+            for name, sighting in self.seen.items():
+                if sighting.points:
+                    writer.points(name.removeprefix(BENCHMARKS), sighting.points)
+            writer.close()
 
 
 class Silence(Report):
@@ -224,9 +223,22 @@ def show_results(log: Report, tested: dict[str, Tested], it: int) -> dict[str, d
     baselines = {f"{name} {way}": metrics for name, split in tested.items() for way, metrics in split.ways.items()
                  if way != "model"}
     say(log.metrics(results, baselines, it))
+    if note := about_chance(tested):
+        say(note)
     for name, split in tested.items():
         log.sightings(name, split.seen, it)
     return results
+
+
+def about_chance(tested: dict[str, Tested]) -> str:
+    """A line on what the table's rows are not to be compared with; nothing where no R@10 was seen."""
+    found = {split: [sighting.chance[name] for judge, sighting in seen.seen.items() if judge.startswith(BENCHMARKS)
+                     and (name := f"recall_top10_{judge}") in sighting.chance] for split, seen in tested.items()}
+    if not all(found.values()):
+        return ""
+    chances = ", ".join(f"{split} {100 * np.mean(values):.2f}" for split, values in found.items())
+    return (f"R@10 of a random order: {chances}" + "; train is asked among the targets of other training samples, not "
+            "in the test's gallery, so its recalls can be the lower ones" * ("train" in found))
 
 
 def recall_table(results: dict[str, dict[str, float]]) -> str:

@@ -16,23 +16,27 @@ import time
 import warnings
 from pathlib import Path
 
-from flags import DEVICES, MOST_RESULTS, Parser, a_path, at_least, port_number
+from flags import DEVICES, MOST_RESULTS, Parser, a_path, add, at_least, port_number
 from machine.errors import InputError
 from machine.stopping import ending, starting
 from machine.streams import log_to_stderr, shown, shown_name
 
 SHOWN_BROKEN = 20
+EXAMPLES = """examples:
+  python search.py index --model_checkpoint logs/RUN/best_checkpoint.pth --images FOLDER --out INDEX
+  python search.py query --index INDEX --image dress.jpg --text "is white, with a ribbon"
+  python search.py serve --index INDEX
+
+search.py COMMAND --help explains each command's flags."""
 
 
 def get_parser() -> Parser:
     parser = Parser(prog="search.py", description="Search any folder of images by a picture plus a change, with a "
-                    "trained model. The checkpoint alone says which model, texts and image size.",
-                    epilog="search.py COMMAND --help explains each command's flags.")
+                    "trained model.\nThe checkpoint alone says which model, texts and image size.", epilog=EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, help: str) -> Parser:
-        made = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".",
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        made = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         made.add_argument("--device", default="auto", choices=DEVICES, help="where the model runs")
         return made
 
@@ -56,11 +60,10 @@ def get_parser() -> Parser:
                        help="folder with images, in it and below it (required)")
     index.add_argument("--out", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                        help="folder for the index (required)")
-    index.add_argument("--ivf", action="store_true", help="for millions of images: a query is compared with those of "
-                       "the nearest cells of the gallery alone, so that a few of its results may be missed")
-    index.add_argument("--prune", action="store_true", help="take out all images that are no more there; without it, "
-                       "those whose folder is gone or empty stay, and if more than a tenth (and more than 5) are gone, "
-                       "nothing is changed")
+    add(index, "--ivf", False, "for millions of images: a query is compared with those of the nearest cells of the "
+        "gallery alone, so that a few of its results may be missed")
+    add(index, "--prune", False, "take out all images that are no more there; without it, those whose folder is gone "
+        "or empty stay, and if more than a tenth (and more than 5) are gone, nothing is changed")
     index.add_argument("--batch_size", type=at_least(1), default=32, metavar="B", help="images encoded at once")
     index.add_argument("--loader_num_workers", type=at_least(0), default=4, metavar="N", help="threads that read "
                        "images")
@@ -71,7 +74,7 @@ def get_parser() -> Parser:
     query.add_argument("--text", default="", help="what to change, as the model was trained to be told; empty: images "
                        "that look like the picture")
     query.add_argument("-k", type=at_least(1, most=MOST_RESULTS), default=20, metavar="K", help="how many results")
-    query.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    add(query, "--json", False, "print JSON in place of a table")
     query.add_argument("--html", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
                        "page that needs no other file")
     query.add_argument("--png", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "

@@ -33,7 +33,7 @@ def get_parser() -> Parser:
         prog=PROGRAM, usage="%(prog)s --dataset NAME --dataset_path DIR [flags]",
         description="Look through a dataset before training on it: what each split holds; which images are broken, "
         "missing, twice there or never used; and, in lines that begin with 'wrong:', what would stop a run or be left "
-        "out of it. Nothing in the folder is changed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "out of it. Nothing in the folder is changed.",
         epilog="Give it the flags that main.py will be given. The exit code is 0 where nothing is wrong, 1 where "
         "something is, 2 for a wrong flag or a folder that is none.")
     add_dataset_flags(parser, required=True)

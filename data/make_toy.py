@@ -8,7 +8,6 @@ is seeded by its own file name. Two exact commands, from the root of the reposit
     python data/make_toy.py /tmp/toy --shop
 """
 
-import argparse
 import cmath
 import colorsys
 import csv
@@ -27,6 +26,10 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flags import Parser
 
 # Silhouettes in a square from -100 to 100 (y points down), drawn one primitive after the other:
 # poly x y ..., box x0 y0 x1 y1, oval x0 y0 x1 y1, line WIDTH x y ..., arc WIDTH x0 y0 x1 y1 FROM TO (degrees).
@@ -426,11 +429,12 @@ def write_datasets(folder, plans, force):
 
 def main():
     """Read the command line, write the data sets, and turn what goes wrong into one line."""
-    parser = argparse.ArgumentParser(description="Write three small drawn data sets in their published layouts, or a "
-                                     "small shop's photos and spreadsheet.")
+    parser = Parser(prog="make_toy.py", description="Write three small drawn data sets in their published layouts, or "
+                    "a small shop's photos and spreadsheet.")
     parser.add_argument("folder", metavar="OUT", type=Path, help="folder that receives " + ", ".join(PUBLISHED))
-    parser.add_argument("--shop", action="store_true", help="write OUT/shop instead, for --dataset triplets")
-    parser.add_argument("--force", action="store_true", help="replace what an earlier run of this program wrote")
+    for flag, help in (("--shop", "write OUT/shop instead, for --dataset triplets"),
+                       ("--force", "replace what an earlier run of this program wrote")):
+        parser.add_argument(flag, action="store_true", help=help)               # no True|False: OUT may follow
     options, started = parser.parse_args(), time.perf_counter()
     dataset, name = ("triplets", "shop") if options.shop else ("mitstates", "mitstates")
     try:

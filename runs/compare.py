@@ -9,9 +9,9 @@ percent, means over the seeds ± their standard deviation. ms: a step's time, ba
 composer itself learns.
 """
 
-import argparse
 import hashlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -21,12 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 import checkpoint
 from datasets import DATASETS
-from flags import registered
+from flags import Parser, registered
 from machine.errors import InputError
+from writers import LINES
 
 KS = 1, 5, 10, 50
 JUDGES = "correct_composition", "own_gallery_mean"                        # the first that a benchmark has
@@ -38,12 +37,18 @@ def found(folder: Path) -> dict | None:
         state, results = checkpoint.load(file.with_name(checkpoint.LATEST)), json.loads(file.read_text())
         results.pop("baselines", None)
         if results.pop("it") == state["opt"]["num_iters"]:
-            speeds = EventAccumulator(str(file.parent)).Reload().Scalars("queries_per_second")
             own = [value.numel() for name, value in state["model_state_dict"].items()
                    if not name.startswith(("img_model.", "text_model."))]
             return {"splits": results, "weights": sum(own),
-                    "ms": statistics.median(1000 * state["opt"]["batch_size"] / speed.value for speed in speeds)}
+                    "ms": 1000 * state["opt"]["batch_size"] / speed(file.with_name(LINES))}
     return None
+
+
+def speed(log: Path) -> float:
+    """Median queries a second; not a number of a run from before there was such a file."""
+    lines = map(json.loads, log.read_text().splitlines() if log.exists() else ())
+    found = [line["queries per second"] for line in lines if "queries per second" in line]
+    return statistics.median(found or [math.nan])
 
 
 def run(dataset: str, model: str, seed: int, more: list[str], out: Path) -> dict:
@@ -79,12 +84,13 @@ def rows(dataset: str, model: str, results: list[dict]) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s --on DATASET:DIR ... "
-                                     "[--models NAME ...] [--seeds N ...] [--out DIR] -- [main.py's flags]")
+    parser = Parser(prog="compare.py", description=__doc__.split("\n")[0], usage="%(prog)s --on DATASET:DIR ... "
+                    "[--models NAME ...] [--seeds N ...] [--out DIR] -- [main.py's flags]")
     parser.add_argument("--on", nargs="+", required=True, metavar="DATASET:DIR", help=f"of {', '.join(DATASETS)}")
-    parser.add_argument("--models", nargs="+", default=registered("img_text_composition_models.py", "MODELS"))
+    parser.add_argument("--models", nargs="+", default=registered("img_text_composition_models.py", "MODELS"),
+                        metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("logs/compare"), help="folder of the runs (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("logs/compare"), help="folder of the runs")
     words = sys.argv[1:]
     mine, more = (words[:words.index("--")], words[words.index("--") + 1:]) if "--" in words else (words, [])
     args = parser.parse_args(mine)

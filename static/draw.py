@@ -3,7 +3,6 @@
     python static/draw.py --model_checkpoint logs/RUN/latest_checkpoint.pth --dataset_path data/toy/mitstates
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from datasets import MITStates
+from flags import Parser
 from machine.image_store import ImageStore
 from pictures import GREEN, INK, PAPER, QUIET, RED, Answer, font, sheet
 from searching.gallery import Encoder
@@ -109,7 +109,7 @@ def architecture() -> Image.Image:
 
 
 def run() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(prog="draw.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model_checkpoint", required=True, help="of a run on the toy MIT-States")
     parser.add_argument("--dataset_path", default=str(ROOT / "data" / "toy" / "mitstates"), help="the toy MIT-States")
     parser.add_argument("--rows", type=int, default=6, help="queries shown")

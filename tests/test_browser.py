@@ -73,8 +73,8 @@ def test_tensorboard_shows_scalars_and_the_pictures_of_results(trained, tab):
     (port,) = free_ports(1)
     with program(port, "-m", "tensorboard.main", "--logdir", trained.folder.parent, "--port", port, "--bind_all"):
         tab.goto(f"http://127.0.0.1:{port}/#timeseries")
-        for title in ("soft_triplet", "test_recall_top10_correct_composition", "scale", "gradient_norm"):
-            expect(tab.get_by_title(title, exact=True).first).to_be_attached()
+        sections = tab.locator("metrics-card-group-toolbar .group-title")
+        expect(sections).to_have_text(["loss", "model", "optimizer", "pictures", "ranks", "recall", "speed"])
         tab.goto(f"http://127.0.0.1:{port}/#images")
         tab.reload()
         shown = tab.locator("img[src*='individualImage'], tf-image-loader img")
@@ -82,6 +82,12 @@ def test_tensorboard_shows_scalars_and_the_pictures_of_results(trained, tab):
         sizes = [shown.nth(number).evaluate("image => [image.naturalWidth, image.naturalHeight, image.clientWidth]")
                  for number in range(shown.count())]
         assert any(width > 600 and height > 500 for width, height, _ in sizes), sizes
+        tab.goto(f"http://127.0.0.1:{port}/#hparams")
+        tab.reload()
+        cells = tab.locator("tf-hparams-main vaadin-grid-cell-content")
+        expect(cells.filter(has_text=trained.folder.name)).to_have_count(1)     # one entry a run
+        for title in ("batch_size", "image_encoder", "learning_rate", "loss", "model", "recall/test/composition@10"):
+            expect(cells.get_by_text(title, exact=True)).to_have_count(1)
 
 
 @pytest.fixture

@@ -258,7 +258,7 @@ def test_two_machines_find_together_again(mitstates, tmp_path):
     assert [machine.returncode for machine in machines] == [0, 0], said
     found = only_run(tmp_path / "logs")
     assert found.metrics["it"] == 24
-    assert [step for step, _ in found.scalars()["soft_triplet"]] == list(range(1, 25))
+    assert [step for step, _ in found.scalars()["loss/soft_triplet"]] == list(range(1, 25))
 
 
 @pytest.mark.long("three jobs")
@@ -270,7 +270,7 @@ def test_a_run_goes_on_with_more_and_with_fewer_processes(tmp_path):
         run(*torchrun(processes, "main.py", *words))
     found = only_run(tmp_path / "logs")
     assert found.metrics["it"] == 9
-    assert [step for step, _ in found.scalars()["soft_triplet"]] == list(range(1, 10))
+    assert [step for step, _ in found.scalars()["loss/soft_triplet"]] == list(range(1, 10))
 
 
 @pytest.mark.long("a job of its own")

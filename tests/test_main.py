@@ -23,6 +23,7 @@ from machine.image_store import ImageStore
 from test_retrieval import evaluate
 from text_model import SimpleVocab
 from torch_function import LOSSES
+from writers import tag
 
 from . import golden
 from .conftest import WRITERS, Run, flags, run_main, some
@@ -64,12 +65,12 @@ def test_every_composer_and_loss_trains_on_every_benchmark(tmp_path, name, model
     logged = run.scalars()
     extra = {"tirg": [], "TransformerAE": ["told_text_loss"], "RealSpaceConcatAE": ["L2_loss", "L2_loss_text"],
              "composeAE": ["L2_loss", "L2_loss_text", "rot_sym_loss"]}[model]
-    for loss_name in [loss, *extra, "total_training_loss"]:                     # tensorboardX puts _ for a space
-        assert [step for step, _ in logged[loss_name]] == [1, 2, 3]
-    assert all(value > 0 for _, value in logged["queries_per_second"])
+    for loss_name in [loss, *extra, "total"]:
+        assert [step for step, _ in logged[f"loss/{loss_name}"]] == [1, 2, 3]
+    assert all(value > 0 for _, value in logged["speed/queries_per_second"])
     for split in ("train", "test"):
         for metric, value in run.metrics[split].items():
-            assert logged[f"{split}_{metric}"][-1] == (3, pytest.approx(value))
+            assert logged[tag(f"{split} {metric}")][-1] == (3, pytest.approx(value))
     table = capsys.readouterr().out
     assert "R@1" in table and all(f"{split} correct_" in table for split in ("train", "test"))
 
@@ -90,7 +91,7 @@ def test_metric_names_are_the_references(tmp_path):
 
 def losses_of(run):
     return {name: points for name, points in run.scalars().items()
-            if "recall" not in name and "per_second" not in name}
+            if not name.startswith(("recall/", "speed/"))}
 
 
 @pytest.mark.parametrize("model", some(["composeAE", "tirg", "RealSpaceConcatAE"]))
@@ -109,19 +110,20 @@ def test_a_seed_repeats_to_the_last_digit_for_any_number_of_workers(mitstates, t
 def test_training_stops_exactly_and_tests_in_the_references_rhythm(mitstates, tmp_path):
     run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=11, eval_frequency=None)   # epochs of 2 steps
     logged = run.scalars()
-    assert [step for step, _ in logged["total_training_loss"]] == list(range(1, 12))
-    tests = [step for step, _ in logged["test_recall_top1_correct_composition"]]
+    assert [step for step, _ in logged["loss/total"]] == list(range(1, 12))
+    tests = [step for step, _ in logged["recall/test/composition@1"]]
     assert tests == [2, 8, 11]                                                  # before epochs 1 and 4, and at the end
     assert torch.load(run.checkpoint, weights_only=True)["it"] == 11
     every = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=6, eval_frequency=1, comment="_1")
-    assert [step for step, _ in every.scalars()["test_recall_top1_correct_composition"]] == [2, 4, 6]
+    assert [step for step, _ in every.scalars()["recall/test/composition@1"]] == [2, 4, 6]
     once = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=6, comment="_0")
-    assert [step for step, _ in once.scalars()["test_recall_top1_correct_composition"]] == [6]
+    assert [step for step, _ in once.scalars()["recall/test/composition@1"]] == [6]
 
 
 def test_rates_fall_tenfold_after_every_multiple_of_the_decay_frequency(mitstates, tmp_path):
     run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=7, learning_rate_decay_frequency=3)
-    assert [rate for _, rate in run.scalars()["learning_rate"]] == pytest.approx([1e-4] * 2 + [1e-5] * 3 + [1e-6] * 2)
+    rates = [rate for _, rate in run.scalars()["optimizer/learning_rate"]]
+    assert rates == pytest.approx([1e-4] * 2 + [1e-5] * 3 + [1e-6] * 2)
 
 
 def test_parameter_groups_hold_every_weight_once():
@@ -136,8 +138,8 @@ def test_parameter_groups_hold_every_weight_once():
 def test_logged_losses_are_means_over_the_steps_between(mitstates, tmp_path):
     every, third = (run_main("mitstates", mitstates, tmp_path / "logs", num_iters=6, log_frequency=k, comment=f"_{k}")
                     for k in (1, 3))
-    values = [value for _, value in every.scalars()["soft_triplet"]]
-    assert third.scalars()["soft_triplet"] == [(3, pytest.approx(sum(values[:3]) / 3)),
+    values = [value for _, value in every.scalars()["loss/soft_triplet"]]
+    assert third.scalars()["loss/soft_triplet"] == [(3, pytest.approx(sum(values[:3]) / 3)),
                                                (6, pytest.approx(sum(values[3:]) / 3))]
 
 
@@ -151,8 +153,8 @@ def test_test_only_gives_the_same_numbers_and_rebuilding_needs_no_flag(name, tmp
     (folder,) = (tmp_path / "tests").iterdir()
     tested = Run(folder)
     assert tested.metrics == trained.metrics
-    assert {key for key in tested.scalars() if key.startswith("test_")} == {f"test_{key}"
-                                                                            for key in trained.metrics["test"]}
+    assert {key for key in tested.scalars() if key.startswith("recall/test/")} == {tag(f"test {key}") for key in
+                                                                                   trained.metrics["test"]}
     assert not tested.checkpoint.exists()
     data = DATASETS[name](path, "test", complete_text=True)
     model = checkpoint.rebuild_model(trained.checkpoint).to(memory_format=torch.channels_last)  # to the last digit
@@ -167,7 +169,7 @@ def test_the_best_checkpoint_is_the_validations_where_there_is_one(mitstates, tm
     assert run.metrics.keys() == {"it", "train", "validation", "test"}
     best = torch.load(run.checkpoint, weights_only=True)["progress"]["best"]
     assert best == run.metrics["validation"]["recall_top1_correct_composition"]
-    assert any(name.startswith("validation_recall_top1") for name in run.scalars())
+    assert "recall/validation/composition@1" in run.scalars()
     tested = run_main("mitstates", mitstates, tmp_path / "logs", comment="_t", test_only=True, validation=between,
                       model_checkpoint=run.checkpoint)
     assert tested.metrics == run.metrics
@@ -189,12 +191,11 @@ def test_training_starts_from_a_given_checkpoint(mitstates, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if "running" not in name and "num_b" not in name)
 
 
-def test_flags_are_logged_as_text_and_hparams(mitstates, tmp_path):
+def test_flags_are_logged_as_text(mitstates, tmp_path):
     run = run_main("mitstates", mitstates, tmp_path / "logs")
     events = run.events()
     text = events.Tensors("flags/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| learning_rate | 0.0001 |" in text and "| model | composeAE |" in text
-    assert list(run.folder.glob("hparams/events*"))
 
 
 def test_baselines_are_shown_beside_the_model(mitstates, tmp_path, capsys):
@@ -202,13 +203,13 @@ def test_baselines_are_shown_beside_the_model(mitstates, tmp_path, capsys):
     shown = capsys.readouterr().out
     for way in ("source image alone", "text alone", "chance"):
         assert f"test {way} correct_composition" in shown
-        assert f"test {way} recall_top1_correct_composition".replace(" ", "_") in run.scalars()
+        assert f"baseline/test/{way.replace(' ', '_')}/composition@1" in run.scalars()
     assert list(run.metrics) == ["it", "train", "test", "baselines"]
     counts = run.metrics["baselines"]["test queries solved by"]
     assert list(counts) == ["the source image alone", "the text alone", "either", "neither"]
     for name, count in counts.items():
         assert f"\ntest queries solved by {name}: {count}\n" in shown
-        assert run.scalars()[f"test queries solved by {name}".replace(" ", "_")] == [(3, count)]
+        assert run.scalars()[f"baseline/test/queries_solved_by/{name.replace(' ', '_')}"] == [(3, count)]
 
 
 @pytest.mark.parametrize("text", ["True", "true", "1", None])
@@ -305,7 +306,8 @@ def test_metrics_file_is_json_of_plain_numbers(mitstates, tmp_path):
     content = json.loads((run.folder / "metrics.json").read_text())
     assert isinstance(content["it"], int) and all(type(value) is float for value in content["test"].values())
     assert sorted(path.name for path in run.folder.iterdir() if "events" not in path.name) == [
-        "best_checkpoint.pth", "hparams", "latest_checkpoint.pth", "metrics.json"]
+        "best_checkpoint.pth", "latest_checkpoint.pth", "log.jsonl", "metrics.json", "projector",
+        "projector_config.pbtxt"]
 
 
 def test_a_gpu_layout_changes_nothing_but_rounding():

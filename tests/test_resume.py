@@ -19,6 +19,7 @@ from img_text_composition_models import MODELS
 from machine.errors import InputError
 from machine.stopping import Stopped, Stopping, ending
 from torch_function import LOSSES
+from writers import tag
 
 from .conftest import Run, flags, run_main, some
 
@@ -30,7 +31,7 @@ def weights(path):
 
 
 def logged(run):
-    return {name: points for name, points in run.scalars().items() if "per_second" not in name}
+    return {name: points for name, points in run.scalars().items() if not name.startswith("speed/")}
 
 
 def assert_same_run(found, expected):
@@ -247,7 +248,7 @@ def test_checkpoints_without_a_run_to_go_on_with(mitstates, tmp_path, capsys):
 def test_the_best_checkpoint_is_of_the_best_test(mitstates, tmp_path, capsys):
     metric = "recall_top1_correct_noun"
     run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=8, eval_frequency=1, best_metric=metric)
-    scores = run.scalars()[f"test_{metric}"]
+    scores = run.scalars()[tag(f"test {metric}")]
     best = max(score for _, score in scores)
     state = checkpoint.load(run.folder / checkpoint.BEST)
     assert state["it"] == next(step for step, score in scores if score == best)

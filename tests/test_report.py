@@ -1,0 +1,219 @@
+"""What a run reports, read back as TensorBoard reads it; and help: near names, examples, switches, versions."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from google.protobuf import text_format
+from PIL import Image
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+
+import main
+import report
+import search
+from composition_dataset import Judge, QuerySet
+from data import check
+from flags import VERSION, Parser, add, meant
+from machine.image_store import DeviceStore
+from report import Sighting, Sightings, about_chance
+from writers import LINES, JsonLines, tag
+
+from .conftest import flags, run_main, write_mitstates
+
+ROOT = Path(main.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def stopped_and_resumed(tmp_path_factory):
+    """A run of two steps that went on to four."""
+    root = tmp_path_factory.mktemp("reports")
+    path = write_mitstates(root / "data")
+    run = run_main("mitstates", path, root / "logs", num_iters=2, model="tirg")
+    assert main.main(flags("mitstates", path, root / "logs", num_iters=4, model="tirg", resume=run.folder)) == 0
+    run.metrics = json.loads((run.folder / "metrics.json").read_text())
+    return run
+
+
+@pytest.mark.parametrize(("name", "place"), [
+    ("soft_triplet", "loss/soft_triplet"), ("total training loss", "loss/total"), ("L2_loss_text", "loss/L2_loss_text"),
+    ("learning_rate", "optimizer/learning_rate"), ("gradient norm", "optimizer/gradient_norm"),
+    ("scale", "model/scale"), ("a 3", "model/a3"), ("queries per second", "speed/queries_per_second"),
+    ("test recall_top10_correct_composition", "recall/test/composition@10"),
+    ("train recall_top1_correct_adj", "recall/train/adj@1"),
+    ("test recall_top50_own_gallery_mean", "recall/test/own_gallery_mean@50"),
+    ("test recall_mean_own_gallery", "recall/test/mean_own_gallery"), ("test recall_mean", "recall/test/mean"),
+    ("validation recall_top1_own_gallery_toy cars", "recall/validation/own_gallery_toy_cars@1"),
+    ("test source image alone recall_top5_correct_noun", "baseline/test/source_image_alone/noun@5"),
+    ("validation chance recall_mean", "baseline/validation/chance/mean"),
+    ("test results correct_dress", "pictures/results/test/dress"),
+    ("train features correct_composition", "pictures/features/train/composition"),
+    ("test log10 rank correct_adj", "ranks/test/adj"), ("test log10 rank subset", "ranks/test/subset")])
+def test_what_is_logged_is_in_groups(name, place):
+    assert tag(name) == place
+
+
+def test_a_run_is_one_entry_under_hparams_with_its_headline(stopped_and_resumed):
+    folder = stopped_and_resumed.folder
+    runs = EventMultiplexer().AddRunsFromDirectory(str(folder.parent)).Reload()
+    assert list(runs.Runs()) == [folder.name]
+    found = {name.removeprefix("_hparams_/"): HParamsPluginData.FromString(content) for name, content in
+             runs.GetAccumulator(folder.name).PluginTagToContent("hparams").items()}
+    assert found.keys() == {"experiment", "session_start_info", "session_end_info"}
+    told = found["session_start_info"].session_start_info.hparams
+    assert {name: getattr(value, value.WhichOneof("kind")) for name, value in told.items()} == {
+        "model": "tirg", "loss": "soft_triplet", "learning_rate": 0.0001, "batch_size": 4, "seed": 0,
+        "image_encoder": "mobilenet_v3_small", "text_encoder": "lstm"}
+    metrics = [metric.name.tag for metric in found["experiment"].experiment.metric_infos]
+    assert metrics == [f"recall/test/composition@{k}" for k in (1, 5, 10)]
+    logged = stopped_and_resumed.scalars()
+    assert [logged[name][-1] for name in metrics] == [(4, pytest.approx(
+        stopped_and_resumed.metrics["test"][f"recall_top{k}_correct_composition"])) for k in (1, 5, 10)]
+
+
+def test_the_recalls_of_a_split_are_one_chart(stopped_and_resumed):
+    events = stopped_and_resumed.events()
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    assert charts == {"train": ["recall/train/"], "test": ["recall/test/"], "all parts": ["loss/"]}
+    tags = events.Tags()["scalars"]
+    assert {name.split("/")[0] for name in tags} == {"loss", "model", "optimizer", "recall", "speed"}
+    assert sum(re.match("recall/test/", name) is not None for name in tags) == 15          # three judges at five K
+
+
+def test_the_projector_has_every_point_with_its_picture(stopped_and_resumed):
+    folder = stopped_and_resumed.folder
+    config = text_format.Parse((folder / "projector_config.pbtxt").read_text(), ProjectorConfig())
+    (shown,) = config.embeddings                                                # of the last test
+    features = np.loadtxt(folder / shown.tensor_path, delimiter="\t")
+    head, *labels = (folder / shown.metadata_path).read_text().splitlines()
+    assert head == "name\tkind" and len(labels) == len(features) == 10 + 16     # images and queries
+    assert np.linalg.norm(features, axis=1) == pytest.approx(1, abs=1e-3)
+    assert labels[0] == "images/old tomato/0.jpg\timage" and re.fullmatch(r"\+ \w+\tquery", labels[-1])
+    with Image.open(folder / shown.sprite.image_path) as sprite:
+        assert sprite.size == (6 * 32, 6 * 32) and list(shown.sprite.single_image_dim) == [32, 32]
+        found = np.asarray(sprite)
+    drawn = found.reshape(6, 32, 6, 32, 3).swapaxes(1, 2).reshape(36, -1)       # row after row
+    assert (drawn[26:] == 255).all() and (drawn[:26].std(1) > 1).all()
+
+
+def test_what_the_projector_gets_is_bounded():
+    store = DeviceStore(torch.zeros(4000, 32, 32, 3, dtype=torch.uint8))
+    rows = torch.nn.functional.normalize(torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    judge = Judge("correct_composition", np.arange(4000), np.arange(4000))
+    seen = Sightings(store, 0)
+    seen(QuerySet(np.arange(4000), ["wet\ttwo"] * 4000, np.full(4000, -1), [judge]), np.arange(4000), rows, rows,
+         [np.zeros(4000, int)])
+    points = seen["correct_composition"].points
+    assert points.features.shape == (1200, 4) and len(points.labels) == 1200 and len(points.pictures()) == 1200
+    assert points.labels[1000] == ("+ wet\ttwo", "query")
+
+
+def test_lines_of_json_hold_what_tensorboard_shows(stopped_and_resumed):
+    lines = [json.loads(line) for line in (stopped_and_resumed.folder / LINES).read_text().splitlines()]
+    assert [line["it"] for line in lines] == [1, 2, 2, 3, 4, 4]                 # at 2 and 4 a test, too
+    found = {}
+    for line in lines:
+        for name, value in line.items():
+            found.setdefault(tag(name), []).append((line["it"], pytest.approx(value, rel=1e-6)))
+    del found["loss/it"]
+    assert stopped_and_resumed.scalars() == found
+
+
+def test_lines_beyond_the_checkpoint_and_half_a_line_are_taken_back(tmp_path):
+    whole = b'{"it": 1, "scale": 4.0}\n{"it": 2, "scale": 5.0}\n'
+    (tmp_path / LINES).write_bytes(whole + b'{"it": 3, "scale": 6.0}\n[]\n{"it": 2, "sc')
+    JsonLines(tmp_path, {}, 2).scalars({"scale": 7.0}, 3)
+    assert (tmp_path / LINES).read_bytes() == whole + b'{"it": 3, "scale": 7.0}\n'
+
+
+def test_without_tensorboard_the_lines_and_the_metrics_stay(mitstates, tmp_path):
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=1, report_to="none")
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        "best_checkpoint.pth", "latest_checkpoint.pth", LINES, "metrics.json"]
+
+
+def test_a_package_that_is_not_there_is_one_line_before_anything_else(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main.main(flags("mitstates", tmp_path / "nowhere", tmp_path / "logs", report_to="wandb")) == 2
+    assert capsys.readouterr().err == ("main.py: error: --report_to wandb needs a package of its own: pip install "
+                                       "wandb\n")
+
+
+def test_the_table_is_told_what_chance_is():
+    def tested(value):
+        sightings = Sightings(None, 0)
+        sightings["correct_x"] = Sighting([], {}, None, None, {"recall_top10_correct_x": value})
+        return report.Tested({}, sightings)
+    assert about_chance({"train": tested(0.004), "test": tested(0.125)}) == (
+        "R@10 of a random order: train 0.40, test 12.50; train is asked among the targets of other training samples, "
+        "not in the test's gallery, so its recalls can be the lower ones")
+    assert about_chance({"test": tested(0.125)}) == "R@10 of a random order: test 12.50"
+    assert about_chance({"test": report.Tested({}, Sightings(None, 0))}) == ""
+
+
+NEAR = [(main, "--dataset=mitstate --dataset_path=x", "did you mean mitstates?"),
+        (main, "--dataset=mitstates --dataset_path=x --model TIRG", "did you mean tirg?"),
+        (main, "--dataset=mitstates --dataset_path=x --modle tirg", "did you mean --model?"),
+        (main, "--dataset=mitstates --dataset_path=x --zzz", "--zzz; see --help"),
+        (search, "qurey", "did you mean query?"),
+        (search, "query --index x --image y --jsn", "did you mean --json?"),
+        (search, "serve --index x --device CPU", "did you mean cpu?"),
+        (check, "--dataset mitstates --dataset_path x --categroy_to_train all", "did you mean --category_to_train?")]
+
+
+@pytest.mark.parametrize(("program", "words", "said"), NEAR)
+def test_a_wrong_name_is_told_the_nearest(program, words, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.main(words.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.endswith(f"{said}\n") and error.count("\n") == 1
+
+
+def test_only_what_is_near_is_meant():
+    assert meant("composeae", ["tirg", "composeAE"]) == "; did you mean composeAE?" and meant("x", ["tirg"]) == ""
+
+
+@pytest.mark.parametrize(("program", "words", "said"), [
+    (main, [], "examples:"), (search, [], "examples:"), (search, ["query"], "--image PATH"), (check, [], "--out FILE")])
+def test_no_flags_where_some_are_needed_are_the_help(program, words, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.main(words)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == "" and said in captured.err and "error" not in captured.err
+
+
+@pytest.mark.parametrize("run", [main.main, search.main, check.main])
+def test_programs_say_their_version(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.split()[-1] == VERSION
+
+
+def test_the_server_does_the_same_by_itself():
+    def said(*words):
+        done = subprocess.run([sys.executable, "-S", "-I", ROOT / "bert_server.py", *words], capture_output=True,
+                              text=True, check=False)
+        return done.returncode, done.stdout or done.stderr
+    code, text = said()
+    assert code == 2 and text.startswith("usage: bert_server.py")
+    assert said("--version") == (0, "bert_server.py, the protocol of bert-serving 1.10.0\n")
+    for words, near in ((["--prt", "6"], "--port"), (["-pooling_strategy", "reduce_men"], "REDUCE_MEAN")):
+        code, text = said("-model_dir", "x", *words)
+        assert code == 2 and text.endswith(f"did you mean {near}?\n") and text.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ([], False), (["--json"], True), (["--json", "True"], True), (["--json=no"], False), (["--json", "False"], False)])
+def test_a_switch_is_alike_in_all_programs(words, expected):
+    asked = search.get_parser().parse_args(["query", "--index=x", "--image=y", *words, "--text", "wet"])
+    parser = Parser()
+    add(parser, "--json", False, "help")
+    assert asked.json is parser.parse_args(words).json is expected

@@ -1,0 +1,240 @@
+"""Where what a run reports goes: lines of JSON in its folder, always; and TensorBoard, Weights & Biases, or neither."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import hparams
+
+from machine.errors import InputError
+from machine.folder_lock import write_whole
+from machine.streams import shown
+
+LINES = "log.jsonl"
+# What stands under HPARAMS, where TensorBoard ticks five by itself; the TEXT tab has all flags.
+HEADLINE_FLAGS = ("model", "loss", "learning_rate", "batch_size", "image_encoder", "text_encoder", "seed")
+GROUPS = {"total training loss": "loss/total", "learning_rate": "optimizer/learning_rate",
+          "gradient norm": "optimizer/gradient_norm", "scale": "model/scale",
+          "queries per second": "speed/queries_per_second", "images per second": "speed/images_per_second"}
+
+
+def tag(name: str) -> str:
+    """Where TensorBoard shows what is logged as `name`: test recall_top10_correct_adj is recall/test/adj@10."""
+    if found := re.fullmatch(r"(\w+) (?:(.+) )?recall_(?:top(\d+)_)?(.+)", name):
+        split, way, k, judge = found.groups()
+        group = f"baseline/{split}/{way}" if way else f"recall/{split}"
+        return f"{group}/{judge.removeprefix('correct_')}{f'@{k}' if k else ''}".replace(" ", "_")
+    if found := re.fullmatch(r"(\w+) (results|features|log10 rank) (.+)", name):
+        split, what, judge = found.groups()
+        group = "ranks" if what == "log10 rank" else f"pictures/{what}"
+        return f"{group}/{split}/{judge.removeprefix('correct_')}"
+    if found := re.fullmatch(r"(\w+) queries solved by (.+)", name):
+        return f"baseline/{found[1]}/queries_solved_by/{found[2]}".replace(" ", "_")
+    if found := re.fullmatch(r"a (\d+)", name):
+        return f"model/a{found[1]}"
+    return GROUPS.get(name, f"loss/{name}")
+
+
+class Points(NamedTuple):
+    """Features to look at one by one."""
+    features: np.ndarray                # (n, D)
+    labels: list[tuple[str, str]]       # n times its name or text, and what it is
+    pictures: Callable[[], list[Image.Image]]   # n
+
+
+class Writer:
+    """Takes what a run reports, and does nothing with it: what others leave out. Names are those of `tag`'s argument.
+
+    folder: the run's. after: the iteration after which a resumed run goes on; what was logged beyond it is taken back.
+    Raises InputError where something cannot be written.
+    """
+
+    def __init__(self, folder: Path, flags: dict, after: int | None):
+        self.folder, self.flags, self.after = folder, flags, after
+
+    @staticmethod
+    def check() -> None:
+        """Raise InputError where this machine lacks what it needs."""
+
+    def scalars(self, values: dict[str, float], it: int) -> None:
+        pass
+
+    def picture(self, name: str, picture: Image.Image, it: int) -> None:
+        pass
+
+    def histogram(self, name: str, values: np.ndarray, it: int) -> None:
+        pass
+
+    def points(self, name: str, points: Points) -> None:
+        pass
+
+    def tested(self, splits: Sequence[str], headline: Sequence[str]) -> None:
+        """Told before a process's first recalls of which splits there are, and which of them say most."""
+
+    def flush(self) -> None:
+        """What was logged so far is on disk."""
+
+    def close(self) -> None:
+        """The run has ended as it should."""
+
+    def on_disk(self, write: Callable, *content) -> None:
+        try:
+            write(*content)
+        except OSError as error:
+            self.give_up()
+            raise InputError(f"cannot write the log in {self.folder} ({error.strerror or error}); make room, then pass "
+                             "--resume auto") from None
+
+    def give_up(self) -> None:
+        pass
+
+
+class JsonLines(Writer):
+    """A line of log.jsonl for each call of `scalars`: {"it": ..., name: value}."""
+
+    def __init__(self, *what):
+        super().__init__(*what)
+        if self.after is not None and (file := self.folder / LINES).exists():
+            kept = [line for line in file.read_bytes().splitlines(keepends=True) if self.stays(line)]
+            self.on_disk(write_whole, file, b"".join(kept))
+
+    def stays(self, line: bytes) -> bool:
+        """Whether a resumed run keeps it: the last one may be half a line."""
+        try:
+            return json.loads(line)["it"] <= self.after and line.endswith(b"\n")
+        except (ValueError, LookupError, TypeError):
+            return False
+
+    def scalars(self, values: dict[str, float], it: int) -> None:
+        self.on_disk(self.append, json.dumps({"it": it, **values}) + "\n")
+
+    def append(self, line: str) -> None:
+        with open(self.folder / LINES, "a", encoding="utf-8") as file:
+            file.write(line)
+
+
+class TensorBoard(Writer):
+    """Event files in the run's folder, for one entry under HPARAMS, and files of the embedding projector."""
+
+    SIDE = 32                           # pixels of a point's picture
+
+    def __init__(self, *what):
+        super().__init__(*what)
+        self.writer = SummaryWriter(str(self.folder))
+        # Written at once in this thread: tensorboardX's own would lose what waits in its queue when the process is
+        # killed, and let the queue fill for ever on a full disk.
+        self.events = self.writer.file_writer.event_writer
+        self.events._worker.stop()                                              # at exit it cannot, from Python 3.12 on
+        self.events.add_event = partial(self.on_disk, self.events._ev_writer.write_event)
+        self.ending: Summary | None = None
+        self.projected = ""                                                     # what the projector is told
+        if self.after is not None:
+            restart = SessionLog(status=SessionLog.START)                       # TensorBoard drops steps from here on
+            self.writer.file_writer.add_event(Event(step=self.after + 1, session_log=restart))
+            return
+        rows = "\n".join(f"| {name} | {shown(value)} |" for name, value in sorted(self.flags.items()))
+        self.writer.add_text("flags", f"| flag | value |\n| --- | --- |\n{rows}", 0)
+
+    def scalars(self, values: dict[str, float], it: int) -> None:
+        """Not by add_scalar, which would make a _ of the @."""
+        found = [Summary.Value(tag=tag(name), simple_value=value) for name, value in values.items()]
+        self.writer.file_writer.add_summary(Summary(value=found), it)
+
+    def picture(self, name: str, picture: Image.Image, it: int) -> None:
+        self.writer.add_image(tag(name), np.asarray(picture), it, dataformats="HWC")
+
+    def histogram(self, name: str, values: np.ndarray, it: int) -> None:
+        self.writer.add_histogram(tag(name), values, it)
+
+    def points(self, name: str, points: Points) -> None:
+        """Some 7 bytes for a number and 3 KB for a picture. Not by add_embedding, whose sheet of pictures ends in
+        whatever is in memory, and which keeps those of every earlier time."""
+        columns = math.ceil(math.sqrt(len(points.labels)))
+        sheet = Image.new("RGB", (columns * self.SIDE, columns * self.SIDE), "white")
+        for place, picture in enumerate(points.pictures()):
+            corner = place % columns * self.SIDE, place // columns * self.SIDE
+            sheet.paste(picture.resize((self.SIDE, self.SIDE)), corner)
+        labels = [("name", "kind"), *points.labels]
+        files = f"projector/{name}"
+        self.projected += (f'embeddings {{\n tensor_name: "{name}"\n tensor_path: "{files}.tsv"\n'
+                           f' metadata_path: "{files}_names.tsv"\n sprite {{ image_path: "{files}.png" '
+                           f'single_image_dim: {self.SIDE} single_image_dim: {self.SIDE} }}\n}}\n')
+
+        def write() -> None:
+            (self.folder / "projector").mkdir(exist_ok=True)
+            np.savetxt(self.folder / f"{files}.tsv", points.features, "%.4f", "\t")
+            (self.folder / f"{files}_names.tsv").write_text(
+                "".join("\t".join(map(shown, label)) + "\n" for label in labels), encoding="utf-8")
+            sheet.save(self.folder / f"{files}.png")
+            (self.folder / "projector_config.pbtxt").write_text(self.projected)
+        self.on_disk(write)
+
+    def tested(self, splits: Sequence[str], headline: Sequence[str]) -> None:
+        """A chart for the recalls of each split; one entry under HPARAMS, with the last recalls that are logged."""
+        charts = {split: ["Multiline", [f"recall/{split}/"]] for split in splits}
+        self.writer.add_custom_scalars({"recall": charts, "loss": {"all parts": ["Multiline", ["loss/"]]}})
+        # Not by add_hparams, which would make a run of its own of them.
+        told = {name: self.flags[name] for name in HEADLINE_FLAGS}
+        experiment, start, self.ending = hparams(told, dict.fromkeys(map(tag, headline)))
+        for summary in (experiment, start):
+            self.writer.file_writer.add_summary(summary)
+
+    def flush(self) -> None:
+        self.on_disk(self.writer.flush)
+
+    def close(self) -> None:
+        if self.ending:
+            self.writer.file_writer.add_summary(self.ending)
+        self.flush()
+        self.writer.close()
+
+    def give_up(self) -> None:
+        self.events._closed = True                                              # else tensorboardX tries again at exit
+
+
+class WandB(Writer):
+    """Weights & Biases, by its own package; WANDB_MODE=offline keeps all in the run's folder."""
+
+    @staticmethod
+    def check() -> None:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise InputError("--report_to wandb needs a package of its own: pip install wandb") from None
+
+    def __init__(self, *what):
+        super().__init__(*what)
+        import wandb
+        self.wandb = wandb
+        name = self.folder.name
+        try:
+            self.run = wandb.init(dir=self.folder, project="composed-image-retrieval", name=name, resume="allow",
+                                  id=re.sub(r"[^\w-]", "-", name), config=self.flags,
+                                  settings=wandb.Settings(console="off"))
+        except wandb.Error as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise InputError(f"--report_to wandb: {reason}; or set WANDB_MODE=offline") from None
+
+    def scalars(self, values: dict[str, float], it: int) -> None:
+        self.run.log({tag(name): value for name, value in values.items()}, step=it)
+
+    def picture(self, name: str, picture: Image.Image, it: int) -> None:
+        self.run.log({tag(name): self.wandb.Image(picture)}, step=it)
+
+    def histogram(self, name: str, values: np.ndarray, it: int) -> None:
+        self.run.log({tag(name): self.wandb.Histogram(values)}, step=it)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+WRITERS = {"tensorboard": TensorBoard, "wandb": WandB, "none": Writer}
