@@ -3,6 +3,7 @@
     python search.py index --model_checkpoint logs/RUN/best_checkpoint.pth --images FOLDER --out INDEX
     python search.py query --index INDEX --image dress.jpg --text "is white, with a ribbon"
     python search.py serve --index INDEX
+    python search.py export --model_checkpoint logs/RUN/best_checkpoint.pth --out FOLDER
 """
 
 import argparse
@@ -36,11 +37,13 @@ def get_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, help: str) -> Parser:
-        made = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+
+    def computes(made: Parser) -> None:
         made.add_argument("--device", default="auto", choices=DEVICES, help="where the model runs")
-        return made
 
     def opens_index(made: Parser) -> None:
+        computes(made)
         made.add_argument("--index", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                           help="folder made by search.py index (required)")
         service = made.add_argument_group("sentence service, for a model trained with --use_bert; where a flag is not "
@@ -54,8 +57,9 @@ def get_parser() -> Parser:
 
     index = command("index", "make an index of a folder of images, or bring one up to date; stopped, the same command "
                     "goes on")
+    computes(index)
     index.add_argument("--model_checkpoint", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
-                       help="a run's best_checkpoint.pth (required)")
+                       help="a run's best_checkpoint.pth, or a folder that `export` wrote (required)")
     index.add_argument("--images", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                        help="folder with images, in it and below it (required)")
     index.add_argument("--out", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
@@ -87,6 +91,14 @@ def get_parser() -> Parser:
     serve.add_argument("--port", type=port_number, default=7860, help="port it listens on")
     serve.add_argument("--allow_host", action="append", default=[], metavar="NAME", help="another name it goes by, "
                        "such as a reverse proxy's; may be given again")
+    export = command("export", "write a model into a folder of its own: weights as safetensors, its record as JSON, a "
+                     "card to read; taken wherever a checkpoint is")
+    export.add_argument("--model_checkpoint", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
+                        help="a run's best_checkpoint.pth (required)")
+    export.add_argument("--out", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
+                        help="a new folder (required)")
+    add(export, "--onnx", False, "also its image encoder and its composer as ONNX, compared with torch; needs "
+        "requirements-export.txt")
     return parser
 
 
@@ -213,6 +225,16 @@ def serve(args: argparse.Namespace) -> None:
     page.open_page(gallery, args.k, args.host, args.port, args.allow_host)
 
 
+def export(args: argparse.Namespace) -> None:
+    from searching.export import export
+
+    differences = export(args.model_checkpoint, args.out, args.onnx)
+    files = [f"{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in sorted(args.out.iterdir())]
+    print(f"{shown_name(args.out)}: {', '.join(files)}; it is taken wherever a checkpoint is")
+    for name, difference in differences.items():
+        print(f"{name}: differs from torch by {difference:.1e} of the largest number at most")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run with these flags; returns the exit code, as `ending` says."""
     log_to_stderr()
@@ -221,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work(_stopping) -> None:
         args = get_parser().parse_args(argv)
-        {"index": index, "query": query, "serve": serve}[args.command](args)
+        {"index": index, "query": query, "serve": serve, "export": export}[args.command](args)
     return ending("search.py", work)
 
 

@@ -1,12 +1,14 @@
-"""A folder that one process at a time may work in, and files in it that are written whole or not at all."""
+"""A folder that one process at a time may work in, and files and folders that are written whole or not at all."""
 
 import errno
 import json
 import logging
 import os
+import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from machine.errors import InputError
@@ -130,3 +132,17 @@ def write_whole(path: Path, content, before: Callable[[Path], None] | None = Non
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write into, which in the end becomes `path`, where there is none or an empty one; where
+    that is not reached, nothing is left. Raises OSError."""
+    beside = unfinished(path)
+    shutil.rmtree(beside, ignore_errors=True)                                   # a dead namesake's
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        os.replace(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
