@@ -12,6 +12,7 @@ import html
 import io
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -23,6 +24,7 @@ from machine.stopping import ending, starting
 from machine.streams import log_to_stderr, shown, shown_name
 
 SHOWN_BROKEN = 20
+TILE = 128                              # pixels of a picture on a sheet
 EXAMPLES = """examples:
   python search.py index --model_checkpoint logs/RUN/best_checkpoint.pth --images FOLDER --out INDEX
   python search.py query --index INDEX --image dress.jpg --text "is white, with a ribbon"
@@ -46,6 +48,9 @@ def get_parser() -> Parser:
         computes(made)
         made.add_argument("--index", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                           help="folder made by search.py index (required)")
+        made.add_argument("--images", type=a_path, metavar="DIR", default=argparse.SUPPRESS, help="folder where the "
+                          "images are now, if they were moved; the index stays as it is")
+        add(made, "--follow_links", False, "show files, too, that links in that folder lead out of it to")
         service = made.add_argument_group("sentence service, for a model trained with --use_bert; where a flag is not "
                                           "given, as the training had it")
         for flag, kind, metavar, help in (
@@ -64,10 +69,16 @@ def get_parser() -> Parser:
                        help="folder with images, in it and below it (required)")
     index.add_argument("--out", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                        help="folder for the index (required)")
+    add(index, "--follow_links", False, "take in linked folders of images, and files that links lead out of --images "
+        "to")
     add(index, "--ivf", False, "for millions of images: a query is compared with those of the nearest cells of the "
         "gallery alone, so that a few of its results may be missed")
     add(index, "--prune", False, "take out all images that are no more there; without it, those whose folder is gone "
         "or empty stay, and if more than a tenth (and more than 5) are gone, nothing is changed")
+    index.add_argument("--metadata", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="a table, .csv or "
+                       ".jsonl, of what is known of the images: their paths below --images or bare names in the column "
+                       "file_name, or else in the first, and any other columns; in the place of an earlier table, "
+                       "which stays without it")
     index.add_argument("--batch_size", type=at_least(1), default=32, metavar="B", help="images encoded at once")
     index.add_argument("--loader_num_workers", type=at_least(0), default=4, metavar="N", help="threads that read "
                        "images")
@@ -78,6 +89,9 @@ def get_parser() -> Parser:
     query.add_argument("--text", default="", help="what to change, as the model was trained to be told; empty: images "
                        "that look like the picture")
     query.add_argument("-k", type=at_least(1, most=MOST_RESULTS), default=20, metavar="K", help="how many results")
+    add(query, "--keep_query", False, "where the picture is one of the gallery's own files, it may be a result, too")
+    query.add_argument("--where", default="", metavar="CONDITION", help="only images whose metadata fulfil it, as "
+                       "\"price < 50 AND colour = 'red'\", in SQL")
     add(query, "--json", False, "print JSON in place of a table")
     query.add_argument("--html", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
                        "page that needs no other file")
@@ -110,14 +124,14 @@ from tqdm import tqdm
 
 from machine.device import choose_device, set_up
 from machine.progress import progress_bar
-from pictures import Answer, sheet, thumbnail
+from pictures import NOTE, Answer, sheet, thumbnail, wrapped
 from searching.build import build
 from searching.gallery import Gallery, Hit
 
 
 def open_index(args: argparse.Namespace) -> Gallery:
     where = {name: value for name, value in vars(args).items() if name.startswith("bert_")}
-    return Gallery(args.index, start_device(args), where)
+    return Gallery(args.index, start_device(args), where, getattr(args, "images", None), args.follow_links)
 
 
 def start_device(args: argparse.Namespace):
@@ -129,41 +143,78 @@ def start_device(args: argparse.Namespace):
 def index(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     built = build(args.model_checkpoint, args.images, args.out, args.ivf, start_device(args), args.batch_size,
-                  args.loader_num_workers, progress_bar, args.prune)
+                  args.loader_num_workers, progress_bar, args.prune, getattr(args, "metadata", None),
+                  args.follow_links)
     for path, reason in list(built.left_out.items())[:SHOWN_BROKEN]:
         tqdm.write(shown(f"left out {path}: {reason}"), file=sys.stderr)
     if len(built.left_out) > SHOWN_BROKEN:
         tqdm.write(f"... and {len(built.left_out) - SHOWN_BROKEN} more", file=sys.stderr)
+    if built.not_followed:
+        print(f"note: {len(built.not_followed)} links to other folders were not followed, the first of them "
+              f"{shown_name(built.not_followed[0])}; pass --follow_links True to take in the images that they lead to",
+              file=sys.stderr)
     out = shown_name(args.out)
     print(f"{out}: {built.images} images, {built.new} of them encoded now, {built.summary}; "
-          f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {out}")
+          f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {out}"
+          + " --follow_links True" * args.follow_links)
 
 
 def query(args: argparse.Namespace) -> None:
     gallery = open_index(args)
-    hits = gallery.search(args.image, args.text, args.k)
+    hits = gallery.search(args.image, args.text, args.k + (not args.keep_query), where=args.where)
+    if not args.keep_query:
+        own = os.path.realpath(args.image)
+        hits = [hit for hit in hits if os.path.realpath(hit.path) != own][:args.k]
     if unknown := gallery.encoder.unknown(args.text):
         words = shown(", ".join(unknown))
         print(f"note: not known to the model, so read as one unknown word: {words}", file=sys.stderr)
+    missing = tell_missing(gallery, hits)
     if args.json:
         print(json.dumps({"image": str(args.image), "text": args.text, "unknown_words": unknown, "results": [
-            {"rank": rank, "score": hit.score, "path": str(hit.path)}
+            {"rank": rank, "score": hit.score, "path": str(hit.path),
+             **({"metadata": hit.metadata} if hit.metadata else {}),
+             **({"missing": True} if hit.image in missing else {})}
             for rank, hit in enumerate(hits, start=1)]}, indent=1))
     else:
         print("rank   score  image")
         for rank, hit in enumerate(hits, start=1):
-            print(f"{rank:4}  {hit.score:6.4f}  {shown_name(hit.path)}")
+            print(f"{rank:4}  {hit.score:6.4f}  {shown_name(hit.path)}" + f"  {shown(known(hit))}" * bool(hit.metadata))
     if "png" in args:
-        notes = [f"{rank}.  {hit.score:.4f}" for rank, hit in enumerate(hits, start=1)]
         picture = sheet([Answer(thumbnail(args.image), words_of(args.text), [result(gallery, hit) for hit in hits],
-                                notes=notes)], tile=128)
+                                notes=[note(rank, hit) for rank, hit in enumerate(hits, start=1)])], tile=TILE)
         write(args.png, "--png", png(picture))
     if "html" in args:
         write(args.html, "--html", page_of(gallery, args, hits).encode("utf-8", "replace"))
 
 
+def tell_missing(gallery: Gallery, hits: list[Hit]) -> set[int]:
+    """Of the results, those whose files are not there; says so once, and how to mend it."""
+    missing = {hit.image for hit in hits if not os.path.isfile(hit.path)}
+    out = sum(gallery.is_out(hit.path) for hit in hits if hit.image not in missing)
+    folder = shown_name(gallery.folder)
+    if missing and os.path.isdir(gallery.folder):                               # else it was said at opening
+        print(f"note: {len(missing)} of the {len(hits)} results are no longer in {folder}; if the images moved, pass "
+              "--images NEWFOLDER; if they were removed, run search.py index, which takes them out of the index",
+              file=sys.stderr)
+    if out:
+        print(f"note: {out} of the {len(hits)} results are behind links that lead out of {folder}; pass "
+              "--follow_links True to have them shown", file=sys.stderr)
+    return missing
+
+
 def words_of(text: str) -> str:
     return f"+ {text}" if text.strip() else "(no change: images that look like it)"
+
+
+def known(hit: Hit) -> str:
+    """Its metadata, what is not empty."""
+    return ", ".join(f"{column}: {value}" for column, value in hit.metadata.items() if value is not None)
+
+
+def note(rank: int, hit: Hit) -> str:
+    """Under its picture on a sheet: of its metadata's values as many as there is room for."""
+    values = " ".join(str(value) for value in hit.metadata.values() if value is not None)
+    return "\n".join([f"{rank}.  {hit.score:.4f}", *wrapped(values, TILE, NOTE, most=1)])
 
 
 def result(gallery: Gallery, hit: Hit) -> Image.Image:
@@ -171,7 +222,8 @@ def result(gallery: Gallery, hit: Hit) -> Image.Image:
     try:
         return thumbnail(gallery.file(hit.image))
     except InputError as error:
-        logging.warning("%s", error)
+        if os.path.isfile(hit.path) and not gallery.is_out(hit.path):           # else it was said
+            logging.warning("%s", error)
         return Image.new("RGB", (256, 256), "#d0d5da")
 
 
@@ -189,7 +241,7 @@ def page_of(gallery: Gallery, args: argparse.Namespace, hits: list[Hit]) -> str:
         data = base64.b64encode(content.getvalue()).decode()
         return (f'<figure><img src="data:image/jpeg;base64,{data}" alt="{html.escape(title)}" '
                 f'title="{html.escape(title)}"><figcaption>{html.escape(words)}</figcaption></figure>')
-    results = "\n".join(figure(result(gallery, hit), f"{rank}. {hit.score:.4f}", str(hit.path))
+    results = "\n".join(figure(result(gallery, hit), f"{rank}. {hit.score:.4f} {known(hit)}".strip(), str(hit.path))
                         for rank, hit in enumerate(hits, start=1))
     return f"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -8,7 +8,7 @@ and `index.faiss`, unit features in half precision by image id, which ranks and 
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
@@ -27,7 +27,8 @@ from machine.progress import progress_bar
 from machine.resizing import plain_square
 from machine.tensor_files import bytes_of, fingerprint
 from searching.image_list import Doubtful, ImageList
-from searching.ranking import RANKING, ranking_of, read_ranking, unit
+from searching.metadata import Cells, Filter, columns_of, metadata_of
+from searching.ranking import RANKING, ranking_of, read_ranking, selection, unit
 from text_encoders import sentence_source, text_encoder_of
 from text_model import SentenceTable, spread, tokenize
 
@@ -50,10 +51,12 @@ class Source:
 @dataclass
 class Hit:
     """One of a query's results; path: whole, though only `Gallery.file` sees that it is there and leads nowhere else;
-    score: the cosine of its feature and the query's."""
+    score: the cosine of its feature and the query's; metadata: {column: value}, empty where the index has none of it.
+    """
     image: int
     path: Path
     score: float
+    metadata: Cells = field(default_factory=dict)
 
 
 def read_picture(path: str | Path, size: int, resampling: str = "bilinear") -> np.ndarray:
@@ -210,16 +213,20 @@ class Gallery:
     """An index, opened to be searched; device: a GPU where there is one, unless given. Raises InputError where it is
     not whole.
 
+    images: the folder of the images, where they were moved since. follow_links: whether files that links lead out of
+    it to are given out; the index may be a stranger's, so that it has no say in this. columns: of the metadata.
     One query at a time: several threads may ask.
     """
 
-    def __init__(self, index: str | Path, device: str | torch.device | None = None, where: dict | None = None):
+    def __init__(self, index: str | Path, device: str | torch.device | None = None, where: dict | None = None,
+                 images: str | Path | None = None, follow_links: bool = False):
         index = Path(index)
         if missing := [name for name in (MODEL, IMAGES, RANKING) if not (index / name).is_file()]:
             raise InputError(f"{index} is no finished index: it has no {missing[0]}; make it with search.py index, "
                              "which goes on where it stopped")
         self.images, self.lock = ImageList(index / IMAGES), RLock()
-        (self.folder, changes), self.size = self.images.state(), len(self.images)
+        changes, self.size, self.columns = self.images.state()[1], len(self.images), columns_of(self.images)
+        self.folder, self.follow_links = self.place(images), follow_links
         check_model(self.images, index / MODEL)
         self.encoder = Encoder(index / MODEL, device, where, index)
         self.ranking, self.ranked = self.open_ranking(index / RANKING)
@@ -229,6 +236,16 @@ class Gallery:
         elif self.ranked != changes:
             log.warning("note: %s was changed after its ranking was made, and is searched as far as that goes; "
                         "search.py index brings it up to date", index)
+
+    def place(self, images: str | Path | None) -> Path:
+        """The folder of the images. Raises InputError where the one that is given is none."""
+        if images is not None and not os.path.isdir(images):
+            raise InputError(f"--images {images} is no folder")
+        folder = self.images.folder_now() if images is None else Path(os.path.realpath(images))
+        if not os.path.isdir(folder):
+            log.warning("note: %s, the folder of the images, is not there; if it moved, pass --images NEWFOLDER; if it "
+                        "was removed, remove %s too", folder, self.images.path.parent)
+        return folder
 
     def open_ranking(self, path: Path) -> tuple:
         """The ranking, and how many changes the list had seen when it was made, None where that was never noted. One
@@ -258,30 +275,49 @@ class Gallery:
         return Source(torch.from_numpy(features[0].copy()), image)
 
     def file(self, image: int) -> Path:
-        """Where one of the gallery's images lies. Raises InputError where it does not any more."""
+        """Where one of the gallery's images lies. Raises InputError where it does not any more, or is behind a link
+        out of the folder, unless these are followed."""
         path = self.images.path_of(image)
-        file = path and self.folder / path
-        if not file or not file.is_file() or not Path(os.path.realpath(file)).is_relative_to(self.folder):
-            raise InputError(f"{path or f'image {image}'} is no more in {self.folder}; run search.py index again")
-        return file
+        if not path or not os.path.isfile(self.folder / path):
+            raise InputError(f"{path or f'image {image}'} is no longer in {self.folder}; if the images moved, pass "
+                             "--images NEWFOLDER; if it was removed, run search.py index again")
+        if self.is_out(self.folder / path):
+            raise InputError(f"{path} is behind a link that leads out of {self.folder}; pass --follow_links True")
+        return self.folder / path
 
-    def search(self, picture: str | Path | Source, text: str, k: int = 20, leave_out: bool = False) -> list[Hit]:
+    def is_out(self, file: Path) -> bool:
+        return not self.follow_links and not Path(os.path.realpath(file)).is_relative_to(self.folder)
+
+    @cached_property
+    def filter(self) -> Filter:
+        return Filter(self.images)
+
+    def metadata(self, image: int) -> Cells:
+        """What the user's table says of an image: {column: value}; empty where it has no row."""
+        path = self.images.path_of(image)
+        return metadata_of(self.images, [path]).get(path, {}) if path else {}
+
+    def search(self, picture: str | Path | Source, text: str, k: int = 20, leave_out: bool = False,
+               where: str = "") -> list[Hit]:
         """The k images (1 or more) nearest to the composed query, best first, equal ones by id. Without a text, those
         that look like the picture.
 
         picture: any file, or what `picture` or `own_picture` made of one. leave_out: whether one of the gallery's own
-        is none of its results. Raises InputError for a picture that cannot be read, for a text as the encoder's
-        `unknown` does, which gives the words that are not known, and where the index is damaged.
+        is none of its results. where: a condition on `columns`, in SQL, which all results fulfil; whoever may search
+        may write it. Raises InputError for a picture that cannot be read, for a text as the encoder's `unknown` does,
+        which gives the words that are not known, for a condition that is none, and where the index is damaged.
         """
         if k < 1:
             raise InputError(f"k is {k}; ask for one result or more")
+        among = self.filter.images(where) if where.strip() else None
         source = picture if isinstance(picture, Source) else self.picture(picture)
         with self.lock:
             query = self.encoder.query(source.feature, text).numpy()
         own = {source.image} if leave_out else set()
-        found = [(number, score) for number, score in self.nearest(query, k + len(own)) if number not in own][:k]
-        return [Hit(number, self.folder / path, score) for number, score in found
-                if (path := self.images.path_of(number))]                       # else taken out this moment
+        found = [(path, number, score) for number, score in self.nearest(query, k + len(own), among)
+                 if number not in own and (path := self.images.path_of(number))][:k]    # none: taken out this moment
+        metadata = metadata_of(self.images, [path for path, *_ in found]) if self.columns else {}
+        return [Hit(number, self.folder / path, score, metadata.get(path, {})) for path, number, score in found]
 
     def check_missing(self, numbers: np.ndarray) -> None:
         """Images that are ranked and not listed were taken out since, or else the list is damaged: raises InputError.
@@ -290,20 +326,22 @@ class Gallery:
             raise InputError(f"{self.images.path} is damaged: image {numbers[0]} is gone from it; remove "
                              f"{self.images.path.parent} and make it again with search.py index")
 
-    def nearest(self, query: np.ndarray, k: int) -> list[tuple[int, float]]:
-        """Ids and scores of the k nearest. Half precision finds them, the kept features rank them; more are looked at
-        while one that was not could be among them."""
-        k, asked = min(k, self.ranking.ntotal), 0
-        while True:
-            asked = min(self.ranking.ntotal, 2 * max(asked, k) + 16)
-            rough, numbers = (rows[0] for rows in self.ranking.search(query[None], asked))
+    def nearest(self, query: np.ndarray, k: int, among: list[int] | None = None) -> list[tuple[int, float]]:
+        """Ids and scores of the k nearest, of all or among some. Half precision finds them, the kept features rank
+        them; more are looked at while one that was not could be among them."""
+        most = self.ranking.ntotal if among is None else min(len(among), self.ranking.ntotal)
+        k, asked, selected = min(k, most), 0, None if among is None else selection(self.ranking, among)
+        while k:
+            asked = min(most, 2 * max(asked, k) + 16)
+            rough, numbers = (rows[0] for rows in self.ranking.search(query[None], asked, params=selected))
             listed, features = self.images.features(numbers[numbers >= 0], self.ranking.d)
             self.check_missing(np.setdiff1d(numbers[numbers >= 0], listed))
             scores = unit(features) @ query if listed else np.zeros(0, np.float32)
             best = np.argsort(-scores, kind="stable")[:k]
-            complete = asked == self.ranking.ntotal or numbers[-1] < 0
+            complete = asked == most or numbers[-1] < 0
             if complete or (len(best) == k and rough[-1] < scores[best[-1]] - ROUNDING):
                 return [(listed[place], float(scores[place])) for place in best]
+        return []
 
 
 def check_model(images: ImageList, path: Path) -> None:
@@ -312,14 +350,6 @@ def check_model(images: ImageList, path: Path) -> None:
     if noted not in (None, file_digest(path)):
         raise InputError(f"{path} is damaged, or of another index: it is not what its checksum says; remove "
                          f"{path.parent} and make it again with search.py index")
-
-
-def attempt(folder: Path, encoder: Encoder, entry: tuple[str, tuple[int, int]]) -> np.ndarray | str:
-    """An image's pixels, or why there are none."""
-    try:
-        return decode(str(folder / entry[0]), encoder.size, encoder.resampling, upright=True)
-    except InputError as error:
-        return str(error)
 
 
 def printable(text: str) -> str:
