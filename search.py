@@ -56,8 +56,13 @@ def get_parser() -> Parser:
                        help="folder with images, in it and below it (required)")
     index.add_argument("--out", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                        help="folder for the index (required)")
-    index.add_argument("--ivf", action="store_true", help="for millions of images: a query is compared with those of "
-                       "the nearest cells of the gallery alone, so that a few of its results may be missed")
+    index.set_defaults(kind="exact")
+    kinds = index.add_mutually_exclusive_group()
+    kinds.add_argument("--ivf", dest="kind", action="store_const", const="ivf", default=argparse.SUPPRESS,
+                       help="for millions of images: a query is compared with those of the nearest cells of the "
+                       "gallery alone, so that a few of its results may be missed")
+    kinds.add_argument("--pq", dest="kind", action="store_const", const="pq", default=argparse.SUPPRESS,
+                       help="for more than memory holds: as --ivf, and an image takes 72 bytes in place of 1,032")
     index.add_argument("--prune", action="store_true", help="take out all images that are no more there; without it, "
                        "those whose folder is gone or empty stay, and if more than a tenth (and more than 5) are gone, "
                        "nothing is changed")
@@ -113,7 +118,7 @@ def start_device(args: argparse.Namespace):
 
 def index(args: argparse.Namespace) -> None:
     start = time.perf_counter()
-    built = build(args.model_checkpoint, args.images, args.out, args.ivf, start_device(args), args.batch_size,
+    built = build(args.model_checkpoint, args.images, args.out, args.kind, start_device(args), args.batch_size,
                   args.loader_num_workers, progress_bar, args.prune)
     for path, reason in list(built.left_out.items())[:SHOWN_BROKEN]:
         tqdm.write(shown(f"left out {path}: {reason}"), file=sys.stderr)

@@ -47,7 +47,7 @@ class Update:
     gone: list[int]                     # ids
 
 
-def build(source: Path, folder: Path, out: Path, ivf: bool, device: torch.device, batch_size: int, workers: int,
+def build(source: Path, folder: Path, out: Path, kind: str, device: torch.device, batch_size: int, workers: int,
           progress: Callable, prune: bool = False) -> Built:
     """Make `out` the index of the images below `folder` by a checkpoint's model. What it already holds is kept: so it
     goes on where it was stopped, and takes in what has changed since. What is no more there is taken out at the very
@@ -62,10 +62,10 @@ def build(source: Path, folder: Path, out: Path, ivf: bool, device: torch.device
     encoder = Encoder(source, device)
     with FolderLock("--out") as lock:
         prepare(out, encoder, source, lock)
-        return brought_up_to_date(encoder, folder, out, ivf, batch_size, workers, progress, prune)
+        return brought_up_to_date(encoder, folder, out, kind, batch_size, workers, progress, prune)
 
 
-def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, ivf: bool, batch_size: int, workers: int,
+def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, kind: str, batch_size: int, workers: int,
                        progress: Callable, prune: bool) -> Built:
     """The index in `out`, which is this process's own and holds the encoder's model, of what is below `folder`."""
     images, walk = ImageList(out / IMAGES), Walk(folder)
@@ -91,7 +91,7 @@ def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, ivf: bool, bat
                          + "".join(f"; {path}: {why}" for path, why in list(broken.items())[:1]))
     if update.gone:
         images.remove(update.gone)
-    rank(images, out, encoder.model.image_dim, ivf, progress)
+    rank(images, out, encoder.model.image_dim, kind, progress)
     tried = {path for path, _ in update.new}
     return Built(len(images), len(tried - broken.keys()), {path: why for path, (_, why) in walk.left_out.items()},
                  walk.summary(), broken)

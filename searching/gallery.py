@@ -27,7 +27,7 @@ from machine.progress import progress_bar
 from machine.resizing import plain_square
 from machine.tensor_files import fingerprint
 from searching.image_list import Doubtful, ImageList
-from searching.ranking import RANKING, ranking_of, read_ranking, unit
+from searching.ranking import RANKING, ranking_of, read_ranking, spare, unit
 from text_encoders import sentence_source, text_encoder_of
 from text_model import SentenceTable, spread, tokenize
 
@@ -241,7 +241,7 @@ class Gallery:
         except Doubtful as doubt:
             log.warning("note: %s is damaged (%s), so it is made again from the list for now; search.py index does so "
                         "for good", path, doubt)
-        return ranking_of(self.images, dim, False, progress_bar), changes
+        return ranking_of(self.images, dim, "exact", progress_bar), changes
 
     def picture(self, path: str | Path) -> Source:
         """Any picture as a query's."""
@@ -290,11 +290,11 @@ class Gallery:
                              f"{self.images.path.parent} and make it again with search.py index")
 
     def nearest(self, query: np.ndarray, k: int) -> list[tuple[int, float]]:
-        """Ids and scores of the k nearest. Half precision finds them, the kept features rank them; more are looked at
-        while one that was not could be among them."""
+        """Ids and scores of the k nearest. Half precision finds them, or codes, the kept features rank them; more
+        are looked at while, by half precision, one that was not could be among them."""
         k, asked = min(k, self.ranking.ntotal), 0
         while True:
-            asked = min(self.ranking.ntotal, 2 * max(asked, k) + 16)
+            asked = min(self.ranking.ntotal, 2 * max(asked, k) + spare(self.ranking))
             rough, numbers = (rows[0] for rows in self.ranking.search(query[None], asked))
             listed, features = self.images.features(numbers[numbers >= 0], self.ranking.d)
             self.check_missing(np.setdiff1d(numbers[numbers >= 0], listed))
