@@ -3,6 +3,7 @@
     python search.py index --model_checkpoint logs/RUN/best_checkpoint.pth --images FOLDER --out INDEX
     python search.py query --index INDEX --image dress.jpg --text "is white, with a ribbon"
     python search.py serve --index INDEX
+    python search.py export --index INDEX --vectors out.parquet
 """
 
 import argparse
@@ -14,6 +15,7 @@ import logging
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 from flags import DEVICES, MOST_RESULTS, Parser, a_path, at_least, port_number
@@ -76,6 +78,10 @@ def get_parser() -> Parser:
     query.add_argument("--text", default="", help="what to change, as the model was trained to be told; empty: images "
                        "that look like the picture")
     query.add_argument("-k", type=at_least(1, most=MOST_RESULTS), default=20, metavar="K", help="how many results")
+    query.add_argument("--qdrant", metavar="URL", default=argparse.SUPPRESS, help="search in a Qdrant database that "
+                       "holds the exported vectors: http://HOST:PORT, or a folder of its local mode; its key is taken "
+                       "from QDRANT_API_KEY")
+    query.add_argument("--collection", default="pictures", help="of --qdrant, which")
     query.add_argument("--json", action="store_true", help="print JSON in place of a table")
     query.add_argument("--html", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
                        "page that needs no other file")
@@ -89,6 +95,11 @@ def get_parser() -> Parser:
     serve.add_argument("--port", type=port_number, default=7860, help="port it listens on")
     serve.add_argument("--allow_host", action="append", default=[], metavar="NAME", help="another name it goes by, "
                        "such as a reverse proxy's; may be given again")
+    export = command("export", "write an index's images as a table, a Parquet file of ids, paths and unit vectors")
+    export.add_argument("--index", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
+                        help="folder made by search.py index (required)")
+    export.add_argument("--vectors", required=True, type=a_path, metavar="FILE", default=argparse.SUPPRESS,
+                        help="the file to write, replaced when all of it is written (required)")
     return parser
 
 
@@ -101,13 +112,16 @@ from tqdm import tqdm
 from machine.device import choose_device, set_up
 from machine.progress import progress_bar
 from pictures import Answer, sheet, thumbnail
+from searching import vectors
 from searching.build import build
 from searching.gallery import Gallery, Hit
+from searching.qdrant import Qdrant
 
 
 def open_index(args: argparse.Namespace) -> Gallery:
     where = {name: value for name, value in vars(args).items() if name.startswith("bert_")}
-    return Gallery(args.index, start_device(args), where)
+    return Gallery(args.index, start_device(args), where,
+                   partial(Qdrant, args.qdrant, args.collection) if "qdrant" in args else None)
 
 
 def start_device(args: argparse.Namespace):
@@ -215,6 +229,11 @@ def serve(args: argparse.Namespace) -> None:
     page.open_page(gallery, args.k, args.host, args.port, args.allow_host)
 
 
+def export(args: argparse.Namespace) -> None:
+    count = vectors.export(args.index, args.vectors, progress_bar)
+    print(f"{shown_name(args.vectors)}: {count} images; docs/growing.md says how to load them")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run with these flags; returns the exit code, as `ending` says."""
     log_to_stderr()
@@ -223,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work(_stopping) -> None:
         args = get_parser().parse_args(argv)
-        {"index": index, "query": query, "serve": serve}[args.command](args)
+        {"index": index, "query": query, "serve": serve, "export": export}[args.command](args)
     return ending("search.py", work)
 
 

@@ -7,7 +7,7 @@ and `index.faiss`, unit features in half precision by image id, which ranks and 
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -209,10 +209,12 @@ class Gallery:
     """An index, opened to be searched; device: a GPU where there is one, unless given. Raises InputError where it is
     not whole.
 
+    ranking: makes, of the features' size and the model's fingerprint, what is asked in the place of the index's own.
     One query at a time: several threads may ask.
     """
 
-    def __init__(self, index: str | Path, device: str | torch.device | None = None, where: dict | None = None):
+    def __init__(self, index: str | Path, device: str | torch.device | None = None, where: dict | None = None,
+                 ranking: Callable | None = None):
         index = Path(index)
         if missing := [name for name in (MODEL, IMAGES, RANKING) if not (index / name).is_file()]:
             raise InputError(f"{index} is no finished index: it has no {missing[0]}; make it with search.py index, "
@@ -221,17 +223,20 @@ class Gallery:
         (self.folder, changes), self.size = self.images.state(), len(self.images)
         check_model(self.images, index / MODEL)
         self.encoder = Encoder(index / MODEL, device, where, index)
-        self.ranking, self.ranked = self.open_ranking(index / RANKING)
+        self.ranking, self.ranked = self.open_ranking(index / RANKING, ranking)
         if self.ranked is None:
             log.warning("note: %s has no checksums, so that damage to it cannot be told; search.py index adds them",
                         index)
         elif self.ranked != changes:
-            log.warning("note: %s was changed after its ranking was made, and is searched as far as that goes; "
-                        "search.py index brings it up to date", index)
+            log.warning("note: %s was changed after its ranking was made, and is searched as far as that goes; %s",
+                        index, "export and load it again" if ranking else "search.py index brings it up to date")
 
-    def open_ranking(self, path: Path) -> tuple:
+    def open_ranking(self, path: Path, other: Callable | None) -> tuple:
         """The ranking, and how many changes the list had seen when it was made, None where that was never noted. One
         that cannot be believed is made again."""
+        if other:
+            found = other(self.encoder.model.image_dim, self.encoder.fingerprint())
+            return found, found.changes
         noted, ranked = self.images.file_note(RANKING)
         dim, changes = self.encoder.model.image_dim, self.images.state()[1]
         try:
