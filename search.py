@@ -109,6 +109,7 @@ if __name__ == "__main__":                                                      
 from PIL import Image
 from tqdm import tqdm
 
+from machine import distributed
 from machine.device import choose_device, set_up
 from machine.progress import progress_bar
 from pictures import Answer, sheet, thumbnail
@@ -125,15 +126,18 @@ def open_index(args: argparse.Namespace) -> Gallery:
 
 
 def start_device(args: argparse.Namespace):
-    device = choose_device(args.device)
-    set_up(device, "fp32")
+    device = choose_device(args.device, distributed.local_rank() if distributed.launched() else None)
+    set_up(device, "fp32", distributed.local_world())
     return device
 
 
 def index(args: argparse.Namespace) -> None:
-    start = time.perf_counter()
-    built = build(args.model_checkpoint, args.images, args.out, args.kind, start_device(args), args.batch_size,
-                  args.loader_num_workers, progress_bar, args.prune)
+    start, device = time.perf_counter(), start_device(args)
+    with distributed.job(device):
+        built = build(args.model_checkpoint, args.images, args.out, args.kind, device, args.batch_size,
+                      args.loader_num_workers, progress_bar, args.prune)
+    if not built:                                                               # by the first of several processes
+        return
     for path, reason in list(built.left_out.items())[:SHOWN_BROKEN]:
         tqdm.write(shown(f"left out {path}: {reason}"), file=sys.stderr)
     if len(built.left_out) > SHOWN_BROKEN:
@@ -236,7 +240,7 @@ def export(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run with these flags; returns the exit code, as `ending` says."""
-    log_to_stderr()
+    log_to_stderr(logging.WARNING if distributed.local_rank() == 0 else logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="PIL")
 

@@ -3,7 +3,7 @@
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from machine import distributed
 from machine.checksums import file_digest
 from machine.errors import InputError, first_line
 from machine.folder_lock import NAME as LOCK
@@ -48,10 +49,11 @@ class Update:
 
 
 def build(source: Path, folder: Path, out: Path, kind: str, device: torch.device, batch_size: int, workers: int,
-          progress: Callable, prune: bool = False) -> Built:
+          progress: Callable, prune: bool = False) -> Built | None:
     """Make `out` the index of the images below `folder` by a checkpoint's model. What it already holds is kept: so it
     goes on where it was stopped, and takes in what has changed since. What is no more there is taken out at the very
-    end; prune: even where it is much, or only its folder is known to be gone.
+    end; prune: even where it is much, or only its folder is known to be gone. Of several processes the first does it,
+    the others encode their share, and return nothing.
     """
     faiss()                                                                     # missing? said before the work
     if not folder.is_dir():
@@ -60,6 +62,8 @@ def build(source: Path, folder: Path, out: Path, kind: str, device: torch.device
     if folder == folder.parent:
         raise InputError(f"--images {folder} is the whole machine; name a folder in it")
     encoder = Encoder(source, device)
+    if not distributed.first():
+        return helped(encoder, folder, batch_size, workers)
     with FolderLock("--out") as lock:
         prepare(out, encoder, source, lock)
         return brought_up_to_date(encoder, folder, out, kind, batch_size, workers, progress, prune)
@@ -74,16 +78,14 @@ def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, kind: str, bat
     if images.file_note(MODEL)[0] is None:
         images.note_file(MODEL, file_digest(out / MODEL))
     update = compare(images, walk, progress, prune)
-    read = partial(attempt, folder, encoder)
-    parts = [update.new[start:start + batch_size] for start in range(0, len(update.new), batch_size)]
     with progress(total=update.kept + len(update.new), initial=update.kept, desc="encoding images",
                   unit="image") as bar:
-        for part, pixels in zip(parts, prefetch(lambda part: list(map(read, part)), parts, workers), strict=True):
-            for (path, _), why in zip(part, pixels, strict=True):
+        for part, rows in encoded(encoder, folder, update.new, batch_size, workers):
+            for (path, _), why in zip(part, rows, strict=True):
                 if isinstance(why, str):
                     walk.leave_out(path, Kind.BROKEN, why + "; its earlier feature stays" * (path in update.changed))
-            add(images, encoder, [(entry, row) for entry, row in zip(part, pixels, strict=True)
-                                  if not isinstance(row, str)])
+            if read := [(entry, row) for entry, row in zip(part, rows, strict=True) if not isinstance(row, str)]:
+                images.add([entry for entry, _ in read], np.stack([row for _, row in read]))
             bar.update(len(part))
     broken = {path: why for path, (kind, why) in walk.left_out.items() if kind.is_image()}
     if not len(images):
@@ -97,10 +99,28 @@ def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, kind: str, bat
                  walk.summary(), broken)
 
 
-def add(images: ImageList, encoder: Encoder, read: list[tuple[tuple[str, tuple[int, int]], np.ndarray]]) -> None:
-    """Images that were read, as (path and version, pixels)."""
-    if read:
-        images.add([entry for entry, _ in read], encoder.images([pixels for _, pixels in read]).numpy())
+def encoded(encoder: Encoder, folder: Path, new: list | None, batch_size: int, workers: int) -> Iterator[tuple]:
+    """Batches of the images (path, version) that are new, in order, each with a row an image: its feature (D,), or why
+    there is none. Of several processes the first alone knows what is new, and gets all; each encodes its share."""
+    new = distributed.from_first(lambda: new)
+    parts = [new[start:start + batch_size] for start in range(0, len(new), batch_size)]
+    mine, read = distributed.share(parts), partial(attempt, folder, encoder)
+    pixels = prefetch(lambda part: list(map(read, part)), mine, workers)
+    for start in range(0, len(parts), distributed.world()):                     # in rounds: none gets far ahead
+        rows = distributed.to_first(features(encoder, next(pixels, [])))
+        yield from zip(parts[start:start + len(rows)], rows, strict=False)      # of the last few, one may have had none
+
+
+def features(encoder: Encoder, pixels: list[np.ndarray | str]) -> list[np.ndarray | str]:
+    """Of images that could be read; the others as they are."""
+    rows = iter(encoder.images(read).numpy() if (read := [row for row in pixels if not isinstance(row, str)]) else ())
+    return [row if isinstance(row, str) else next(rows) for row in pixels]
+
+
+def helped(encoder: Encoder, folder: Path, batch_size: int, workers: int) -> None:
+    """The part of a process that is not the first."""
+    for _ in encoded(encoder, folder, None, batch_size, workers):
+        pass
 
 
 def compare(images: ImageList, walk: Walk, progress: Callable, prune: bool) -> Update:

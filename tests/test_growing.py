@@ -1,26 +1,28 @@
 """Galleries that grow: their vectors elsewhere, codes in place of vectors, an index made by several processes."""
 
 import json
+import os
 import re
+import signal
+import socket
 import sqlite3
+import subprocess
 import sys
-import textwrap
+import time
 
 import numpy as np
 import pytest
 from pyarrow import parquet
 from qdrant_client import QdrantClient, models
 
-import search
-from machine.errors import InputError
-from searching.gallery import Gallery
-from searching.image_list import ImageList
-from searching.ranking import rank, read_ranking, unit
+import searching.qdrant
+from searching.image_list import Doubtful, ImageList
+from searching.ranking import rank, read_ranking
 
 from .conftest import picture
 from .index_faults import copied, write_model
 from .services import ROOT, free_ports
-from .test_search import CPU, asked, features_index, made, quiet, run
+from .test_search import asked, features_index, held, made, quiet, run
 
 DIM = 24
 
@@ -32,8 +34,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def large(trained, tmp_path_factory):
-    """Pictures' folder, and an index of six of them and of 10,000 more images, of which there are features alone: near
-    the pictures', and a hundred of them the same one."""
+    """Pictures' folder, and an index of six of them and of 10,000 more images, of which there are features alone: about
+    the pictures', and a hundred of them the same one, nearest to the first."""
     root = tmp_path_factory.mktemp("large")
     for number in range(6):
         picture(root / "images" / f"{number}.jpg")
@@ -41,8 +43,9 @@ def large(trained, tmp_path_factory):
     listed = ImageList(root / "index" / "images.sqlite")
     (_, features), = listed.all_features()
     rng = np.random.default_rng(0)
-    features = features[rng.integers(0, 6, 10_000)] * rng.normal(1, 0.2, (10_000, DIM)).astype(np.float32)
-    features[500:600] = features[500]
+    spread = rng.normal(1, 0.2, (10_000, DIM)).astype(np.float32)
+    spread[500:600] = spread[500] / 10 + 0.9
+    features = features[np.where(np.arange(10_000) // 100 == 5, 0, rng.integers(0, 6, 10_000))] * spread
     listed.add([(f"made up/{number}.jpg", (1, 1)) for number in range(10_000)], features)
     rank(listed, root / "index", DIM, "exact", quiet)
     return root
@@ -79,7 +82,8 @@ def test_a_table_holds_every_image_with_its_unit_vector(large, exported):
     table = parquet.read_table(exported)
     listed = ImageList(large / "index" / "images.sqlite")
     entries = listed.entries("true")
-    assert table.column_names == ["id", "path", "vector"] and table["id"].to_pylist() == [each.number for each in entries]
+    assert table.column_names == ["id", "path", "vector"]
+    assert table["id"].to_pylist() == [each.number for each in entries]
     assert table["path"].to_pylist() == [each.path for each in entries] and len(entries) == 10_006
     assert str(table.schema.field("vector").type) == "fixed_size_list<element: float>[24]"
     vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, DIM)
@@ -105,12 +109,149 @@ def test_a_table_that_fails_leaves_the_earlier_one(large, exported, tmp_path, ca
 
 
 def test_qdrant_ranks_as_faiss_does(large, qdrant, capsys):
-    for number, text in ((0, "red"), (1, ""), (2, "red")):
+    for number, text in ((0, "red"), (3, "")):
         words = ["--index", large / "index", "--image", large / "images" / f"{number}.jpg", "--text", text, "-k", 300]
-        ours = asked(capsys, *words)["results"]
-        theirs = asked(capsys, *words, "--qdrant", qdrant)["results"]
+        ours, theirs = (asked(capsys, *words, *more)["results"] for more in ([], ["--qdrant", qdrant]))
         assert [hit["path"] for hit in theirs] == [hit["path"] for hit in ours] and len(ours) == 300
         assert [hit["score"] for hit in theirs] == pytest.approx([hit["score"] for hit in ours], abs=1e-5)
-    same = [int(re.search(r"up/(\d+)", hit["path"])[1]) for hit in ours if 500 <= int("0" + "".join(re.findall(
-        r"up/(\d+)", hit["path"]))) < 600]
-    assert same == sorted(same)
+
+
+def test_equal_scores_from_qdrant_are_by_id(large, qdrant, capsys):
+    listed = ImageList(large / "index" / "images.sqlite")
+    path = large / "images" / "0.jpg"
+    found = asked(capsys, "--index", large / "index", "--image", path, "-k", 120, "--qdrant", qdrant)["results"]
+    numbers = {listed.id_of(os.path.relpath(hit["path"], large / "images")): hit["score"] for hit in found}
+    same = {number: score for number, score in numbers.items() if 507 <= number < 607}
+    assert list(same) == list(range(507, 607)) and len({*same.values()}) == 1
+
+
+@pytest.fixture
+def silent():
+    """An address where a service takes questions and answers none."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(("where", "collection", "said"), [
+    ("{none}", "pictures", "does not answer.*refused"), ("{silent}", "pictures", "does not answer.*timed out"),
+    ("{empty}", "pictures", "neither http://HOST:PORT nor a folder"), ("{folder}", "others", "no collection others"),
+    ("{folder}", "wide", "vectors of 48 values"), ("{folder}", "named", "vectors of several values"),
+    ("{folder}", "far", "compared by Euclid"), ("{folder}", "strange", "another model's"),
+    ("{folder}", "silent", "does not say whose"), ("{folder}", "empty", "is empty")])
+def test_what_is_no_collection_of_the_index_is_one_line(large, others, silent, tmp_path, monkeypatch, capsys, where,
+                                                        collection, said):
+    monkeypatch.setattr(searching.qdrant, "PATIENCE", 1)
+    where = where.format(none=f"http://127.0.0.1:{free_ports(1)[0]}", silent=silent, empty=tmp_path, folder=others)
+    assert run("query", "--index", large / "index", "--image", large / "images" / "0.jpg", "--qdrant", where,
+               "--collection", collection) == 2
+    err = capsys.readouterr().err
+    assert re.search(said, err) and len(err.splitlines()) == 1, err
+
+
+@pytest.fixture(scope="module")
+def others(large, exported, tmp_path_factory):
+    """A folder of collections that are none of the index's."""
+    about = {name.decode(): value.decode() for name, value in parquet.read_schema(exported).metadata.items()}
+    kept = models.VectorParams(size=DIM, distance="Dot")
+    wide, far = (models.VectorParams(size=size, distance=kind) for size, kind in ((48, "Dot"), (DIM, "Euclid")))
+    folder = tmp_path_factory.mktemp("others")
+    client = QdrantClient(path=str(folder))
+    for name, vectors, metadata in (("wide", wide, about), ("named", {"a": kept}, about), ("far", far, about),
+                                    ("strange", kept, {**about, "model": "0"}), ("silent", kept, None),
+                                    ("empty", kept, about)):
+        client.create_collection(name, vectors, metadata=metadata)
+    client.close()
+    return folder
+
+
+def test_a_collection_older_than_the_index_is_searched_with_a_note(large, qdrant, tmp_path, caplog, capsys):
+    out = copied(large / "index", tmp_path / "index")
+    listed = ImageList(out / "images.sqlite")
+    listed.remove([1, 2])
+    found = asked(capsys, "--index", out, "--image", large / "images" / "0.jpg", "-k", 5, "--qdrant", qdrant)["results"]
+    assert len(found) == 5 and not {hit["path"].rpartition("/")[2] for hit in found} & {"0.jpg", "1.jpg"}
+    assert "changed after its ranking was made" in caplog.text and "export and load it again" in caplog.text
+
+
+@pytest.mark.parametrize(("package", "words"), [
+    ("qdrant_client", ["query", "--image", "{image}", "--qdrant", "http://127.0.0.1:1", "--index"]),
+    ("pyarrow", ["export", "--vectors", "{out}", "--index"])])
+def test_a_package_that_is_missing_is_named_with_the_command(large, tmp_path, monkeypatch, capsys, package, words):
+    monkeypatch.setitem(sys.modules, package, None)
+    named = {"image": large / "images" / "0.jpg", "out": tmp_path / "out.parquet"}
+    assert run(*(word.format(**named) for word in words), large / "index") == 2
+    err = capsys.readouterr().err
+    assert "pip install -r requirements-export.txt" in err and len(err.splitlines()) == 1
+
+
+def test_codes_find_nearly_all_in_a_fraction_of_the_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(60, 32))
+    features = (centres[rng.integers(0, 60, 10_000)] + 0.3 * rng.normal(size=(10_000, 32))).astype(np.float32)
+    opened = features_index(tmp_path, features, "pq")
+    assert read_ranking(tmp_path / "index.faiss", 32).pq.code_size == 4
+    assert (tmp_path / "index.faiss").stat().st_size < 10_000 * (4 + 8 + 8)     # code, id, and what all share
+    with pytest.raises(Doubtful):
+        read_ranking(tmp_path / "index.faiss", 64)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    recalls = []
+    for query in unit[:40]:
+        found = opened.nearest(query, 10)
+        places, scores = np.array([number - 1 for number, _ in found]), [score for _, score in found]
+        assert scores == pytest.approx(unit[places] @ query, abs=1e-6)
+        recalls.append(len({*places} & {*np.argsort(-(unit @ query))[:10]}) / 10)
+    assert np.mean(recalls) > 0.9
+
+
+def test_codes_of_few_images_are_no_codes(tmp_path):
+    features = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
+    opened = features_index(tmp_path, features, "pq")
+    assert type(opened.ranking).__name__ == "IndexIVFScalarQuantizer"
+    read_ranking(tmp_path / "index.faiss", 16)
+
+
+# Several processes
+
+def torchrun(trained, images, out, *words):
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "search.py", "index",
+         "--model_checkpoint", trained, "--images", images, "--out", out, *words], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def listing(out):
+    return [(each.number, each.path, each.feature) for each in ImageList(out / "images.sqlite").entries("true")]
+
+
+@pytest.mark.long("two jobs of two processes")
+def test_two_processes_make_the_index_that_one_makes(trained, tmp_path):
+    for number in range(17):
+        picture(tmp_path / "images" / f"{number}.jpg")
+    (tmp_path / "images" / "3.jpg").write_bytes(b"no picture")
+    made(trained, tmp_path / "images", tmp_path / "one", batch_size=4)
+    job = torchrun(trained, tmp_path / "images", tmp_path / "two", "--batch_size", "4")     # batches: three, and two
+    out, err = job.communicate(timeout=300)
+    assert job.returncode == 0 and out.count("16 images, 16 of them encoded now, 1 left out (1 broken image)") == 1, err
+    assert listing(tmp_path / "two") == listing(tmp_path / "one")
+    job = torchrun(trained, tmp_path / "images" / "none", tmp_path / "two")
+    out, err = job.communicate(timeout=300)
+    assert job.returncode and err.count("search.py: error: --images") == 1 and "is no folder" in err
+
+
+@pytest.mark.long("a job of two processes that is killed, and one that goes on")
+def test_two_processes_that_are_killed_lose_no_more_than_a_round(trained, tmp_path):
+    for number in range(400):
+        picture(tmp_path / "images" / f"{number}.jpg")
+    made(trained, tmp_path / "images", tmp_path / "one", batch_size=4)
+    job = torchrun(trained, tmp_path / "images", tmp_path / "two", "--batch_size", "4")
+    while not (tmp_path / "two" / "images.sqlite").exists() or held(tmp_path / "two") < 40:
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    os.kill(json.loads((tmp_path / "two" / "run.lock").read_text())["process"], signal.SIGKILL)
+    job.communicate(timeout=60)                                                 # and with it the other
+    kept = listing(tmp_path / "two")
+    assert kept == listing(tmp_path / "one")[:len(kept)] and 40 <= len(kept) < 400 and len(kept) % 4 == 0
+    job = torchrun(trained, tmp_path / "images", tmp_path / "two", "--batch_size", "4")
+    out, err = job.communicate(timeout=300)
+    assert job.returncode == 0 and f"400 images, {400 - len(kept)} of them encoded now" in out, err
+    assert listing(tmp_path / "two") == listing(tmp_path / "one")
