@@ -1,7 +1,7 @@
 """An index's vectors in a Qdrant database, searched there in the place of the index's own ranking."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +30,8 @@ class Qdrant:
             import qdrant_client
         except ImportError:
             raise InputError("--qdrant needs its client: pip install -r requirements-export.txt") from None
-        self.how = {"search_params": qdrant_client.models.SearchParams(exact=True)} if server else {}   # there it is
+        self.models = qdrant_client.models
+        self.how = {"search_params": self.models.SearchParams(exact=True)} if server else {}    # a folder's is always
         with self.telling():
             self.client = qdrant_client.QdrantClient(
                 **{"url": where, "timeout": PATIENCE, "api_key": os.environ.get("QDRANT_API_KEY"),
@@ -66,12 +67,17 @@ class Qdrant:
             raise InputError(f"--qdrant {self.where} does not answer ({first_line(error)}); see that it runs and is "
                              "Qdrant, or drop --qdrant") from None
 
-    def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """(1, D) -> scores and ids (1, k) of the nearest, best first; where there are fewer, ids of -1."""
+    def selection(self, numbers: Sequence[int]):
+        """What has a search look among these ids alone."""
+        return self.models.Filter(must=[self.models.HasIdCondition(has_id=numbers)])
+
+    def search(self, query: np.ndarray, k: int, params=None) -> tuple[np.ndarray, np.ndarray]:
+        """(1, D) -> scores and ids (1, k) of the nearest, best first; where there are fewer, ids of -1. params: a
+        selection."""
         scores, numbers = np.full((1, k), -np.inf, np.float32), np.full((1, k), -1, np.int64)
         with self.telling():
-            points = self.client.query_points(self.collection, query[0].tolist(), limit=k, with_payload=False,
-                                              **self.how).points
+            points = self.client.query_points(self.collection, query[0].tolist(), query_filter=params, limit=k,
+                                              with_payload=False, **self.how).points
             scores[0, :len(points)] = [point.score for point in points]
             numbers[0, :len(points)] = [point.id for point in points]
         return scores, numbers

@@ -6,7 +6,7 @@ What can be made again is believed only where it is just what was written, and r
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from machine.checksums import file_digest
 from machine.errors import InputError, first_line
 from searching.image_list import Doubtful, ImageList
+from searching.qdrant import Qdrant
 
 RANKING = "index.faiss"
 MOST_CELLS = 4096                       # with more, training and filling them would take a day at tens of millions
@@ -84,6 +85,17 @@ def parts_of(dim: int) -> int:
 def spare(ranking) -> int:
     """How many images more than twice those asked for are ranked by their features at first."""
     return 512 if hasattr(ranking, "pq") else 16
+
+
+def selection(ranking, numbers: Sequence[int]):
+    """What has a ranking search among these ids alone, and all of them: also those in cells far away."""
+    if isinstance(ranking, Qdrant):
+        return ranking.selection(numbers)
+    library = faiss()
+    chosen = library.IDSelectorBatch(np.array(numbers, np.int64))
+    if isinstance(ranking, library.IndexIVF):
+        return library.SearchParametersIVF(sel=chosen, nprobe=ranking.nlist)
+    return library.SearchParameters(sel=chosen)
 
 
 def read_ranking(path: Path, dim: int):

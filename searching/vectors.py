@@ -10,7 +10,10 @@ from machine.folder_lock import unfinished
 from machine.tensor_files import fingerprint
 from searching.gallery import IMAGES, MODEL, check_model, printable
 from searching.image_list import Entry, ImageList, unpacked
+from searching.metadata import Cells, columns_of, kept, metadata_of
 from searching.ranking import unit
+
+OURS = ("id", "path", "vector")         # columns; a user's of that name has an underscore behind
 
 
 def arrow():
@@ -25,8 +28,8 @@ def arrow():
 def export(index: Path, out: Path, progress: Callable) -> int:
     """Write an index's table, some thousand images at a time, whole or not at all; returns how many there are.
 
-    Its columns: id, path below the gallery, vector: float32, as many as the model's features have. Its own metadata say
-    which model's they are and how many changes the list had seen, as `Qdrant` wants to know of a collection.
+    Its columns: id, path below the gallery, the metadata's, vector: float32, as many as the model's features have. Its
+    own metadata say which model's they are and how many changes the list had seen, as `Qdrant` wants to know.
     """
     library = arrow()
     if missing := [name for name in (MODEL, IMAGES) if not (index / name).is_file()]:
@@ -35,16 +38,19 @@ def export(index: Path, out: Path, progress: Callable) -> int:
     check_model(images, index / MODEL)
     dim, about = checkpoint.recipe(state, index / MODEL).image_dim, {
         "model": fingerprint(state["model_state_dict"]), "changes": str(images.state()[1])}
-    schema = library.schema([("id", library.int64()), ("path", library.string()),
-                             ("vector", library.list_(library.float32(), dim))], about)
+    more = kinds(images)
+    fields = {"id": library.int64(), "path": library.string(), **{
+        name + "_" * (name in OURS): {int: library.int64(), float: library.float64(), str: library.string()}[kind]
+        for name, kind in more.items()}, "vector": library.list_(library.float32(), dim)}
     beside, count = unfinished(out), len(images)
     try:
         beside.unlink(missing_ok=True)                                          # a dead namesake's
         with open(beside, "xb") as file:
-            with library.parquet.ParquetWriter(file, schema) as writer, progress(
+            with library.parquet.ParquetWriter(file, library.schema(fields.items(), about)) as writer, progress(
                     total=count, desc="writing", unit="image") as bar:
                 for entries in images.parts():
-                    writer.write_batch(library.record_batch(columns(entries, dim), schema))
+                    rows = columns(entries, metadata_of(images, [entry.path for entry in entries]), more, dim)
+                    writer.write_batch(library.record_batch(rows, writer.schema))
                     bar.update(len(entries))
             file.flush()
             os.fsync(file.fileno())
@@ -56,8 +62,23 @@ def export(index: Path, out: Path, progress: Callable) -> int:
     return count
 
 
-def columns(entries: list[Entry], dim: int) -> list:
-    """Of some images, in the schema's order; bytes of a path that are no text are replaced."""
-    vectors = unit(unpacked(entries, dim)).ravel()
+def kinds(images: ImageList) -> dict[str, type]:
+    """The metadata's columns, with what every value of theirs can be: int, float, or str."""
+    found = {name: set() for name in columns_of(images)}
+    for _, cells in kept(images):
+        for name, value in cells.items():
+            found[name].add(type(value))
+    for types in found.values():
+        types.discard(type(None))
+    return {name: int if types == {int} else float if types and types <= {int, float} else str
+            for name, types in found.items()}
+
+
+def columns(entries: list[Entry], cells: dict[str, Cells], more: dict[str, type], dim: int) -> list:
+    """Of some images, in the schema's order; bytes that are no text are replaced."""
+    def values(name: str, kind: type) -> list:
+        found = [cells.get(entry.path, {}).get(name) for entry in entries]
+        return [value if value is None else printable(str(value)) if kind is str else kind(value) for value in found]
+    vectors = arrow().FixedSizeListArray.from_arrays(unit(unpacked(entries, dim)).ravel(), dim)
     return [[entry.number for entry in entries], [printable(entry.path) for entry in entries],
-            arrow().FixedSizeListArray.from_arrays(vectors, dim)]
+            *(values(name, kind) for name, kind in more.items()), vectors]
