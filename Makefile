@@ -10,7 +10,7 @@ BERT_PORTS := 15555 15556
 
 install: .venv/installed
 
-.venv/installed: requirements.txt requirements-search.txt requirements-dev.txt requirements.lock
+.venv/installed: requirements.txt requirements-search.txt requirements-export.txt requirements-dev.txt requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock -r requirements-dev.txt
@@ -107,7 +107,7 @@ OLDEST ?= $(addprefix tests/test_,models.py losses.py datasets.py text_model.py 
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n auto -m "not long" $(OLDEST)
 
-.venv-oldest/installed: requirements.txt requirements-search.txt requirements-dev.txt oldest.txt
+.venv-oldest/installed: requirements.txt requirements-search.txt requirements-export.txt requirements-dev.txt oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check -c oldest.txt -r requirements-dev.txt
 	touch $@

@@ -17,7 +17,7 @@ import torch
 
 from image_encoders import encoder_head
 from img_text_composition_models import MODELS, ImgTextCompositionBase, Recipe, SentenceVectors
-from machine import distributed, tensor_files
+from machine import distributed, model_folder, tensor_files
 from machine.device import random_numbers
 from machine.errors import InputError
 from machine.folder_lock import unfinished, write_whole
@@ -45,15 +45,16 @@ BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "r
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,
-         progress: dict, best: bool = False) -> None:
+         progress: dict, best: bool = False, results: dict | None = None) -> None:
     """Write LATEST, and as BEST too: each beside it, then renamed, so that it is the previous checkpoint or this one.
 
-    progress: what else the run needs to go on, of plain types and tensors. Raises FloatingPointError where a weight or
-    a momentum is not finite, InputError where the file cannot be written.
+    progress: what else the run needs to go on, of plain types and tensors. results: {split: {metric: value}} of this
+    model's test, if there was one. Raises FloatingPointError where a weight or a momentum is not finite, InputError
+    where the file cannot be written.
     """
     state = {"it": it, "opt": flags, "model_state_dict": model.state_dict(), "progress": progress,
              "optimizer_state_dict": optimizer.state_dict(), "recipe": model.recipe.plain(),
-             "example_texts": list(model.example_texts), "launch": distributed.launch(),
+             "example_texts": list(model.example_texts), "results": results or {}, "launch": distributed.launch(),
              "random": random_states(model.a.device)}
     weights = {f"weight {name}": value for name, value in state["model_state_dict"].items()}
     if wrong := not_finite({**weights, **momenta(state["optimizer_state_dict"])}):
@@ -131,7 +132,7 @@ def flags_of(path: str | Path) -> list[str]:
     """What main.py was told of all that a test depends on, when it wrote this checkpoint: ["--dataset=mitstates", ...].
     Nothing where the file cannot be read: what is wrong with it is for `load` to say."""
     try:
-        content = tensor_files.read(path, glance=True)
+        content = content_of(path, glance=True)
     except (tensor_files.Unreadable, OSError):
         return []
     opt = content.get("opt", {}) if isinstance(content, dict) else {}
@@ -183,20 +184,27 @@ def resume(state: dict, optimizer: torch.optim.Optimizer, device: torch.device) 
     return state["progress"]
 
 
+def content_of(path: str | Path, glance: bool = False):
+    """What is in a checkpoint, or in a folder of `search.py export`. Raises as `tensor_files.read` does, or InputError.
+    """
+    return (model_folder if Path(path).is_dir() else tensor_files).read(path, glance)
+
+
 def load(path: str | Path) -> dict:
-    """The checkpoint's content on the CPU, `opt` as a dict, its weights under `model_state_dict`. Raises InputError for
-    anything that is not one, or not as it was written.
+    """The content of a checkpoint or of a folder of `search.py export`, on the CPU, `opt` as a dict, its weights under
+    `model_state_dict`. Raises InputError for anything that is not one, or not as it was written.
 
     Only tensors, plain types and numbers are unpickled, and the argparse.Namespace of the original's checkpoints.
     """
     try:
-        sealed = tensor_files.is_whole(path)
-        content = tensor_files.read(path)
+        sealed = Path(path).is_dir() or tensor_files.is_whole(path)
+        content = content_of(path)
         weights = tensor_files.weights(content)
     except FileNotFoundError:
         raise InputError(f"checkpoint not found at {path}; check --model_checkpoint") from None
     except (tensor_files.Unreadable, OSError) as error:
-        raise InputError(f"{path} is not a readable checkpoint ({error}); name a latest_checkpoint.pth") from None
+        raise InputError(f"{path} is not a readable checkpoint ({error}); name a latest_checkpoint.pth, or a folder "
+                         "that search.py export wrote") from None
     if weights is None:
         raise InputError(f"{path} is not a checkpoint of this program: it has no model_state_dict of tensors")
     if not sealed:
@@ -223,13 +231,21 @@ def well_formed(state: dict) -> bool:
     words = state.get("word2id", words)                                         # where older ones held it
     return (isinstance(state["it"], int) and isinstance(state["opt"], dict) and isinstance(words, dict)
             and ("recipe" not in state or {field.name for field in fields(Recipe)} == made_of.keys())
-            and isinstance(state.get("sentences", {}), dict)
+            and isinstance(state["opt"].get("text_encoder", ""), str)
+            and isinstance(state.get("sentences", {}), dict) and are_results(state.get("results", {}))
             and isinstance(state.get("example_texts", []), list)
             and all(isinstance(text, str) for text in state.get("example_texts", []))
             and isinstance(progress, dict) and (not progress or progress.keys() - PROGRESS_SINCE == PROGRESS)
             and isinstance(progress.get("turn", 0), int) and isinstance(progress.get("data", {}), dict)
             and all(isinstance(word, str) for word in words)
             and sorted(map(str, words.values())) == sorted(map(str, range(len(words)))))
+
+
+def are_results(found) -> bool:
+    """Whether it is {split: {metric: value}}."""
+    return isinstance(found, dict) and all(
+        isinstance(values, dict) and all(isinstance(name, str) for name in [split, *values])
+        and all(isinstance(value, int | float) for value in values.values()) for split, values in found.items())
 
 
 def restore(model: ImgTextCompositionBase, state: dict, path: str | Path) -> None:
@@ -283,7 +299,7 @@ def recipe(state: dict, path: str | Path) -> Recipe:
             raise InputError(f"{path} does not say its vocabulary and model: it was not written by this program")
         found = Recipe(opt["model"], opt["image_encoder"], opt["image_size"], 0,
                        text_encoder_of(opt), 0, words.word2id)
-    if (found.composer not in MODELS or not isinstance(found.image_encoder, str)
+    if (not isinstance(found.composer, str) or found.composer not in MODELS or not isinstance(found.image_encoder, str)
             or not isinstance(found.image_size, int)):
         raise InputError(f"{path} is not a checkpoint of this program: its model is {found.composer!r}, its image "
                          f"encoder {found.image_encoder!r}, for images of {found.image_size!r} pixels")

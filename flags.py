@@ -200,7 +200,8 @@ def get_parser() -> TrainingParser:
     testing = parser.add_argument_group("testing and logs")
     add(testing, "--test_only", False, "no training: test --model_checkpoint on both splits. Of the "
         "other flags, --dataset_path is needed: what is not given is as the checkpoint's training was told")
-    add(testing, "--model_checkpoint", "", "checkpoint to test, or to start training from",
+    add(testing, "--model_checkpoint", "", "checkpoint to test, or to start training from; or a folder "
+        "that search.py export wrote",
         type=path_or_word, metavar="PATH")
     add(testing, "--eval_frequency", 3, "epochs between tests (epochs 1, 4, 7, ... by default) besides the one at the "
         "end; 0 for that one only", type=at_least(0), metavar="EPOCHS")

@@ -228,8 +228,8 @@ def show_results(log: Report, tested: dict[str, Tested], it: int) -> dict[str, d
     return results
 
 
-def recall_table(results: dict[str, dict[str, float]]) -> str:
-    """Rows split and judge, columns R@K in percent."""
+def recalls(results: dict[str, dict[str, float]]) -> tuple[dict[str, dict[int, float]], list[int], list[str]]:
+    """{split and judge: {K: recall}}, all Ks, and a line for each metric that is no recall."""
     rows: dict[str, dict[int, float]] = {}
     others = []
     for split, values in results.items():
@@ -238,7 +238,12 @@ def recall_table(results: dict[str, dict[str, float]]) -> str:
                 rows.setdefault(f"{split} {match[2]}", {})[int(match[1])] = value
             else:
                 others.append(f"{split} {name}: {100 * value:.2f}")
-    ks = sorted({k for row in rows.values() for k in row})
+    return rows, sorted({k for row in rows.values() for k in row}), others
+
+
+def recall_table(results: dict[str, dict[str, float]]) -> str:
+    """Rows split and judge, columns R@K in percent."""
+    rows, ks, others = recalls(results)
     width = max(map(len, rows), default=0)
     lines = [" " * width + "".join(f"{f'R@{k}':>8}" for k in ks)]
     lines += [f"{name:<{width}}" + "".join(f"{100 * row[k]:8.2f}" if k in row else " " * 8 for k in ks)

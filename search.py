@@ -3,7 +3,8 @@
     python search.py index --model_checkpoint logs/RUN/best_checkpoint.pth --images FOLDER --out INDEX
     python search.py query --index INDEX --image dress.jpg --text "is white, with a ribbon"
     python search.py serve --index INDEX
-    python search.py export --index INDEX --vectors out.parquet
+    python search.py export --model_checkpoint logs/RUN/best_checkpoint.pth --out FOLDER
+    python search.py export --index INDEX --vectors FILE.parquet
 """
 
 import argparse
@@ -35,12 +36,14 @@ def get_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, help: str) -> Parser:
-        made = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".",
+        return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".",
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def computes(made: Parser) -> None:
         made.add_argument("--device", default="auto", choices=DEVICES, help="where the model runs")
-        return made
 
     def opens_index(made: Parser) -> None:
+        computes(made)
         made.add_argument("--index", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                           help="folder made by search.py index (required)")
         service = made.add_argument_group("sentence service, for a model trained with --use_bert; where a flag is not "
@@ -54,8 +57,9 @@ def get_parser() -> Parser:
 
     index = command("index", "make an index of a folder of images, or bring one up to date; stopped, the same command "
                     "goes on")
+    computes(index)
     index.add_argument("--model_checkpoint", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
-                       help="a run's best_checkpoint.pth (required)")
+                       help="a run's best_checkpoint.pth, or a folder that `export` wrote (required)")
     index.add_argument("--images", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                        help="folder with images, in it and below it (required)")
     index.add_argument("--out", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
@@ -104,11 +108,19 @@ def get_parser() -> Parser:
     serve.add_argument("--port", type=port_number, default=7860, help="port it listens on")
     serve.add_argument("--allow_host", action="append", default=[], metavar="NAME", help="another name it goes by, "
                        "such as a reverse proxy's; may be given again")
-    export = command("export", "write an index's images as a table, a Parquet file of ids, paths and unit vectors")
-    export.add_argument("--index", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
-                        help="folder made by search.py index (required)")
-    export.add_argument("--vectors", required=True, type=a_path, metavar="FILE", default=argparse.SUPPRESS,
-                        help="the file to write, replaced when all of it is written (required)")
+    export = command("export", "write a model into a folder of its own: weights as safetensors, its record as JSON, a "
+                     "card to read; taken wherever a checkpoint is; or an index's images into a table: ids, paths, "
+                     "metadata and unit vectors")
+    export.add_argument("--model_checkpoint", type=a_path, metavar="PATH", default=argparse.SUPPRESS,
+                        help="a run's best_checkpoint.pth; with --out")
+    export.add_argument("--out", type=a_path, metavar="DIR", default=argparse.SUPPRESS, help="a new folder")
+    add(export, "--onnx", False, "also its image encoder and its composer as ONNX, compared with torch; needs "
+        "requirements-export.txt")
+    export.add_argument("--index", type=a_path, metavar="DIR", default=argparse.SUPPRESS,
+                        help="folder made by search.py index; with --vectors")
+    export.add_argument("--vectors", type=a_path, metavar="FILE", default=argparse.SUPPRESS,
+                        help="the Parquet file to write, replaced when all of it is written; needs "
+                        "requirements-export.txt")
     return parser
 
 
@@ -122,7 +134,6 @@ from machine import distributed
 from machine.device import choose_device, set_up
 from machine.progress import progress_bar
 from pictures import NOTE, Answer, sheet, thumbnail, wrapped
-from searching import vectors
 from searching.build import build
 from searching.gallery import Gallery, Hit
 from searching.qdrant import Qdrant
@@ -257,8 +268,26 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    count = vectors.export(args.index, args.vectors, progress_bar)
-    print(f"{shown_name(args.vectors)}: {count} images; docs/growing.md says how to load them")
+    if "model_checkpoint" in args and "out" in args:
+        export_model(args)
+    elif "index" in args and "vectors" in args:
+        from searching import vectors
+
+        count = vectors.export(args.index, args.vectors, progress_bar)
+        print(f"{shown_name(args.vectors)}: {count} images, each with its unit vector")
+    else:
+        raise InputError("export a model, with --model_checkpoint and --out, or an index's images, with --index and "
+                         "--vectors")
+
+
+def export_model(args: argparse.Namespace) -> None:
+    from searching.export import export
+
+    differences = export(args.model_checkpoint, args.out, args.onnx)
+    files = [f"{file.name} ({file.stat().st_size / 1e6:.1f} MB)" for file in sorted(args.out.iterdir())]
+    print(f"{shown_name(args.out)}: {', '.join(files)}; it is taken wherever a checkpoint is")
+    for name, difference in differences.items():
+        print(f"{name}: differs from torch by {difference:.1e} of the largest number at most")
 
 
 def main(argv: list[str] | None = None) -> int:

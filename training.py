@@ -212,6 +212,7 @@ class Training:
         self.epoch_steps = len(split.data) // args.batch_size
         self.schedule = checkpoint.Schedule(args.save_frequency)
         self.it, self.tested, self.best, self.meter = 0, False, -math.inf, LossMeter()
+        self.results: dict[str, dict[str, float]] = {}                          # of the last test
         self.whole = True                                                       # not while several are in a step
         self.clock = 0, time.perf_counter()                                     # steps since then, and when that was
         self.set_rates()
@@ -227,6 +228,7 @@ class Training:
         """From where a checkpoint's run stood."""
         past = checkpoint.resume(state, self.optimizer, self.model.a.device)
         self.it, self.tested, self.best = state["it"], past["tested"], past["best"]
+        self.results = state.get("results", {})
         sums = {name: value.to(self.model.a.device) for name, value in past["sums"].items()}
         self.meter = LossMeter(sums, past["steps"])
         self.set_rates()
@@ -239,7 +241,8 @@ class Training:
         self.log.flush()
         progress = {"tested": self.tested, "best": self.best, "sums": self.meter.sums, "steps": self.meter.steps,
                     "samples": len(self.split.data), **self.of_run}
-        checkpoint.save(self.log.folder, self.model, self.optimizer, self.it, plain(self.args), progress, best)
+        checkpoint.save(self.log.folder, self.model, self.optimizer, self.it, plain(self.args), progress, best,
+                        self.results if self.tested else {})
 
     def test_is_due(self) -> bool:
         epoch, rest = divmod(self.it, self.epoch_steps)
@@ -251,7 +254,7 @@ class Training:
         distributed.same_buffers(self.model)
         results = self.judge(self.it)
         with self.stopping.held():
-            found = report.show_results(self.log, results, self.it)
+            self.results = found = report.show_results(self.log, results, self.it)
             score = found["validation" if "validation" in found else "test"][self.args.best_metric]
             self.tested, best, self.best = True, score > self.best, max(score, self.best)
             self.save(best)

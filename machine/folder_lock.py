@@ -1,13 +1,16 @@
-"""A folder that one process at a time may work in, and files in it that are written whole or not at all."""
+"""A folder that one process at a time may work in, and files and folders that are written whole or not at all."""
 
 import errno
 import json
 import logging
 import os
+import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from machine.errors import InputError
 
@@ -113,8 +116,15 @@ def unfinished(path: Path) -> Path:
 
 
 def write_whole(path: Path, content, before: Callable[[Path], None] | None = None) -> None:
-    """Write bytes beside `path`, safely on disk, then rename: it is what it was or all of this; a link is replaced,
-    never written through. Raises OSError.
+    """Make `path` a file of these bytes, as `whole_file` does."""
+    with whole_file(path, before) as file:
+        file.write(content)
+
+
+@contextmanager
+def whole_file(path: Path, before: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
+    """A file beside `path` to write into, which is safely on disk in the end and becomes `path`: that is what it was or
+    all of this; a link is replaced, never written through. Raises OSError.
 
     before: called with the written file before it is renamed.
     """
@@ -122,7 +132,7 @@ def write_whole(path: Path, content, before: Callable[[Path], None] | None = Non
     try:
         beside.unlink(missing_ok=True)                                          # a dead namesake's
         with open(beside, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if before:
@@ -130,3 +140,17 @@ def write_whole(path: Path, content, before: Callable[[Path], None] | None = Non
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write into, which in the end becomes `path`, where there is none or an empty one; where
+    that is not reached, nothing is left. Raises OSError."""
+    beside = unfinished(path)
+    shutil.rmtree(beside, ignore_errors=True)                                   # a dead namesake's
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        os.replace(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -173,6 +173,12 @@ def fingerprint(tensors: dict[str, Tensor], *facts: object) -> str:
     return digest([repr(facts).encode(), *chain.from_iterable(named)])
 
 
+def bytes_of(tensors: dict[str, Tensor]) -> int:
+    """What they take; what several share counts once."""
+    held = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
+    return sum(held.values())
+
+
 def is_plain(value) -> bool:
     """Whether it is a tensor, every number of which lies in the file: no view that is larger than what it shows."""
     return (isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized

@@ -25,7 +25,7 @@ from machine.errors import InputError, first_line
 from machine.picture_files import Beyond, decode
 from machine.progress import progress_bar
 from machine.resizing import plain_square
-from machine.tensor_files import fingerprint
+from machine.tensor_files import bytes_of, fingerprint
 from searching.image_list import Doubtful, ImageList
 from searching.metadata import Cells, Filter, columns_of, metadata_of
 from searching.ranking import RANKING, ranking_of, read_ranking, selection, spare, unit
@@ -127,15 +127,15 @@ class Encoder:
         self.examples = [text for text in self.state.get("example_texts", []) if text.strip()]
 
     def check(self, sentences: "Sentences | None") -> None:
-        """Before memory is taken for it: raises InputError for a model that is larger than its file, and for images
-        larger than any model sees."""
+        """Before memory is taken for it: raises InputError for a model that is larger than its weights' bytes, and for
+        images larger than any model sees."""
         recipe = checkpoint.recipe(self.state, self.path)
         size = self.opt.get("image_size", 224)
         if not all(isinstance(side, int) and 0 < side <= LARGEST_SIDE for side in (size, recipe.image_size)):
             raise InputError(f"{self.path} is none of this program's checkpoints: images of {size!r} pixels")
         with torch.device("meta"):
             weights = recipe.build(sentences).state_dict()                      # shapes alone
-        if sum(weight.numel() for weight in weights.values()) > os.path.getsize(self.path):
+        if sum(weight.numel() for weight in weights.values()) > bytes_of(self.state["model_state_dict"]):
             raise InputError(f"{self.path} is none of this program's checkpoints: it holds less than its model has")
 
     def fingerprint(self) -> str:
@@ -203,8 +203,9 @@ class Encoder:
 
 
 def load_model(path: str | Path, device: str | torch.device | None = None) -> Encoder:
-    """The model of a run's checkpoint, to `compose` queries and `encode` galleries with; device: a GPU where there is
-    one, unless given. Raises InputError for what is no whole checkpoint."""
+    """The model of a run's checkpoint, or of a folder that search.py export wrote, to `compose` queries and `encode`
+    galleries with; device: a GPU where there is one, unless given. Raises InputError for what is neither, or not whole.
+    """
     return Encoder(path, device)
 
 

@@ -1,12 +1,11 @@
 """An index's images as a table that databases and notebooks read: a Parquet file of ids, paths and unit vectors."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import checkpoint
 from machine.errors import InputError, first_line
-from machine.folder_lock import unfinished
+from machine.folder_lock import whole_file
 from machine.tensor_files import fingerprint
 from searching.gallery import IMAGES, MODEL, check_model, printable
 from searching.image_list import Entry, ImageList, unpacked
@@ -36,29 +35,21 @@ def export(index: Path, out: Path, progress: Callable) -> int:
         raise InputError(f"{index} is no index: it has no {missing[0]}; make it with search.py index")
     images, state = ImageList(index / IMAGES), checkpoint.load(index / MODEL)
     check_model(images, index / MODEL)
-    dim, about = checkpoint.recipe(state, index / MODEL).image_dim, {
-        "model": fingerprint(state["model_state_dict"]), "changes": str(images.state()[1])}
-    more = kinds(images)
-    fields = {"id": library.int64(), "path": library.string(), **{
-        name + "_" * (name in OURS): {int: library.int64(), float: library.float64(), str: library.string()}[kind]
-        for name, kind in more.items()}, "vector": library.list_(library.float32(), dim)}
-    beside, count = unfinished(out), len(images)
+    dim, more, count = checkpoint.recipe(state, index / MODEL).image_dim, kinds(images), len(images)
+    about = {"model": fingerprint(state["model_state_dict"]), "changes": str(images.state()[1])}
+    types = {int: library.int64(), float: library.float64(), str: library.string()}
+    schema = library.schema([("id", types[int]), ("path", types[str]), *(
+        (name + "_" * (name in OURS), types[kind]) for name, kind in more.items()),
+        ("vector", library.list_(library.float32(), dim))], about)
     try:
-        beside.unlink(missing_ok=True)                                          # a dead namesake's
-        with open(beside, "xb") as file:
-            with library.parquet.ParquetWriter(file, library.schema(fields.items(), about)) as writer, progress(
-                    total=count, desc="writing", unit="image") as bar:
-                for entries in images.parts():
-                    rows = columns(entries, metadata_of(images, [entry.path for entry in entries]), more, dim)
-                    writer.write_batch(library.record_batch(rows, writer.schema))
-                    bar.update(len(entries))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, out)
+        with whole_file(out) as file, library.parquet.ParquetWriter(file, schema) as writer, progress(
+                total=count, desc="writing", unit="image") as bar:
+            for entries in images.parts():
+                cells = metadata_of(images, [entry.path for entry in entries]) if more else {}
+                writer.write_batch(library.record_batch(columns(entries, cells, more, dim), schema))
+                bar.update(len(entries))
     except OSError as error:
         raise InputError(f"cannot write --vectors {out} ({first_line(error)}); choose another file") from None
-    finally:
-        beside.unlink(missing_ok=True)
     return count
 
 

@@ -16,11 +16,13 @@ from pyarrow import parquet
 from qdrant_client import QdrantClient, models
 
 import searching.qdrant
+from searching import image_list
 from searching.image_list import Doubtful, ImageList
+from searching.metadata import keep
 from searching.ranking import rank, read_ranking
 
-from .conftest import picture
-from .index_faults import copied, write_model
+from .conftest import picture, some
+from .index_faults import copied, execute, write_model
 from .services import ROOT, free_ports
 from .test_search import asked, features_index, held, made, quiet, run
 
@@ -32,10 +34,15 @@ def trained(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("growing") / "model.pth")
 
 
+@pytest.fixture(scope="module", params=some([2000, 10_000], why="the same with more images"))
+def count(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def large(trained, tmp_path_factory):
-    """Pictures' folder, and an index of six of them and of 10,000 more images, of which there are features alone: about
-    the pictures', and a hundred of them the same one, nearest to the first."""
+def large(trained, count, tmp_path_factory):
+    """Pictures' folder, and an index of six of them and of `count` more images, of which there are features alone:
+    about the pictures', and a hundred of them the same one, nearest to the first."""
     root = tmp_path_factory.mktemp("large")
     for number in range(6):
         picture(root / "images" / f"{number}.jpg")
@@ -43,17 +50,21 @@ def large(trained, tmp_path_factory):
     listed = ImageList(root / "index" / "images.sqlite")
     (_, features), = listed.all_features()
     rng = np.random.default_rng(0)
-    spread = rng.normal(1, 0.2, (10_000, DIM)).astype(np.float32)
+    spread = rng.normal(1, 0.2, (count, DIM)).astype(np.float32)
     spread[500:600] = spread[500] / 10 + 0.9
-    features = features[np.where(np.arange(10_000) // 100 == 5, 0, rng.integers(0, 6, 10_000))] * spread
-    listed.add([(f"made up/{number}.jpg", (1, 1)) for number in range(10_000)], features)
+    features = features[np.where(np.arange(count) // 100 == 5, 0, rng.integers(0, 6, count))] * spread
+    listed.add([(f"made up/{number}.jpg", (1, 1)) for number in range(count)], features)
+    keep(listed, {f"made up/{number}.jpg": {"price": number, "id": None if number % 2 else "A7", "weight": number / 2,
+                                            "size": "S" if number % 3 else 38} for number in range(1000)})
     rank(listed, root / "index", DIM, "exact", quiet)
     return root
 
 
 @pytest.fixture(scope="module")
 def exported(large):
-    assert run("export", "--index", large / "index", "--vectors", large / "vectors.parquet") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_list, "ROWS_AT_ONCE", 500)
+        assert run("export", "--index", large / "index", "--vectors", large / "vectors.parquet") == 0
     return large / "vectors.parquet"
 
 
@@ -78,28 +89,34 @@ def qdrant(exported):
     return folder
 
 
-def test_a_table_holds_every_image_with_its_unit_vector(large, exported):
+def test_a_table_holds_every_image_with_its_unit_vector(large, count, exported):
     table = parquet.read_table(exported)
     listed = ImageList(large / "index" / "images.sqlite")
     entries = listed.entries("true")
-    assert table.column_names == ["id", "path", "vector"]
+    assert table.column_names == ["id", "path", "price", "id_", "weight", "size", "vector"]
+    assert list(map(str, table.schema.types))[2:6] == ["int64", "string", "double", "string"]
+    rows = table.select(["price", "id_", "weight", "size"]).to_pylist()
+    assert rows[6 + 9] == {"price": 9, "id_": None, "weight": 4.5, "size": "38"}
+    assert rows[6 + 10] == {"price": 10, "id_": "A7", "weight": 5.0, "size": "S"}
+    assert rows[5] == rows[6 + 1000] == {"price": None, "id_": None, "weight": None, "size": None}
     assert table["id"].to_pylist() == [each.number for each in entries]
-    assert table["path"].to_pylist() == [each.path for each in entries] and len(entries) == 10_006
+    assert table["path"].to_pylist() == [each.path for each in entries] and len(entries) == count + 6
     assert str(table.schema.field("vector").type) == "fixed_size_list<element: float>[24]"
     vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, DIM)
     expected = np.frombuffer(b"".join(each.feature for each in entries), "<f4").reshape(-1, DIM)
     assert vectors == pytest.approx(expected / np.linalg.norm(expected, axis=1, keepdims=True), abs=1e-6)
-    assert parquet.ParquetFile(exported).num_row_groups == 2                    # some thousand at a time
+    assert parquet.ParquetFile(exported).num_row_groups == count / 500 + 1      # a part at a time
     assert [path.name for path in exported.parent.iterdir() if "unfinished" in path.name] == []
 
 
-def test_a_table_that_fails_leaves_the_earlier_one(large, exported, tmp_path, capsys):
+def test_a_table_that_fails_leaves_the_earlier_one(large, count, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(image_list, "ROWS_AT_ONCE", 500)
     out = tmp_path / "out.parquet"
     out.write_bytes(b"earlier")
     spoilt = copied(large / "index", tmp_path / "index")
-    content = bytearray((spoilt / "images.sqlite").read_bytes())
-    content[-2000] ^= 1                                                         # of the last thousand rows
-    (spoilt / "images.sqlite").write_bytes(content)
+    execute(spoilt, ("UPDATE images SET bytes = 7 WHERE id = ?", (count,)))     # in the last part
+    assert run("export", "--index", spoilt) == 2
+    assert "with --index and --vectors" in capsys.readouterr().err
     for index, file, said in ((spoilt, out, "is damaged"), (large / "index", tmp_path / "no" / "out", "cannot write"),
                               (tmp_path, out, "is no index")):
         assert run("export", "--index", index, "--vectors", file) == 2
@@ -109,8 +126,9 @@ def test_a_table_that_fails_leaves_the_earlier_one(large, exported, tmp_path, ca
 
 
 def test_qdrant_ranks_as_faiss_does(large, qdrant, capsys):
-    for number, text in ((0, "red"), (3, "")):
-        words = ["--index", large / "index", "--image", large / "images" / f"{number}.jpg", "--text", text, "-k", 300]
+    for number, text, where in ((0, "red", ""), (3, "", "price < 700")):
+        words = ["--index", large / "index", "--image", large / "images" / f"{number}.jpg", "--text", text, "-k", 300,
+                 "--where", where]
         ours, theirs = (asked(capsys, *words, *more)["results"] for more in ([], ["--qdrant", qdrant]))
         assert [hit["path"] for hit in theirs] == [hit["path"] for hit in ours] and len(ours) == 300
         assert [hit["score"] for hit in theirs] == pytest.approx([hit["score"] for hit in ours], abs=1e-5)
@@ -169,7 +187,7 @@ def test_a_collection_older_than_the_index_is_searched_with_a_note(large, qdrant
     listed = ImageList(out / "images.sqlite")
     listed.remove([1, 2])
     found = asked(capsys, "--index", out, "--image", large / "images" / "0.jpg", "-k", 5, "--qdrant", qdrant)["results"]
-    assert len(found) == 5 and not {hit["path"].rpartition("/")[2] for hit in found} & {"0.jpg", "1.jpg"}
+    assert len(found) == 5 and not {hit["path"] for hit in found} & {str(large / "images" / f"{n}.jpg") for n in (0, 1)}
     assert "changed after its ranking was made" in caplog.text and "export and load it again" in caplog.text
 
 
@@ -186,13 +204,13 @@ def test_a_package_that_is_missing_is_named_with_the_command(large, tmp_path, mo
 
 def test_codes_find_nearly_all_in_a_fraction_of_the_memory(tmp_path):
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(60, 32))
-    features = (centres[rng.integers(0, 60, 10_000)] + 0.3 * rng.normal(size=(10_000, 32))).astype(np.float32)
+    centres = rng.normal(size=(60, 16))
+    features = (centres[rng.integers(0, 60, 10_000)] + 0.3 * rng.normal(size=(10_000, 16))).astype(np.float32)
     opened = features_index(tmp_path, features, "pq")
-    assert read_ranking(tmp_path / "index.faiss", 32).pq.code_size == 4
-    assert (tmp_path / "index.faiss").stat().st_size < 10_000 * (4 + 8 + 8)     # code, id, and what all share
+    assert read_ranking(tmp_path / "index.faiss", 16).pq.code_size == 2
+    assert (tmp_path / "index.faiss").stat().st_size < 10_000 * (2 + 8 + 8)     # code, id, and what all share
     with pytest.raises(Doubtful):
-        read_ranking(tmp_path / "index.faiss", 64)
+        read_ranking(tmp_path / "index.faiss", 32)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     recalls = []
     for query in unit[:40]:

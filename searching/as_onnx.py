@@ -1,0 +1,106 @@
+"""A model's two halves as ONNX, for programs without torch: each is compared with torch as soon as it is written.
+
+    image_encoder.onnx      pixels (B, 3, S, S) uint8, RGB, normalized within -> feature (B, D) float32
+    composer.onnx           image (B, D), text (B, T) float32 features -> query (B, D) float32, unit rows
+"""
+
+import importlib
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from image_encoders import quiet
+from img_text_composition_models import ImgTextCompositionBase
+from machine.errors import InputError, first_line
+from machine.streams import shown
+
+NEEDED = "onnx", "onnxscript", "onnxruntime"
+IMAGE_ENCODER, COMPOSER = "image_encoder.onnx", "composer.onnx"
+TOLERANCE = 1e-4                        # of the largest number that torch gives
+
+
+class ImageEncoder(nn.Module):
+    """(B, 3, S, S) uint8 -> (B, D)."""
+
+    def __init__(self, model: ImgTextCompositionBase):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_image(pixels)
+
+
+class Composer(nn.Module):
+    """(B, D), (B, T) -> (B, D), unit rows."""
+
+    def __init__(self, model: ImgTextCompositionBase):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return F.normalize(self.model.compose(image, text), dim=1)
+
+
+class SlicedMax(nn.Module):
+    """nn.AdaptiveMaxPool1d, bit for bit, of a length that is known: ONNX has none whose windows differ in length."""
+
+    def __init__(self, pooled: int):
+        super().__init__()
+        self.pooled = pooled
+
+    def forward(self, features: Tensor) -> Tensor:                              # (B, channels, length)
+        length, count = features.shape[-1], self.pooled
+        windows = [features[..., i * length // count:-(-(i + 1) * length // count)] for i in range(count)]
+        return torch.stack([window.amax(-1) for window in windows], dim=-1)     # (B, channels, count)
+
+
+def check_packages() -> None:
+    """Raise InputError where one that is needed is missing."""
+    for name in NEEDED:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(f"--onnx needs {name} ({error}): pip install -r requirements-export.txt") from None
+
+
+@torch.no_grad()
+def write(model: ImgTextCompositionBase, folder: Path) -> dict[str, float]:
+    """Both files of a model on the CPU, in eval mode, which is no more to be used. Returns {file: the largest
+    difference from torch, of TOLERANCE's kind}. Raises InputError where one cannot be written, or differs by more.
+    """
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "pool", None), nn.AdaptiveMaxPool1d):
+            module.pool = SlicedMax(module.pool.output_size)
+    size, numbers = model.recipe.image_size, torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (3, 3, size, size), dtype=torch.uint8, generator=numbers)
+    image, text = model.encode_image(pixels), torch.randn(3, model.text_dim, generator=numbers)
+    return {IMAGE_ENCODER: written(ImageEncoder(model), {"pixels": pixels}, "feature", folder / IMAGE_ENCODER),
+            COMPOSER: written(Composer(model), {"image": image, "text": text}, "query", folder / COMPOSER)}
+
+
+def written(module: nn.Module, inputs: dict[str, Tensor], output: str, file: Path) -> float:
+    """The largest difference of the file's answer to these inputs from torch's; it takes any number of rows."""
+    from onnxruntime import InferenceSession
+
+    module.eval()
+    theirs = module(*inputs.values())                                           # first: what is kept from a first call,
+    try:                                                                        # as `channels`, shall be no traced one
+        with quiet(), warnings.catch_warnings(action="ignore"):
+            torch.onnx.export(module, tuple(value[:2] for value in inputs.values()), file, dynamo=True, verbose=False,
+                              external_data=False, input_names=list(inputs), output_names=[output],
+                              dynamic_shapes=[{0: torch.export.Dim("batch")}] * len(inputs))
+        (ours,) = InferenceSession(file, providers=["CPUExecutionProvider"]).run(
+            None, {name: value.numpy() for name, value in inputs.items()})
+    except OSError:
+        raise
+    except Exception as error:                                                  # torch.onnx raises a dozen types
+        raise InputError(f"this model cannot be written as {file.name} ({shown(first_line(error))}); export it "
+                         "without --onnx") from None
+    difference = ((torch.from_numpy(ours) - theirs).abs().max() / theirs.abs().max()).item()
+    if not difference <= TOLERANCE:
+        raise InputError(f"{file.name} gives other numbers than torch (by {difference:.1e} of the largest, "
+                         f"{TOLERANCE:g} is allowed); export the model without --onnx")
+    return difference
