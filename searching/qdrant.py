@@ -36,15 +36,20 @@ class Qdrant:
             self.client = qdrant_client.QdrantClient(
                 **{"url": where, "timeout": PATIENCE, "api_key": os.environ.get("QDRANT_API_KEY"),
                    "check_compatibility": False} if server else {"path": where})
-            if not self.client.collection_exists(collection):
-                raise InputError(f"{where} has no collection {collection}; docs/growing.md loads one")
-            found = self.client.get_collection(collection).config
-            self.ntotal = self.client.count(collection, exact=True).count
-            self.check(found.params.vectors, found.metadata or {}, model)
-            self.changes = int(found.metadata["changes"])
+        try:
+            with self.telling():
+                self.changes = self.opened(model)
+        except InputError:
+            self.client.close()                                                 # a folder is one client's at a time
+            raise
 
-    def check(self, vectors, about: dict, model: str) -> None:
-        """Raises InputError for a collection of others' vectors, or of none."""
+    def opened(self, model: str) -> int:
+        """Look at the collection; returns its `changes`. Raises InputError for one of others' vectors, or of none."""
+        if not self.client.collection_exists(self.collection):
+            raise InputError(f"{self.where} has no collection {self.collection}; docs/growing.md loads one")
+        found = self.client.get_collection(self.collection).config
+        self.ntotal = self.client.count(self.collection, exact=True).count
+        vectors, about = found.params.vectors, found.metadata or {}
         size, why = getattr(vectors, "size", "several"), ""                     # a dict, where they have names
         if size != self.d or vectors.distance not in ("Dot", "Cosine"):
             why = f"has vectors of {size} values, to be compared by {getattr(vectors, 'distance', 'each their way')}"
@@ -55,6 +60,7 @@ class Qdrant:
         if why:
             raise InputError(f"the collection {self.collection} of {self.where} {why}; load the index's own vectors of "
                              f"{self.d} values, as docs/growing.md does")
+        return int(about["changes"])
 
     @contextmanager
     def telling(self) -> Iterator[None]:

@@ -15,8 +15,8 @@ import pytest
 from pyarrow import parquet
 from qdrant_client import QdrantClient, models
 
-import searching.qdrant
-from searching import image_list
+from machine.errors import InputError
+from searching import image_list, qdrant
 from searching.image_list import Doubtful, ImageList
 from searching.metadata import keep
 from searching.ranking import rank, read_ranking
@@ -69,7 +69,7 @@ def exported(large):
 
 
 @pytest.fixture(scope="module")
-def qdrant(exported):
+def filled(exported):
     """A folder that is filled as docs/growing.md fills a server."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "growing.md").read_text(), re.S)
     folder = exported.with_name("qdrant")
@@ -125,19 +125,19 @@ def test_a_table_that_fails_leaves_the_earlier_one(large, count, tmp_path, monke
         assert out.read_bytes() == b"earlier" and list(tmp_path.glob("*unfinished")) == []
 
 
-def test_qdrant_ranks_as_faiss_does(large, qdrant, capsys):
+def test_qdrant_ranks_as_faiss_does(large, filled, capsys):
     for number, text, where in ((0, "red", ""), (3, "", "price < 700")):
         words = ["--index", large / "index", "--image", large / "images" / f"{number}.jpg", "--text", text, "-k", 300,
                  "--where", where]
-        ours, theirs = (asked(capsys, *words, *more)["results"] for more in ([], ["--qdrant", qdrant]))
+        ours, theirs = (asked(capsys, *words, *more)["results"] for more in ([], ["--qdrant", filled]))
         assert [hit["path"] for hit in theirs] == [hit["path"] for hit in ours] and len(ours) == 300
         assert [hit["score"] for hit in theirs] == pytest.approx([hit["score"] for hit in ours], abs=1e-5)
 
 
-def test_equal_scores_from_qdrant_are_by_id(large, qdrant, capsys):
+def test_equal_scores_from_qdrant_are_by_id(large, filled, capsys):
     listed = ImageList(large / "index" / "images.sqlite")
     path = large / "images" / "0.jpg"
-    found = asked(capsys, "--index", large / "index", "--image", path, "-k", 120, "--qdrant", qdrant)["results"]
+    found = asked(capsys, "--index", large / "index", "--image", path, "-k", 120, "--qdrant", filled)["results"]
     numbers = {listed.id_of(os.path.relpath(hit["path"], large / "images")): hit["score"] for hit in found}
     same = {number: score for number, score in numbers.items() if 507 <= number < 607}
     assert list(same) == list(range(507, 607)) and len({*same.values()}) == 1
@@ -156,37 +156,42 @@ def silent():
     ("{folder}", "wide", "vectors of 48 values"), ("{folder}", "named", "vectors of several values"),
     ("{folder}", "far", "compared by Euclid"), ("{folder}", "strange", "another model's"),
     ("{folder}", "silent", "does not say whose"), ("{folder}", "empty", "is empty")])
-def test_what_is_no_collection_of_the_index_is_one_line(large, others, silent, tmp_path, monkeypatch, capsys, where,
-                                                        collection, said):
-    monkeypatch.setattr(searching.qdrant, "PATIENCE", 1)
+def test_what_is_no_collection_of_the_index_is_one_line(others, silent, tmp_path, monkeypatch, where, collection, said):
+    monkeypatch.setattr(qdrant, "PATIENCE", 1)
     where = where.format(none=f"http://127.0.0.1:{free_ports(1)[0]}", silent=silent, empty=tmp_path, folder=others)
-    assert run("query", "--index", large / "index", "--image", large / "images" / "0.jpg", "--qdrant", where,
-               "--collection", collection) == 2
+    with pytest.raises(InputError, match=said) as raised:
+        qdrant.Qdrant(where, collection, DIM, "our model")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_collection_of_another_model_is_no_collection_to_search(large, others, capsys):
+    assert run("query", "--index", large / "index", "--image", large / "images" / "0.jpg", "--qdrant", others,
+               "--collection", "empty") == 2
     err = capsys.readouterr().err
-    assert re.search(said, err) and len(err.splitlines()) == 1, err
+    assert "another model's vectors" in err and len(err.splitlines()) == 1, err
 
 
 @pytest.fixture(scope="module")
-def others(large, exported, tmp_path_factory):
-    """A folder of collections that are none of the index's."""
-    about = {name.decode(): value.decode() for name, value in parquet.read_schema(exported).metadata.items()}
+def others(tmp_path_factory):
+    """A folder of collections that are none of an index's."""
+    about = {"model": "our model", "changes": "3"}
     kept = models.VectorParams(size=DIM, distance="Dot")
     wide, far = (models.VectorParams(size=size, distance=kind) for size, kind in ((48, "Dot"), (DIM, "Euclid")))
     folder = tmp_path_factory.mktemp("others")
     client = QdrantClient(path=str(folder))
     for name, vectors, metadata in (("wide", wide, about), ("named", {"a": kept}, about), ("far", far, about),
-                                    ("strange", kept, {**about, "model": "0"}), ("silent", kept, None),
+                                    ("strange", kept, {**about, "model": "no"}), ("silent", kept, None),
                                     ("empty", kept, about)):
         client.create_collection(name, vectors, metadata=metadata)
     client.close()
     return folder
 
 
-def test_a_collection_older_than_the_index_is_searched_with_a_note(large, qdrant, tmp_path, caplog, capsys):
+def test_a_collection_older_than_the_index_is_searched_with_a_note(large, filled, tmp_path, caplog, capsys):
     out = copied(large / "index", tmp_path / "index")
     listed = ImageList(out / "images.sqlite")
     listed.remove([1, 2])
-    found = asked(capsys, "--index", out, "--image", large / "images" / "0.jpg", "-k", 5, "--qdrant", qdrant)["results"]
+    found = asked(capsys, "--index", out, "--image", large / "images" / "0.jpg", "-k", 5, "--qdrant", filled)["results"]
     assert len(found) == 5 and not {hit["path"] for hit in found} & {str(large / "images" / f"{n}.jpg") for n in (0, 1)}
     assert "changed after its ranking was made" in caplog.text and "export and load it again" in caplog.text
 
