@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ import main
 import report
 import run_data
 from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Judge, MITStates
-from flags import Parser, add, get_parser, plain
+from flags import Parser, add, at_least, get_parser, plain
 from image_encoders import traits
 from img_text_composition_models import MODELS, Recipe
 from machine import distributed
@@ -696,12 +696,12 @@ def search_rows(folder: Path, count: int, size: int, repetitions: int) -> list[d
     model = recipe.build().eval()
     torch.save({"model_state_dict": model.state_dict(), "recipe": recipe.plain()}, folder / "model.pth")
     index = folder / "index"
-    build(folder / "model.pth", folder / "images", index, False, CPU, 32, 1, partial(tqdm, disable=True))
+    build(folder / "model.pth", folder / "images", index, "exact", CPU, 32, 1, partial(tqdm, disable=True))
     listed = ImageList(index / gallery.IMAGES)
     for start in range(1, count, 10_000):
         part = range(start, min(start + 10_000, count))
         listed.add([(f"{number}.jpg", (1, 1)) for number in part], rng.standard_normal((len(part), dim), np.float32))
-    ranking.rank(listed, index, dim, False, partial(tqdm, desc="search", leave=False))
+    ranking.rank(listed, index, dim, "exact", partial(tqdm, desc="search", leave=False))
     opened = gallery.Gallery(index, CPU)
     with peak_memory(CPU) as taken:
         again = ranking.read_ranking(index / ranking.RANKING, dim)
@@ -725,6 +725,96 @@ def search_rows(folder: Path, count: int, size: int, repetitions: int) -> list[d
                 1000 * search["floor"], 0.02 / search["floor"], "ms"),
             row("memory of the index, an image; floor: half precision (goal: 2 KB)", memory, 2 * dim, 2000 / (2 * dim),
                 "B")]
+
+
+class MadeUp:
+    """In the place of an index's list: so many made-up features, in half precision in a file, with ids from 1.
+
+    A feature is a cluster's centre, one of 20,000 and the first of them far more often than the last, and half as much
+    of its own beside it; either is normal along 128 directions, with a variance of 1, 1/2, 1/3, ... as features of
+    pictures have it, and a little in all 512.
+    """
+
+    def __init__(self, path: Path, count: int, dim: int = 512):
+        rng = np.random.default_rng(0)
+        self.count, self.dim = count, dim
+        turned = np.linalg.qr(rng.standard_normal((dim, 128)))[0].T             # directions at right angles
+        self.directions = (turned / np.arange(1, 129)[:, None]**0.5).astype(np.float32)
+        self.centres = rng.standard_normal((20_000, 128), np.float32)
+        self.rows = np.memmap(path, np.float16, "w+", shape=(count, dim))
+        for start in tqdm(range(0, count, 10_000), desc="making up features", leave=False):
+            self.rows[start:start + 10_000] = self.more(rng, min(10_000, count - start))
+
+    def more(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """(count, dim) of the same kind."""
+        centres = self.centres[(len(self.centres) * rng.random(count)**2).astype(int)]
+        rows = (centres + 0.5 * rng.standard_normal(centres.shape, np.float32)) @ self.directions
+        return ranking.unit(rows + 0.02 * rng.standard_normal(rows.shape, np.float32))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def state(self) -> tuple:
+        return None, 0
+
+    def note_file(self, *_) -> None:
+        """Nothing is kept."""
+
+    def all_features(self, every: int = 1, dim: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, self.count, 10_000 * every):
+            part = self.rows[start:start + 10_000 * every:every].astype(np.float32)
+            yield 1 + start + every * np.arange(len(part)), part
+
+    def features(self, numbers: np.ndarray, dim: int | None = None) -> tuple[list[int], np.ndarray]:
+        numbers = np.sort(numbers)
+        return numbers.tolist(), self.rows[numbers - 1].astype(np.float32)
+
+    def nearest(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Ids (Q, k) of the nearest, by comparing all."""
+        best, ids = (torch.zeros(len(queries), 0, dtype=kind) for kind in (torch.float32, torch.int64))
+        for numbers, features in self.all_features():
+            scores = torch.from_numpy(queries @ ranking.unit(features).T)
+            best, ids = torch.cat([best, scores], 1), torch.cat([ids, torch.from_numpy(numbers).expand_as(scores)], 1)
+            best, places = best.topk(min(k, best.shape[1]))
+            ids = ids.gather(1, places)
+        return ids.numpy()
+
+
+def ranking_sizes(folder: Path, counts: Sequence[int], most: float = 5e9) -> Iterator[dict]:
+    """What each kind of ranking costs and finds at these sizes, but for those of more than `most` bytes."""
+    for count in counts:
+        listed = MadeUp(folder / "features", count)
+        queries = listed.more(np.random.default_rng(1), 50)
+        right = listed.nearest(queries, 10)
+        for kind in ("exact", "ivf", "pq") if 2 * listed.dim * count <= most else ("pq",):
+            yield {"images": count, "ranking": kind, **ranking_of_kind(kind, listed, folder, queries, right)}
+
+
+def ranking_of_kind(kind: str, listed: MadeUp, folder: Path, queries: np.ndarray, right: np.ndarray) -> dict:
+    """Seconds to make it, its file, its memory, recall@10 and the median time of queries (Q, D), whose nearest are
+    right (Q, 10), with the images' kept features read from a file. CPU: of all cores, whatever else they did."""
+    bar = partial(tqdm, desc=f"{kind} of {len(listed):,}", leave=False)
+    opened, file = object.__new__(gallery.Gallery), folder / ranking.RANKING
+    opened.images, opened.ranked = listed, None
+    made, made_cpu = both_clocks(lambda: ranking.rank(listed, folder, listed.dim, kind, bar))
+    with peak_memory(CPU) as taken:
+        opened.ranking = ranking.read_ranking(file, listed.dim)
+        memory = taken()
+    times, hits = [], 0
+    for query, best in zip(queries, right, strict=True):
+        found = []
+        times.append(both_clocks(lambda query=query, found=found: found.extend(opened.nearest(query, 10))))
+        hits += len({number for number, _ in found} & set(best.tolist()))
+    query_time, query_cpu = map(statistics.median, zip(*times, strict=True))
+    return {"made in s": made, "CPU s": made_cpu, "file MB": file.stat().st_size / 1e6, "memory MB": memory,
+            "recall@10": hits / right.size, "query ms": 1000 * query_time, "CPU ms": 1000 * query_cpu}
+
+
+def both_clocks(call: Callable) -> tuple[float, float]:
+    """Seconds on the wall's clock, and of this process's on all cores."""
+    start = time.process_time()
+    taken = seconds(call)
+    return taken, time.process_time() - start
 
 
 # As the original does it, written from its specification
@@ -908,9 +998,20 @@ def run(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--shared_step", nargs=4, metavar=("TOY", "BATCH", "SIZE", "TIMES"), help="with torchrun: the "
                         "median time of a composeAE step that its processes share, and what each sends for it")
+    parser.add_argument("--ranking_sizes", nargs="+", type=at_least(0.001, float), metavar="MILLIONS", help="in place "
+                        "of all else: what each ranking of so many millions of images costs and finds, on made-up "
+                        "features, which take a GB of disk a million")
     args = parser.parse_args(argv)
     if args.json and not args.json.parent.is_dir():
         raise InputError(f"--json: there is no folder {args.json.parent}; make it first")
+    if args.ranking_sizes:                                                      # no set_up: freed memory goes back
+        rows = []
+        with tempfile.TemporaryDirectory() as folder:
+            for found in ranking_sizes(Path(folder), [round(1e6 * each) for each in args.ranking_sizes]):
+                rows.append(found)
+                print(", ".join(f"{name}: {value if isinstance(value, str) else f'{value:,.4g}'}"
+                                for name, value in found.items()), flush=True)
+        return write_json(args.json, rows)
     device = choose_device(args.device, distributed.local_rank() if distributed.launched() else None)
     set_up(device, "fp32", distributed.local_world())
     torch.manual_seed(0)
@@ -935,8 +1036,12 @@ def run(argv: list[str] | None = None) -> int:
     for entry in rows:
         print(f"{entry['what']:<{width}}{entry['ours']:9.3f} {entry['unit']:<3}{entry['floor']:8.3f} {entry['unit']:<3}"
               f"{entry['ratio']:8.2f}{entry['goal']:8.2f}{'' if entry['met'] else '  missed'}")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return write_json(args.json, rows)
+
+
+def write_json(path: Path | None, rows: list[dict]) -> int:
+    if path:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 

@@ -4,6 +4,7 @@
     python search.py query --index INDEX --image dress.jpg --text "is white, with a ribbon"
     python search.py serve --index INDEX
     python search.py export --model_checkpoint logs/RUN/best_checkpoint.pth --out FOLDER
+    python search.py export --index INDEX --vectors FILE.parquet
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 from flags import DEVICES, MOST_RESULTS, Parser, a_path, add, at_least, port_number
@@ -73,6 +75,7 @@ def get_parser() -> Parser:
         "to")
     add(index, "--ivf", False, "for millions of images: a query is compared with those of the nearest cells of the "
         "gallery alone, so that a few of its results may be missed")
+    add(index, "--pq", False, "for more than memory holds: as --ivf, and an image takes 72 bytes in place of 1,032")
     add(index, "--prune", False, "take out all images that are no more there; without it, those whose folder is gone "
         "or empty stay, and if more than a tenth (and more than 5) are gone, nothing is changed")
     index.add_argument("--metadata", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="a table, .csv or "
@@ -89,6 +92,10 @@ def get_parser() -> Parser:
     query.add_argument("--text", default="", help="what to change, as the model was trained to be told; empty: images "
                        "that look like the picture")
     query.add_argument("-k", type=at_least(1, most=MOST_RESULTS), default=20, metavar="K", help="how many results")
+    query.add_argument("--qdrant", metavar="URL", default=argparse.SUPPRESS, help="search in a Qdrant database that "
+                       "holds the exported vectors: http://HOST:PORT, or a folder of its local mode; its key is taken "
+                       "from QDRANT_API_KEY")
+    query.add_argument("--collection", default="pictures", help="of --qdrant, which")
     add(query, "--keep_query", False, "where the picture is one of the gallery's own files, it may be a result, too")
     query.add_argument("--where", default="", metavar="CONDITION", help="only images whose metadata fulfil it, as "
                        "\"price < 50 AND colour = 'red'\", in SQL")
@@ -106,13 +113,18 @@ def get_parser() -> Parser:
     serve.add_argument("--allow_host", action="append", default=[], metavar="NAME", help="another name it goes by, "
                        "such as a reverse proxy's; may be given again")
     export = command("export", "write a model into a folder of its own: weights as safetensors, its record as JSON, a "
-                     "card to read; taken wherever a checkpoint is")
-    export.add_argument("--model_checkpoint", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
-                        help="a run's best_checkpoint.pth (required)")
-    export.add_argument("--out", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
-                        help="a new folder (required)")
+                     "card to read; taken wherever a checkpoint is; or an index's images into a table: ids, paths, "
+                     "metadata and unit vectors")
+    export.add_argument("--model_checkpoint", type=a_path, metavar="PATH", default=argparse.SUPPRESS,
+                        help="a run's best_checkpoint.pth; with --out")
+    export.add_argument("--out", type=a_path, metavar="DIR", default=argparse.SUPPRESS, help="a new folder")
     add(export, "--onnx", False, "also its image encoder and its composer as ONNX, compared with torch; needs "
         "requirements-export.txt")
+    export.add_argument("--index", type=a_path, metavar="DIR", default=argparse.SUPPRESS,
+                        help="folder made by search.py index; with --vectors")
+    export.add_argument("--vectors", type=a_path, metavar="FILE", default=argparse.SUPPRESS,
+                        help="the Parquet file to write, replaced when all of it is written; needs "
+                        "requirements-export.txt")
     return parser
 
 
@@ -122,29 +134,36 @@ if __name__ == "__main__":                                                      
 from PIL import Image
 from tqdm import tqdm
 
+from machine import distributed
 from machine.device import choose_device, set_up
 from machine.progress import progress_bar
 from pictures import NOTE, Answer, sheet, thumbnail, wrapped
 from searching.build import build
 from searching.gallery import Gallery, Hit
+from searching.qdrant import Qdrant
 
 
 def open_index(args: argparse.Namespace) -> Gallery:
     where = {name: value for name, value in vars(args).items() if name.startswith("bert_")}
-    return Gallery(args.index, start_device(args), where, getattr(args, "images", None), args.follow_links)
+    ranking = partial(Qdrant, args.qdrant, args.collection) if "qdrant" in args else None
+    return Gallery(args.index, start_device(args), where, getattr(args, "images", None), args.follow_links, ranking)
 
 
 def start_device(args: argparse.Namespace):
-    device = choose_device(args.device)
-    set_up(device, "fp32")
+    device = choose_device(args.device, distributed.local_rank() if distributed.launched() else None)
+    set_up(device, "fp32", distributed.local_world())
     return device
 
 
 def index(args: argparse.Namespace) -> None:
-    start = time.perf_counter()
-    built = build(args.model_checkpoint, args.images, args.out, args.ivf, start_device(args), args.batch_size,
-                  args.loader_num_workers, progress_bar, args.prune, getattr(args, "metadata", None),
-                  args.follow_links)
+    start, device = time.perf_counter(), start_device(args)
+    kind = "pq" if args.pq else "ivf" if args.ivf else "exact"
+    with distributed.job(device):
+        built = build(args.model_checkpoint, args.images, args.out, kind, device, args.batch_size,
+                      args.loader_num_workers, progress_bar, args.prune, getattr(args, "metadata", None),
+                      args.follow_links)
+    if not built:                                                               # by the first of several processes
+        return
     for path, reason in list(built.left_out.items())[:SHOWN_BROKEN]:
         tqdm.write(shown(f"left out {path}: {reason}"), file=sys.stderr)
     if len(built.left_out) > SHOWN_BROKEN:
@@ -278,6 +297,19 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    if "model_checkpoint" in args and "out" in args:
+        export_model(args)
+    elif "index" in args and "vectors" in args:
+        from searching import vectors
+
+        count = vectors.export(args.index, args.vectors, progress_bar)
+        print(f"{shown_name(args.vectors)}: {count} images, each with its unit vector")
+    else:
+        raise InputError("export a model, with --model_checkpoint and --out, or an index's images, with --index and "
+                         "--vectors")
+
+
+def export_model(args: argparse.Namespace) -> None:
     from searching.export import export
 
     differences = export(args.model_checkpoint, args.out, args.onnx)
@@ -289,7 +321,7 @@ def export(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run with these flags; returns the exit code, as `ending` says."""
-    log_to_stderr()
+    log_to_stderr(logging.WARNING if distributed.local_rank() == 0 else logging.ERROR)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="PIL")
 

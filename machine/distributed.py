@@ -172,6 +172,15 @@ def from_first(make: Callable):
     return held[0]
 
 
+def to_first(mine) -> list:
+    """What each process brings, by rank, in the first; nothing in the others."""
+    if world() == 1:
+        return [mine]
+    everyone = [None] * world() if first() else None
+    dist.gather_object(mine, everyone, group=hosts)
+    return everyone or []
+
+
 # Dealing out and putting together
 
 def share(items: Sequence) -> Sequence:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from machine.errors import InputError
 
@@ -115,8 +116,15 @@ def unfinished(path: Path) -> Path:
 
 
 def write_whole(path: Path, content, before: Callable[[Path], None] | None = None) -> None:
-    """Write bytes beside `path`, safely on disk, then rename: it is what it was or all of this; a link is replaced,
-    never written through. Raises OSError.
+    """Make `path` a file of these bytes, as `whole_file` does."""
+    with whole_file(path, before) as file:
+        file.write(content)
+
+
+@contextmanager
+def whole_file(path: Path, before: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
+    """A file beside `path` to write into, which is safely on disk in the end and becomes `path`: that is what it was or
+    all of this; a link is replaced, never written through. Raises OSError.
 
     before: called with the written file before it is renamed.
     """
@@ -124,7 +132,7 @@ def write_whole(path: Path, content, before: Callable[[Path], None] | None = Non
     try:
         beside.unlink(missing_ok=True)                                          # a dead namesake's
         with open(beside, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if before:

@@ -3,7 +3,7 @@
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from machine import distributed
 from machine.checksums import chunks_of, digest, file_digest
 from machine.errors import InputError, first_line
 from machine.folder_lock import NAME as LOCK
@@ -54,12 +55,14 @@ class Update:
     gone: list[int]                     # ids
 
 
-def build(source: Path, folder: Path, out: Path, ivf: bool, device: torch.device, batch_size: int, workers: int,
-          progress: Callable, prune: bool = False, metadata: Path | None = None, follow_links: bool = False) -> Built:
+def build(source: Path, folder: Path, out: Path, kind: str, device: torch.device, batch_size: int, workers: int,
+          progress: Callable, prune: bool = False, metadata: Path | None = None,
+          follow_links: bool = False) -> Built | None:
     """Make `out` the index of the images below `folder` by a checkpoint's model. What it already holds is kept: so it
     goes on where it was stopped, and takes in what has changed since. What is no more there is taken out at the very
     end; prune: even where it is much, or only its folder is known to be gone. metadata: a table of what is known of
-    the images, in the place of an earlier one. follow_links: as of Walk.
+    the images, in the place of an earlier one. follow_links: as of Walk. Of several processes the first does it, the
+    others encode their share, and return nothing.
 
     The folder may be another than the last time, if it holds the same images: none of them is encoded again.
     """
@@ -71,13 +74,15 @@ def build(source: Path, folder: Path, out: Path, ivf: bool, device: torch.device
         raise InputError(f"--images {folder} is the whole machine; name a folder in it")
     rows = read_metadata(metadata) if metadata else {}
     encoder = Encoder(source, device)
+    if not distributed.first():
+        return helped(encoder, folder, batch_size, workers)
     with FolderLock("--out") as lock:
         prepare(out, encoder, source, lock)
-        return brought_up_to_date(encoder, folder, out, ivf, batch_size, workers, progress, prune, rows,
+        return brought_up_to_date(encoder, folder, out, kind, batch_size, workers, progress, prune, rows,
                                   follow_links)
 
 
-def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, ivf: bool, batch_size: int, workers: int,
+def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, kind: str, batch_size: int, workers: int,
                        progress: Callable, prune: bool, rows: dict[str, Cells], follow_links: bool) -> Built:
     """The index in `out`, which is this process's own and holds the encoder's model, of what is below `folder`; rows:
     metadata by file name, if there is any that is new."""
@@ -90,16 +95,13 @@ def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, ivf: bool, bat
     images.move(folder, update.again)
     if rows:
         keep_metadata(images, rows, update.paths)
-    read = partial(attempt, folder, encoder)
-    parts = [update.new[start:start + batch_size] for start in range(0, len(update.new), batch_size)]
     with progress(total=update.kept + len(update.new), initial=update.kept, desc="encoding images",
                   unit="image") as bar:
-        for part, pixels in zip(parts, prefetch(lambda part: list(map(read, part)), parts, workers), strict=True):
-            for (path, _), (why, _) in zip(part, pixels, strict=True):
+        for part, made in encoded(encoder, folder, update.new, batch_size, workers):
+            for (path, _), (why, _) in zip(part, made, strict=True):
                 if isinstance(why, str):
                     walk.leave_out(path, Kind.BROKEN, why + "; its earlier feature stays" * (path in update.changed))
-            add(images, encoder, [(entry, *made) for entry, made in zip(part, pixels, strict=True)
-                                  if not isinstance(made[0], str)])
+            add(images, part, made)
             bar.update(len(part))
     broken = {path: why for path, (kind, why) in walk.left_out.items() if kind.is_image()}
     if not len(images):
@@ -107,10 +109,35 @@ def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, ivf: bool, bat
                          + "".join(f"; {path}: {why}" for path, why in list(broken.items())[:1]))
     if update.gone:
         images.remove(update.gone)
-    rank(images, out, encoder.model.image_dim, ivf, progress)
+    rank(images, out, encoder.model.image_dim, kind, progress)
     tried = {path for path, _ in update.new}
     return Built(len(images), len(tried - broken.keys()), {path: why for path, (_, why) in walk.left_out.items()},
                  walk.summary(), walk.not_followed(), broken)
+
+
+def encoded(encoder: Encoder, folder: Path, new: list | None, batch_size: int, workers: int) -> Iterator[tuple]:
+    """Batches of the images (path, version) that are new, in order, each with what was made of them, as `features` has
+    it. Of several processes the first alone knows what is new, and gets all; each encodes its share."""
+    new = distributed.from_first(lambda: new)
+    parts = [new[start:start + batch_size] for start in range(0, len(new), batch_size)]
+    mine, read = distributed.share(parts), partial(attempt, folder, encoder)
+    pixels = prefetch(lambda part: list(map(read, part)), mine, workers)
+    for start in range(0, len(parts), distributed.world()):                     # in rounds: none gets far ahead
+        rows = distributed.to_first(features(encoder, next(pixels, [])))
+        yield from zip(parts[start:start + len(rows)], rows, strict=False)      # of the last few, one may have had none
+
+
+def features(encoder: Encoder, read: list[tuple[np.ndarray | str, str | None]]) -> list[tuple]:
+    """Of images as `attempt` gives them: (feature (D,), checksum of the file); of one that cannot be read, as it is."""
+    pixels = [row for row, _ in read if not isinstance(row, str)]
+    rows = iter(encoder.images(pixels).numpy() if pixels else ())
+    return [(row if isinstance(row, str) else next(rows), content) for row, content in read]
+
+
+def helped(encoder: Encoder, folder: Path, batch_size: int, workers: int) -> None:
+    """The part of a process that is not the first."""
+    for _ in encoded(encoder, folder, None, batch_size, workers):
+        pass
 
 
 def keep_metadata(images: ImageList, rows: dict[str, Cells], paths: set[str]) -> None:
@@ -143,11 +170,11 @@ def content_of(file: Path) -> str | None:
     return None
 
 
-def add(images: ImageList, encoder: Encoder, read: list[tuple]) -> None:
-    """Images that were read, as (path and version, pixels, checksum of the file)."""
-    if read:
-        entries, pixels, contents = zip(*read, strict=True)
-        images.add(list(entries), encoder.images(pixels).numpy(), contents)
+def add(images: ImageList, part: list[tuple], made: list[tuple]) -> None:
+    """Those of a batch (path, version) that could be read."""
+    if read := [(entry, *row) for entry, row in zip(part, made, strict=True) if not isinstance(row[0], str)]:
+        entries, features, contents = zip(*read, strict=True)
+        images.add(list(entries), np.stack(features), contents)
 
 
 def compare(images: ImageList, walk: Walk, progress: Callable, prune: bool) -> Update:

@@ -7,7 +7,7 @@ and `index.faiss`, unit features in half precision by image id, which ranks and 
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from machine.resizing import plain_square
 from machine.tensor_files import bytes_of, fingerprint
 from searching.image_list import Doubtful, ImageList
 from searching.metadata import Cells, Filter, columns_of, metadata_of
-from searching.ranking import RANKING, ranking_of, read_ranking, selection, unit
+from searching.ranking import RANKING, ranking_of, read_ranking, selection, spare, unit
 from text_encoders import sentence_source, text_encoder_of
 from text_model import SentenceTable, spread, tokenize
 
@@ -215,11 +215,13 @@ class Gallery:
 
     images: the folder of the images, where they were moved since. follow_links: whether files that links lead out of
     it to are given out; the index may be a stranger's, so that it has no say in this. columns: of the metadata.
+    ranking: makes, of the features' size and the model's fingerprint, what is asked in the place of the index's own.
     One query at a time: several threads may ask.
     """
 
     def __init__(self, index: str | Path, device: str | torch.device | None = None, where: dict | None = None,
-                 images: str | Path | None = None, follow_links: bool = False):
+                 images: str | Path | None = None, follow_links: bool = False,
+                 ranking: Callable | None = None):
         index = Path(index)
         if missing := [name for name in (MODEL, IMAGES, RANKING) if not (index / name).is_file()]:
             raise InputError(f"{index} is no finished index: it has no {missing[0]}; make it with search.py index, "
@@ -229,13 +231,13 @@ class Gallery:
         self.folder, self.follow_links = self.place(images), follow_links
         check_model(self.images, index / MODEL)
         self.encoder = Encoder(index / MODEL, device, where, index)
-        self.ranking, self.ranked = self.open_ranking(index / RANKING)
+        self.ranking, self.ranked = self.open_ranking(index / RANKING, ranking)
         if self.ranked is None:
             log.warning("note: %s has no checksums, so that damage to it cannot be told; search.py index adds them",
                         index)
         elif self.ranked != changes:
-            log.warning("note: %s was changed after its ranking was made, and is searched as far as that goes; "
-                        "search.py index brings it up to date", index)
+            log.warning("note: %s was changed after its ranking was made, and is searched as far as that goes; %s",
+                        index, "export and load it again" if ranking else "search.py index brings it up to date")
 
     def place(self, images: str | Path | None) -> Path:
         """The folder of the images. Raises InputError where the one that is given is none."""
@@ -247,9 +249,12 @@ class Gallery:
                         "was removed, remove %s too", folder, self.images.path.parent)
         return folder
 
-    def open_ranking(self, path: Path) -> tuple:
+    def open_ranking(self, path: Path, other: Callable | None) -> tuple:
         """The ranking, and how many changes the list had seen when it was made, None where that was never noted. One
         that cannot be believed is made again."""
+        if other:
+            found = other(self.encoder.model.image_dim, self.encoder.fingerprint())
+            return found, found.changes
         noted, ranked = self.images.file_note(RANKING)
         dim, changes = self.encoder.model.image_dim, self.images.state()[1]
         try:
@@ -259,7 +264,7 @@ class Gallery:
         except Doubtful as doubt:
             log.warning("note: %s is damaged (%s), so it is made again from the list for now; search.py index does so "
                         "for good", path, doubt)
-        return ranking_of(self.images, dim, False, progress_bar), changes
+        return ranking_of(self.images, dim, "exact", progress_bar), changes
 
     def picture(self, path: str | Path) -> Source:
         """Any picture as a query's."""
@@ -327,12 +332,12 @@ class Gallery:
                              f"{self.images.path.parent} and make it again with search.py index")
 
     def nearest(self, query: np.ndarray, k: int, among: list[int] | None = None) -> list[tuple[int, float]]:
-        """Ids and scores of the k nearest, of all or among some. Half precision finds them, the kept features rank
-        them; more are looked at while one that was not could be among them."""
+        """Ids and scores of the k nearest, of all or among some. Half precision finds them, or codes, the kept features
+        rank them; more are looked at while, by half precision, one that was not could be among them."""
         most = self.ranking.ntotal if among is None else min(len(among), self.ranking.ntotal)
         k, asked, selected = min(k, most), 0, None if among is None else selection(self.ranking, among)
         while k:
-            asked = min(most, 2 * max(asked, k) + 16)
+            asked = min(most, 2 * max(asked, k) + spare(self.ranking))
             rough, numbers = (rows[0] for rows in self.ranking.search(query[None], asked, params=selected))
             listed, features = self.images.features(numbers[numbers >= 0], self.ranking.d)
             self.check_missing(np.setdiff1d(numbers[numbers >= 0], listed))

@@ -349,15 +349,21 @@ class ImageList:
 
     def all_features(self, every: int = 1, dim: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids (n,) and features (n, D) of all images, or of about one in `every`, some thousand at a time."""
+        for part in self.parts(every):
+            with self.telling():
+                yield np.array([entry.number for entry in part]), unpacked(part, dim)
+
+    def parts(self, every: int = 1) -> Iterator[list[Entry]]:
+        """The same of the entries, in the order of their ids."""
         rows, part = self.rows("id % ? = 0", (every,)), []
         with self.telling():
             for row in rows:
                 part.append(checked(row))
                 if len(part) == ROWS_AT_ONCE:
-                    yield np.array([entry.number for entry in part]), unpacked(part, dim)
+                    yield part
                     part = []
             if part:
-                yield np.array([entry.number for entry in part]), unpacked(part, dim)
+                yield part
 
     def path_of(self, number: int) -> str | None:
         found = self.entries("id = ?", (number,))

@@ -1,8 +1,10 @@
-"""FAISS's ranking of an index's images: unit features in half precision by image id, made from the list alone.
+"""FAISS's ranking of an index's images: unit features in half precision, or coded, by image id, made from the list
+alone.
 
 What can be made again is believed only where it is just what was written, and read within bounds, whoever wrote it.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +16,19 @@ import torch.nn.functional as F
 from machine.checksums import file_digest
 from machine.errors import InputError, first_line
 from searching.image_list import Doubtful, ImageList
+from searching.qdrant import Qdrant
 
 RANKING = "index.faiss"
+MOST_CELLS = 4096                       # with more, training and filling them would take a day at tens of millions
+KERNELS = {"AVX2": "Haswell", "AVX512": "SkylakeX"}
+FEWEST_CODED = 39 * 256                 # images: FAISS asks for 39 to learn each of a code's 256 values from
 
 
 def faiss():
-    """The module, with as many threads as torch has."""
+    """The module, with as many threads as torch has. Its package's OpenBLAS, of 2021, takes a newer processor for one
+    of 2004 and is a fifth as fast, unless told."""
+    if kernels := KERNELS.get(torch.backends.cpu.get_cpu_capability()):
+        os.environ.setdefault("OPENBLAS_CORETYPE", kernels)
     try:
         import faiss
     except ImportError:
@@ -32,10 +41,10 @@ def unit(features: np.ndarray) -> np.ndarray:
     return F.normalize(torch.from_numpy(features.copy()), dim=1).numpy()
 
 
-def rank(images: ImageList, out: Path, dim: int, ivf: bool, progress: Callable) -> None:
+def rank(images: ImageList, out: Path, dim: int, kind: str, progress: Callable) -> None:
     """Write the index's ranking."""
     changes, path, unfinished = images.state()[1], out / RANKING, out / f"{RANKING}.unfinished"
-    ranking = ranking_of(images, dim, ivf, progress)
+    ranking = ranking_of(images, dim, kind, progress)
     try:
         unfinished.unlink(missing_ok=True)                                      # never through a link
         faiss().write_index(ranking, str(unfinished))
@@ -45,18 +54,22 @@ def rank(images: ImageList, out: Path, dim: int, ivf: bool, progress: Callable) 
         raise InputError(f"cannot write {path} ({first_line(error)}); make room, then run it again") from None
 
 
-def ranking_of(images: ImageList, dim: int, ivf: bool, progress: Callable):
-    """Every image is compared with a query, or with `ivf` those of the nearest cells."""
+def ranking_of(images: ImageList, dim: int, kind: str, progress: Callable):
+    """Every image is compared with a query ("exact"), or those of the nearest cells ("ivf"), these by codes of a byte
+    for eight values ("pq"; of too few images to learn codes from "ivf")."""
     library, count = faiss(), len(images)
     half, product = library.ScalarQuantizer.QT_fp16, library.METRIC_INNER_PRODUCT
-    if ivf:
-        cells = max(1, min(int(4 * count**0.5), count // 39))                   # FAISS asks for 39 images a cell
-        ranking = library.IndexIVFScalarQuantizer(library.IndexFlatIP(dim), dim, cells, half, product)
+    if kind == "exact":
+        ranking = library.IndexIDMap(library.IndexScalarQuantizer(dim, half, product))
+    else:
+        cells = max(1, min(int(4 * count**0.5), count // 39, MOST_CELLS))       # FAISS asks for 39 images a cell
+        if kind == "pq" and count >= FEWEST_CODED:
+            ranking = library.IndexIVFPQ(library.IndexFlatIP(dim), dim, cells, parts_of(dim), 8, product)
+        else:
+            ranking = library.IndexIVFScalarQuantizer(library.IndexFlatIP(dim), dim, cells, half, product)
         ranking.nprobe, ranking.cp.min_points_per_centroid = max(1, cells // 16), 1        # 1: no warning of few
         sample = np.concatenate([features for _, features in images.all_features(max(1, count // (64 * cells)), dim)])
         ranking.train(unit(sample))
-    else:
-        ranking = library.IndexIDMap(library.IndexScalarQuantizer(dim, half, product))
     with progress(total=count, desc="ranking", unit="image") as bar:
         for numbers, features in images.all_features(dim=dim):
             ranking.add_with_ids(unit(features), numbers)
@@ -64,8 +77,20 @@ def ranking_of(images: ImageList, dim: int, ivf: bool, progress: Callable):
     return ranking
 
 
+def parts_of(dim: int) -> int:
+    """Of how many bytes a code is."""
+    return dim // math.gcd(dim, 8)
+
+
+def spare(ranking) -> int:
+    """How many images more than twice those asked for are ranked by their features at first."""
+    return 512 if hasattr(ranking, "pq") else 16
+
+
 def selection(ranking, numbers: Sequence[int]):
     """What has a ranking search among these ids alone, and all of them: also those in cells far away."""
+    if isinstance(ranking, Qdrant):
+        return ranking.selection(numbers)
     library = faiss()
     chosen = library.IDSelectorBatch(np.array(numbers, np.int64))
     if isinstance(ranking, library.IndexIVF):
@@ -78,9 +103,9 @@ def read_ranking(path: Path, dim: int):
 
     FAISS is told that no part of it is longer than the file, and what it has read is looked at piece by piece.
     """
-    library, length = faiss(), path.stat().st_size
+    library, length, table = faiss(), path.stat().st_size, 1024 * MOST_CELLS * parts_of(dim)   # not made for products
     before = library.get_deserialization_vector_byte_limit(), library.get_deserialization_loop_limit()
-    library.set_deserialization_vector_byte_limit(length)
+    library.set_deserialization_vector_byte_limit(length + table)
     library.set_deserialization_loop_limit(length)
     try:
         ranking = library.read_index(str(path))
@@ -95,7 +120,7 @@ def read_ranking(path: Path, dim: int):
 
 
 def is_exact(library, ranking, dim: int, length: int) -> bool:
-    """Whether it is what `ranking_of` makes without `ivf`."""
+    """Whether it is what `ranking_of` makes as "exact"."""
     inner = library.downcast_index(ranking.index)
     return (type(inner) is library.IndexScalarQuantizer and is_half(library, inner, dim) and ranking.d == dim
             and ranking.metric_type == library.METRIC_INNER_PRODUCT
@@ -104,15 +129,16 @@ def is_exact(library, ranking, dim: int, length: int) -> bool:
 
 
 def is_ivf(library, ranking, dim: int, length: int) -> bool:
-    """Whether it is what `ranking_of` makes with `ivf`."""
-    if type(ranking) is not library.IndexIVFScalarQuantizer or not is_half(library, ranking, dim):
+    """Whether it is what `ranking_of` makes as "ivf" or "pq"."""
+    fits = {library.IndexIVFScalarQuantizer: is_half, library.IndexIVFPQ: is_coded}.get(type(ranking))
+    if not fits or not fits(library, ranking, dim):
         return False
     cells, lists = library.downcast_index(ranking.quantizer), ranking.invlists
     return (isinstance(cells, library.IndexFlat) and cells.d == dim and 0 < cells.ntotal == ranking.nlist == lists.nlist
             and cells.metric_type == library.METRIC_INNER_PRODUCT and cells.codes.size() == 4 * dim * cells.ntotal
             and 1 <= ranking.nprobe <= ranking.nlist <= length and ranking.by_residual
             and type(library.downcast_InvertedLists(lists)) is library.ArrayInvertedLists
-            and lists.code_size == ranking.code_size == 2 * dim and ranking.direct_map.type == 0
+            and lists.code_size == ranking.code_size and ranking.direct_map.type == 0
             and sum(lists.list_size(cell) for cell in range(lists.nlist)) == ranking.ntotal > 0)
 
 
@@ -120,3 +146,11 @@ def is_half(library, part, dim: int) -> bool:
     """Whether it keeps vectors of `dim` values in half precision, to be compared by their product."""
     return (part.d == part.sq.d == dim and part.sq.qtype == library.ScalarQuantizer.QT_fp16 and part.is_trained
             and part.metric_type == library.METRIC_INNER_PRODUCT and part.sq.code_size == part.code_size == 2 * dim)
+
+
+def is_coded(library, ranking, dim: int) -> bool:
+    """Whether it keeps codes of vectors of `dim` values, to be compared by their product."""
+    codes = ranking.pq
+    return (ranking.d == codes.d == dim and codes.M == codes.code_size == ranking.code_size == parts_of(dim)
+            and codes.nbits == 8 and codes.centroids.size() == 256 * dim and ranking.is_trained
+            and ranking.metric_type == library.METRIC_INNER_PRODUCT and ranking.polysemous_ht == 0)

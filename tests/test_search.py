@@ -60,8 +60,8 @@ def index(trained, images, tmp_path_factory):
     return out
 
 
-def made(source, folder, out, ivf=False, progress=quiet, batch_size=5, workers=2):
-    return build(source, folder, out, ivf, CPU, batch_size, workers, progress)
+def made(source, folder, out, kind="exact", progress=quiet, batch_size=5, workers=2):
+    return build(source, folder, out, kind, CPU, batch_size, workers, progress)
 
 
 def run(*words):
@@ -121,11 +121,11 @@ def test_more_results_than_images_are_all_of_them(images, index, capsys):
     assert len({hit["path"] for hit in found}) == len(found) == 12
 
 
-def features_index(folder, features, ivf=False):
+def features_index(folder, features, kind="exact"):
     images = ImageList(folder / "images.sqlite")
     images.create(folder)
     images.add([(f"{number}.jpg", (1, 1)) for number in range(len(features))], features)
-    rank(images, folder, features.shape[1], ivf, quiet)
+    rank(images, folder, features.shape[1], kind, quiet)
     opened = object.__new__(Gallery)
     opened.images, opened.ranking = images, faiss.read_index(str(folder / "index.faiss"))
     return opened
@@ -148,7 +148,7 @@ def test_ivf_looks_at_some_cells_and_finds_nearly_all(tmp_path):
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(60, 16))
     features = (centres[rng.integers(0, 60, 20_000)] + 0.2 * rng.normal(size=(20_000, 16))).astype(np.float32)
-    opened = features_index(tmp_path, features, ivf=True)
+    opened = features_index(tmp_path, features, "ivf")
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     assert opened.ranking.ntotal == 20_000 and opened.ranking.nprobe < opened.ranking.nlist / 10
     recalls = []
