@@ -8,7 +8,7 @@ and `index.faiss`, unit features in half precision by image id, which ranks and 
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
@@ -22,7 +22,7 @@ import checkpoint
 from machine.checksums import file_digest
 from machine.device import choose_device
 from machine.errors import InputError, first_line
-from machine.picture_files import Beyond, decode
+from machine.picture_files import Beyond, InMemory, decode
 from machine.progress import progress_bar
 from machine.resizing import plain_square
 from machine.tensor_files import fingerprint
@@ -54,9 +54,10 @@ class Hit:
     image: int
     path: Path
     score: float
+    metadata: dict = field(default_factory=dict)
 
 
-def read_picture(path: str | Path, size: int, resampling: str = "bilinear") -> np.ndarray:
+def read_picture(path: str | Path | InMemory, size: int, resampling: str = "bilinear") -> np.ndarray:
     """(size, size, 3) uint8 of a query's picture. Raises InputError where it is none, or beyond the bounds of
     picture_files.py, within which no picture needs a time limit."""
     try:
@@ -154,7 +155,7 @@ class Encoder:
                  for start in range(0, len(pictures), ENCODED_AT_ONCE)]
         return F.normalize(torch.cat([torch.empty(0, self.model.image_dim), *parts]), dim=1).numpy()
 
-    def read(self, picture: str | Path) -> np.ndarray:
+    def read(self, picture: str | Path | InMemory) -> np.ndarray:
         """(S, S, 3) uint8, as the model sees it."""
         return read_picture(picture, self.size, self.resampling)
 
@@ -169,11 +170,13 @@ class Encoder:
 
     @torch.inference_mode()
     def query(self, image: Tensor, text: str) -> Tensor:
-        """(D,), a text -> the unit vector (D,) to search with: without a text, the image's own.
+        """(D,), a text -> the unit vector (D,) to search with: without a text, the image's own. Words that the model
+        does not know are left out, as read they would be noise.
 
         Raises InputError for a text as `unknown` does, and where the vector is not finite.
         """
-        self.unknown(text)                                                      # refuses what cannot be read
+        if unknown := self.unknown(text):                                       # which refuses what cannot be read
+            text = " ".join(word for word in tokenize(text) if word not in unknown)
         composed = image[None].to(self.device)
         if text.strip():
             composed = self.model.compose(composed, self.model.encode_text([text]))
@@ -213,7 +216,7 @@ class Gallery:
     """
 
     def __init__(self, index: str | Path, device: str | torch.device | None = None, where: dict | None = None):
-        index = Path(index)
+        index, self.columns = Path(index), []
         if missing := [name for name in (MODEL, IMAGES, RANKING) if not (index / name).is_file()]:
             raise InputError(f"{index} is no finished index: it has no {missing[0]}; make it with search.py index, "
                              "which goes on where it stopped")
@@ -243,7 +246,7 @@ class Gallery:
                         "for good", path, doubt)
         return ranking_of(self.images, dim, False, progress_bar), changes
 
-    def picture(self, path: str | Path) -> Source:
+    def picture(self, path: str | Path | InMemory) -> Source:
         """Any picture as a query's."""
         pixels = self.encoder.read(path)
         with self.lock:
@@ -256,6 +259,9 @@ class Gallery:
             raise InputError(f"the gallery has no image {image}")
         return Source(torch.from_numpy(features[0].copy()), image)
 
+    def metadata(self, image: int) -> dict:
+        return {}
+
     def file(self, image: int) -> Path:
         """Where one of the gallery's images lies. Raises InputError where it does not any more."""
         path = self.images.path_of(image)
@@ -264,7 +270,8 @@ class Gallery:
             raise InputError(f"{path or f'image {image}'} is no more in {self.folder}; run search.py index again")
         return file
 
-    def search(self, picture: str | Path | Source, text: str, k: int = 20, leave_out: bool = False) -> list[Hit]:
+    def search(self, picture: str | Path | Source, text: str, k: int = 20, leave_out: bool = False,
+               where: str = "") -> list[Hit]:
         """The k images (1 or more) nearest to the composed query, best first, equal ones by id. Without a text, those
         that look like the picture.
 
@@ -274,6 +281,8 @@ class Gallery:
         """
         if k < 1:
             raise InputError(f"k is {k}; ask for one result or more")
+        if where:
+            raise InputError("this index has no columns to filter by")
         source = picture if isinstance(picture, Source) else self.picture(picture)
         with self.lock:
             query = self.encoder.query(source.feature, text).numpy()

@@ -179,7 +179,7 @@ class ByFile(LoadFileScheduling):
 
     def _split_scope(self, nodeid):
         file = super()._split_scope(nodeid)
-        return "page" if file.endswith(("test_browser.py", "test_page_security.py")) else file
+        return "page" if file.endswith(("test_browser.py", "test_page.py", "test_page_security.py")) else file
 
 
 def pytest_xdist_make_scheduler(config, log):
