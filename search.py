@@ -215,7 +215,6 @@ def serve(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run with these flags; returns the exit code, as `ending` says."""
     log_to_stderr()
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="PIL")
 
     def work(_stopping) -> None:

@@ -285,15 +285,15 @@ HANDLERS = {InputError: told, HTTPException: refused, RequestValidationError: no
 @contextmanager
 def serving(gallery: Gallery, k: int, host: str, port: int, allowed: Iterable[str] = (),
             root_path: str = "") -> Iterator[str]:
-    """The page, served meanwhile; yields its address. allowed: other names it goes by; root_path: where a proxy has it.
-    Raises InputError where the address cannot be had."""
+    """The page, served meanwhile; yields its address. allowed: other names it goes by; root_path: where a proxy has it;
+    port: 0 for any that is free. Raises InputError where the address cannot be had."""
     if not re.fullmatch(r"(/[\w.~-]+)*/?", root_path, re.ASCII):
         raise InputError(f"--root_path {root_path!r} is no path; give one such as /find")
     names = Names(host, allowed)
     page = Page(gallery, k)
     with listening(host, port) as listener, running(Guard(page.app(), names, root_path.rstrip("/")), listener):
         threading.Thread(target=page.warm_up, daemon=True).start()
-        yield f"http://{address(host.strip('[]'), port)}"
+        yield f"http://{address(host.strip('[]'), listener.getsockname()[1])}"
 
 
 def open_page(gallery: Gallery, k: int, host: str, port: int, allowed: Iterable[str] = (), root_path: str = "") -> None:
