@@ -22,7 +22,7 @@ class Answer:
     text: str
     results: list[Image.Image]
     right: Sequence[bool | None] = field(default_factory=list)
-    notes: Sequence[str] = ()                                                   # one a result, under its picture
+    notes: Sequence[str] = ()                                                   # one a result, of some lines, under it
     verdict: str = ""                                                           # at the end of the query's text
 
 
@@ -37,7 +37,8 @@ def sheet(answers: Sequence[Answer], per_row: int = 8, tile: int = TILE) -> Imag
     width = max(first + shown * (tile + GAP), 4 * tile)
     texts = [wrapped(answer.text, int(width - 4 * GAP - font(TEXT).getlength(answer.verdict)), TEXT)
              for answer in answers]
-    rows = [tile + GAP + (NOTE + GAP) * bool(answer.notes) for answer in answers]
+    rows = [tile + GAP + (NOTE + GAP) * max((1 + note.count("\n") for note in answer.notes), default=0)
+            for answer in answers]
     heights = [LINE * max(1, len(lines)) + row * max(1, -(-len(answer.results) // shown)) + GAP
                for answer, row, lines in zip(answers, rows, texts, strict=True)]
     picture = Image.new("RGB", (width, GAP + sum(heights)), PAPER)

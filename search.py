@@ -11,17 +11,19 @@ import html
 import io
 import json
 import logging
+import os
 import sys
 import time
 import warnings
 from pathlib import Path
 
-from flags import DEVICES, MOST_RESULTS, Parser, a_path, at_least, port_number
+from flags import DEVICES, MOST_RESULTS, Parser, a_path, add, at_least, port_number
 from machine.errors import InputError
 from machine.stopping import ending, starting
 from machine.streams import log_to_stderr, shown, shown_name
 
 SHOWN_BROKEN = 20
+TILE = 128                              # pixels of a picture on a sheet
 
 
 def get_parser() -> Parser:
@@ -61,6 +63,10 @@ def get_parser() -> Parser:
     index.add_argument("--prune", action="store_true", help="take out all images that are no more there; without it, "
                        "those whose folder is gone or empty stay, and if more than a tenth (and more than 5) are gone, "
                        "nothing is changed")
+    index.add_argument("--metadata", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="a table, .csv or "
+                       ".jsonl, of what is known of the images: their paths below --images or bare names in the column "
+                       "file_name, or else in the first, and any other columns; in the place of an earlier table, "
+                       "which stays without it")
     index.add_argument("--batch_size", type=at_least(1), default=32, metavar="B", help="images encoded at once")
     index.add_argument("--loader_num_workers", type=at_least(0), default=4, metavar="N", help="threads that read "
                        "images")
@@ -71,6 +77,9 @@ def get_parser() -> Parser:
     query.add_argument("--text", default="", help="what to change, as the model was trained to be told; empty: images "
                        "that look like the picture")
     query.add_argument("-k", type=at_least(1, most=MOST_RESULTS), default=20, metavar="K", help="how many results")
+    add(query, "--keep_query", False, "where the picture is one of the gallery's own files, it may be a result, too")
+    query.add_argument("--where", default="", metavar="CONDITION", help="only images whose metadata fulfil it, as "
+                       "\"price < 50 AND colour = 'red'\", in SQL")
     query.add_argument("--json", action="store_true", help="print JSON in place of a table")
     query.add_argument("--html", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
                        "page that needs no other file")
@@ -97,7 +106,7 @@ from tqdm import tqdm
 
 from machine.device import choose_device, set_up
 from machine.progress import progress_bar
-from pictures import Answer, sheet, thumbnail
+from pictures import NOTE, Answer, sheet, thumbnail, wrapped
 from searching.build import build
 from searching.gallery import Gallery, Hit
 
@@ -116,7 +125,7 @@ def start_device(args: argparse.Namespace):
 def index(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     built = build(args.model_checkpoint, args.images, args.out, args.ivf, start_device(args), args.batch_size,
-                  args.loader_num_workers, progress_bar, args.prune)
+                  args.loader_num_workers, progress_bar, args.prune, getattr(args, "metadata", None))
     for path, reason in list(built.left_out.items())[:SHOWN_BROKEN]:
         tqdm.write(shown(f"left out {path}: {reason}"), file=sys.stderr)
     if len(built.left_out) > SHOWN_BROKEN:
@@ -128,22 +137,25 @@ def index(args: argparse.Namespace) -> None:
 
 def query(args: argparse.Namespace) -> None:
     gallery = open_index(args)
-    hits = gallery.search(args.image, args.text, args.k)
+    hits = gallery.search(args.image, args.text, args.k + (not args.keep_query), where=args.where)
+    if not args.keep_query:
+        own = os.path.realpath(args.image)
+        hits = [hit for hit in hits if os.path.realpath(hit.path) != own][:args.k]
     if unknown := gallery.encoder.unknown(args.text):
         words = shown(", ".join(unknown))
         print(f"note: not known to the model, so left out: {words}", file=sys.stderr)
     if args.json:
         print(json.dumps({"image": str(args.image), "text": args.text, "unknown_words": unknown, "results": [
-            {"rank": rank, "score": hit.score, "path": str(hit.path)}
+            {"rank": rank, "score": hit.score, "path": str(hit.path),
+             **({"metadata": hit.metadata} if hit.metadata else {})}
             for rank, hit in enumerate(hits, start=1)]}, indent=1))
     else:
         print("rank   score  image")
         for rank, hit in enumerate(hits, start=1):
-            print(f"{rank:4}  {hit.score:6.4f}  {shown_name(hit.path)}")
+            print(f"{rank:4}  {hit.score:6.4f}  {shown_name(hit.path)}" + f"  {shown(known(hit))}" * bool(hit.metadata))
     if "png" in args:
-        notes = [f"{rank}.  {hit.score:.4f}" for rank, hit in enumerate(hits, start=1)]
         picture = sheet([Answer(thumbnail(args.image), words_of(args.text), [result(gallery, hit) for hit in hits],
-                                notes=notes)], tile=128)
+                                notes=[note(rank, hit) for rank, hit in enumerate(hits, start=1)])], tile=TILE)
         write(args.png, "--png", png(picture))
     if "html" in args:
         write(args.html, "--html", page_of(gallery, args, hits).encode("utf-8", "replace"))
@@ -151,6 +163,17 @@ def query(args: argparse.Namespace) -> None:
 
 def words_of(text: str) -> str:
     return f"+ {text}" if text.strip() else "(no change: images that look like it)"
+
+
+def known(hit: Hit) -> str:
+    """Its metadata, what is not empty."""
+    return ", ".join(f"{column}: {value}" for column, value in hit.metadata.items() if value is not None)
+
+
+def note(rank: int, hit: Hit) -> str:
+    """Under its picture on a sheet: of its metadata's values as many as there is room for."""
+    values = " ".join(str(value) for value in hit.metadata.values() if value is not None)
+    return "\n".join([f"{rank}.  {hit.score:.4f}", *wrapped(values, TILE, NOTE, most=1)])
 
 
 def result(gallery: Gallery, hit: Hit) -> Image.Image:
@@ -176,7 +199,7 @@ def page_of(gallery: Gallery, args: argparse.Namespace, hits: list[Hit]) -> str:
         data = base64.b64encode(content.getvalue()).decode()
         return (f'<figure><img src="data:image/jpeg;base64,{data}" alt="{html.escape(title)}" '
                 f'title="{html.escape(title)}"><figcaption>{html.escape(words)}</figcaption></figure>')
-    results = "\n".join(figure(result(gallery, hit), f"{rank}. {hit.score:.4f}", str(hit.path))
+    results = "\n".join(figure(result(gallery, hit), f"{rank}. {hit.score:.4f} {known(hit)}".strip(), str(hit.path))
                         for rank, hit in enumerate(hits, start=1))
     return f"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">

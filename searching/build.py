@@ -20,6 +20,7 @@ from machine.tensor_files import packed
 from searching.folder import Kind, Walk
 from searching.gallery import IMAGES, MODEL, Encoder, attempt, check_model
 from searching.image_list import ImageList
+from searching.metadata import Cells, keep, placed, read_metadata
 from searching.ranking import RANKING, faiss, rank
 
 FOR_TRAINING = ("optimizer_state_dict", "random", "progress")                   # of a checkpoint
@@ -42,16 +43,18 @@ class Built:
 class Update:
     """What there is to do for an index to hold what its folder holds."""
     new: list[tuple[str, tuple[int, int]]]                                      # paths, with their files' versions
-    changed: set[str]                   # of these, the paths that are listed already
+    paths: set[str]                     # of all images, those that are not to be found among them
+    changed: set[str]                   # of the new ones, the paths that are listed already
     kept: int
     gone: list[int]                     # ids
 
 
 def build(source: Path, folder: Path, out: Path, ivf: bool, device: torch.device, batch_size: int, workers: int,
-          progress: Callable, prune: bool = False) -> Built:
+          progress: Callable, prune: bool = False, metadata: Path | None = None) -> Built:
     """Make `out` the index of the images below `folder` by a checkpoint's model. What it already holds is kept: so it
     goes on where it was stopped, and takes in what has changed since. What is no more there is taken out at the very
-    end; prune: even where it is much, or only its folder is known to be gone.
+    end; prune: even where it is much, or only its folder is known to be gone. metadata: a table of what is known of
+    the images, in the place of an earlier one.
     """
     faiss()                                                                     # missing? said before the work
     if not folder.is_dir():
@@ -59,21 +62,25 @@ def build(source: Path, folder: Path, out: Path, ivf: bool, device: torch.device
     folder = Path(os.path.realpath(folder))
     if folder == folder.parent:
         raise InputError(f"--images {folder} is the whole machine; name a folder in it")
+    rows = read_metadata(metadata) if metadata else {}
     encoder = Encoder(source, device)
     with FolderLock("--out") as lock:
         prepare(out, encoder, source, lock)
-        return brought_up_to_date(encoder, folder, out, ivf, batch_size, workers, progress, prune)
+        return brought_up_to_date(encoder, folder, out, ivf, batch_size, workers, progress, prune, rows)
 
 
 def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, ivf: bool, batch_size: int, workers: int,
-                       progress: Callable, prune: bool) -> Built:
-    """The index in `out`, which is this process's own and holds the encoder's model, of what is below `folder`."""
+                       progress: Callable, prune: bool, rows: dict[str, Cells]) -> Built:
+    """The index in `out`, which is this process's own and holds the encoder's model, of what is below `folder`; rows:
+    metadata by file name, if there is any that is new."""
     images, walk = ImageList(out / IMAGES), Walk(folder)
     if images.create(folder):
         log.warning("note: %s had no checksums; what it holds is taken as it is, and has them from now on", out)
     if images.file_note(MODEL)[0] is None:
         images.note_file(MODEL, file_digest(out / MODEL))
     update = compare(images, walk, progress, prune)
+    if rows:
+        keep_metadata(images, rows, update.paths)
     read = partial(attempt, folder, encoder)
     parts = [update.new[start:start + batch_size] for start in range(0, len(update.new), batch_size)]
     with progress(total=update.kept + len(update.new), initial=update.kept, desc="encoding images",
@@ -95,6 +102,19 @@ def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, ivf: bool, bat
     tried = {path for path, _ in update.new}
     return Built(len(images), len(tried - broken.keys()), {path: why for path, (_, why) in walk.left_out.items()},
                  walk.summary(), broken)
+
+
+def keep_metadata(images: ImageList, rows: dict[str, Cells], paths: set[str]) -> None:
+    """Of these images. Raises InputError where the rows name none of them."""
+    found, left_out = placed(rows, paths)
+    if not found:
+        raise InputError(f"no row of --metadata names an image: the first is of {next(iter(rows))}, and an image is "
+                         f"{min(paths, default='not there')}; name each by its path below --images")
+    if left_out:
+        name, why = next(iter(left_out.items()))
+        log.warning("note: %d of the %d rows of --metadata are of no image: %s, %s%s", len(left_out), len(rows), name,
+                    why, ", ..." * (len(left_out) > 1))
+    keep(images, found)
 
 
 def add(images: ImageList, encoder: Encoder, read: list[tuple[tuple[str, tuple[int, int]], np.ndarray]]) -> None:
@@ -128,7 +148,8 @@ def compare(images: ImageList, walk: Walk, progress: Callable, prune: bool) -> U
         log.warning("note: %d images are not to be found, but stay in %s, as their folder is gone, empty, linked or "
                     "unreadable, or their file is no image's now: %s%s; --prune takes out all but what is unreadable",
                     len(unsure), out, unsure[0], ", ..." * (len(unsure) > 1))
-    return Update(new, held.keys() & dict(new), len(found) - len(new), [held[path][0] for path in gone])
+    return Update(new, held.keys() | found, held.keys() & dict(new), len(found) - len(new),
+                  [held[path][0] for path in gone])
 
 
 def why_nothing(walk: Walk) -> str:

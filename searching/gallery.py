@@ -27,7 +27,8 @@ from machine.progress import progress_bar
 from machine.resizing import plain_square
 from machine.tensor_files import fingerprint
 from searching.image_list import Doubtful, ImageList
-from searching.ranking import RANKING, ranking_of, read_ranking, unit
+from searching.metadata import Cells, Filter, columns_of, metadata_of
+from searching.ranking import RANKING, ranking_of, read_ranking, selection, unit
 from text_encoders import sentence_source, text_encoder_of
 from text_model import SentenceTable, spread, tokenize
 
@@ -50,11 +51,12 @@ class Source:
 @dataclass
 class Hit:
     """One of a query's results; path: whole, though only `Gallery.file` sees that it is there and leads nowhere else;
-    score: the cosine of its feature and the query's."""
+    score: the cosine of its feature and the query's; metadata: {column: value}, empty where the index has none of it.
+    """
     image: int
     path: Path
     score: float
-    metadata: dict = field(default_factory=dict)
+    metadata: Cells = field(default_factory=dict)
 
 
 def read_picture(path: str | Path | InMemory, size: int, resampling: str = "bilinear") -> np.ndarray:
@@ -216,13 +218,14 @@ class Gallery:
     """
 
     def __init__(self, index: str | Path, device: str | torch.device | None = None, where: dict | None = None):
-        index, self.columns = Path(index), []
+        index = Path(index)
         if missing := [name for name in (MODEL, IMAGES, RANKING) if not (index / name).is_file()]:
             raise InputError(f"{index} is no finished index: it has no {missing[0]}; make it with search.py index, "
                              "which goes on where it stopped")
         self.images, self.lock = ImageList(index / IMAGES), RLock()
         (self.folder, changes), self.size = self.images.state(), len(self.images)
         check_model(self.images, index / MODEL)
+        self.columns = columns_of(self.images)
         self.encoder = Encoder(index / MODEL, device, where, index)
         self.ranking, self.ranked = self.open_ranking(index / RANKING)
         if self.ranked is None:
@@ -259,9 +262,6 @@ class Gallery:
             raise InputError(f"the gallery has no image {image}")
         return Source(torch.from_numpy(features[0].copy()), image)
 
-    def metadata(self, image: int) -> dict:
-        return {}
-
     def file(self, image: int) -> Path:
         """Where one of the gallery's images lies. Raises InputError where it does not any more."""
         path = self.images.path_of(image)
@@ -270,26 +270,36 @@ class Gallery:
             raise InputError(f"{path or f'image {image}'} is no more in {self.folder}; run search.py index again")
         return file
 
+    @cached_property
+    def filter(self) -> Filter:
+        return Filter(self.images)
+
+    def metadata(self, image: int) -> Cells:
+        """What the user's table says of an image: {column: value}; empty where it has no row."""
+        path = self.images.path_of(image)
+        return metadata_of(self.images, [path]).get(path, {}) if path else {}
+
     def search(self, picture: str | Path | Source, text: str, k: int = 20, leave_out: bool = False,
                where: str = "") -> list[Hit]:
         """The k images (1 or more) nearest to the composed query, best first, equal ones by id. Without a text, those
         that look like the picture.
 
         picture: any file, or what `picture` or `own_picture` made of one. leave_out: whether one of the gallery's own
-        is none of its results. Raises InputError for a picture that cannot be read, for a text as the encoder's
-        `unknown` does, which gives the words that are not known, and where the index is damaged.
+        is none of its results. where: a condition on `columns`, in SQL, which all results fulfil; whoever may search
+        may write it. Raises InputError for a picture that cannot be read, for a text as the encoder's `unknown` does,
+        which gives the words that are not known, for a condition that is none, and where the index is damaged.
         """
         if k < 1:
             raise InputError(f"k is {k}; ask for one result or more")
-        if where:
-            raise InputError("this index has no columns to filter by")
+        among = self.filter.images(where) if where.strip() else None
         source = picture if isinstance(picture, Source) else self.picture(picture)
         with self.lock:
             query = self.encoder.query(source.feature, text).numpy()
         own = {source.image} if leave_out else set()
-        found = [(number, score) for number, score in self.nearest(query, k + len(own)) if number not in own][:k]
-        return [Hit(number, self.folder / path, score) for number, score in found
-                if (path := self.images.path_of(number))]                       # else taken out this moment
+        found = [(path, number, score) for number, score in self.nearest(query, k + len(own), among)
+                 if number not in own and (path := self.images.path_of(number))][:k]    # none: taken out this moment
+        metadata = metadata_of(self.images, [path for path, *_ in found]) if self.columns else {}
+        return [Hit(number, self.folder / path, score, metadata.get(path, {})) for path, number, score in found]
 
     def check_missing(self, numbers: np.ndarray) -> None:
         """Images that are ranked and not listed were taken out since, or else the list is damaged: raises InputError.
@@ -298,20 +308,22 @@ class Gallery:
             raise InputError(f"{self.images.path} is damaged: image {numbers[0]} is gone from it; remove "
                              f"{self.images.path.parent} and make it again with search.py index")
 
-    def nearest(self, query: np.ndarray, k: int) -> list[tuple[int, float]]:
-        """Ids and scores of the k nearest. Half precision finds them, the kept features rank them; more are looked at
-        while one that was not could be among them."""
-        k, asked = min(k, self.ranking.ntotal), 0
-        while True:
-            asked = min(self.ranking.ntotal, 2 * max(asked, k) + 16)
-            rough, numbers = (rows[0] for rows in self.ranking.search(query[None], asked))
+    def nearest(self, query: np.ndarray, k: int, among: list[int] | None = None) -> list[tuple[int, float]]:
+        """Ids and scores of the k nearest, of all or among some. Half precision finds them, the kept features rank
+        them; more are looked at while one that was not could be among them."""
+        most = self.ranking.ntotal if among is None else min(len(among), self.ranking.ntotal)
+        k, asked, selected = min(k, most), 0, None if among is None else selection(self.ranking, among)
+        while k:
+            asked = min(most, 2 * max(asked, k) + 16)
+            rough, numbers = (rows[0] for rows in self.ranking.search(query[None], asked, params=selected))
             listed, features = self.images.features(numbers[numbers >= 0], self.ranking.d)
             self.check_missing(np.setdiff1d(numbers[numbers >= 0], listed))
             scores = unit(features) @ query if listed else np.zeros(0, np.float32)
             best = np.argsort(-scores, kind="stable")[:k]
-            complete = asked == self.ranking.ntotal or numbers[-1] < 0
+            complete = asked == most or numbers[-1] < 0
             if complete or (len(best) == k and rough[-1] < scores[best[-1]] - ROUNDING):
                 return [(listed[place], float(scores[place])) for place in best]
+        return []
 
 
 def check_model(images: ImageList, path: Path) -> None:

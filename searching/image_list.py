@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,9 +27,18 @@ SCHEMA = ("CREATE TABLE folder (path BLOB, changes INT, checksum TEXT)",        
           "CREATE TABLE images (id INTEGER PRIMARY KEY AUTOINCREMENT, path BLOB UNIQUE, bytes INT, modified_ns INT, "
           "feature BLOB, checksum TEXT)",
           # The index's other files; changes: of the list, when they were made.
-          "CREATE TABLE files (name TEXT PRIMARY KEY, checksum TEXT, changes INT)")
+          "CREATE TABLE files (name TEXT PRIMARY KEY, checksum TEXT, changes INT)",
+          # What a user's table says of images; cells: JSON, the same columns in every row.
+          "CREATE TABLE metadata (path BLOB PRIMARY KEY, cells TEXT, checksum TEXT)")
+BEFORE_METADATA = SCHEMA[:3]
 BEFORE_CHECKSUMS = ("CREATE TABLE folder (path BLOB)", "CREATE TABLE images (id INTEGER PRIMARY KEY AUTOINCREMENT, "
                     "path BLOB UNIQUE, bytes INT, modified_ns INT, feature BLOB)")
+
+
+class Has(NamedTuple):
+    """What a list holds beside the images, of which older ones had nothing."""
+    checksums: bool
+    metadata: bool
 
 
 class Doubtful(ValueError):
@@ -90,8 +100,8 @@ class ImageList:
         self.path = path
 
     @contextmanager
-    def opened(self, mode: str = "ro") -> Iterator[tuple[sqlite3.Connection, bool]]:
-        """A connection to the list, with its schema checked, and whether it has checksums; mode: ro, rw, or rwc to
+    def opened(self, mode: str = "ro") -> Iterator[tuple[sqlite3.Connection, Has]]:
+        """A connection to the list, with its schema checked, and what it has; mode: ro, rw, or rwc to
         make a new one."""
         with self.telling(), closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", timeout=30,
                                                      uri=True, isolation_level=None)) as database:
@@ -102,9 +112,10 @@ class ImageList:
                     database.execute("BEGIN IMMEDIATE")
                     for table in SCHEMA:
                         database.execute(table)
-            elif found not in (schema(SCHEMA), schema(BEFORE_CHECKSUMS)):
+                found = schema(SCHEMA)
+            if found not in (schema(SCHEMA), schema(BEFORE_METADATA), schema(BEFORE_CHECKSUMS)):
                 raise Doubtful("its tables are none of ours")
-            yield database, found != schema(BEFORE_CHECKSUMS)
+            yield database, Has(found != schema(BEFORE_CHECKSUMS), found == schema(SCHEMA))
 
     @contextmanager
     def telling(self) -> Iterator[None]:
@@ -133,9 +144,9 @@ class ImageList:
     @contextmanager
     def changing(self) -> Iterator[sqlite3.Connection]:
         """A transaction that changes the list, whole or not at all."""
-        with self.opened("rw") as (database, has_checksums), database:
+        with self.opened("rw") as (database, has), database:
             database.execute("BEGIN IMMEDIATE")
-            path, changes = self.folder_row(database, has_checksums)
+            path, changes = self.folder_row(database, has.checksums)
             database.execute("UPDATE folder SET changes = ?, checksum = ?",
                              (changes + 1, folder_checksum(path, changes + 1)))
             yield database
@@ -147,16 +158,18 @@ class ImageList:
         """
         if self.journal().exists() and self.journal().read_bytes()[-8:] == SUPER_JOURNAL:
             raise InputError(f"{self.journal()} is none of this program's; remove it")
-        with self.opened("rwc") as (database, has_checksums), database:
+        with self.opened("rwc") as (database, has), database:
             database.execute("BEGIN IMMEDIATE")
-            if not has_checksums:
+            if not has.checksums:
                 self.add_checksums(database)
+            elif not has.metadata:
+                database.execute(SCHEMA[-1])
             if not database.execute("SELECT 1 FROM folder").fetchone():
                 path = os.fsencode(folder)
                 database.execute("INSERT INTO folder VALUES (?, 0, ?)", (path, folder_checksum(path, 0)))
         if self.folder() != folder:
             raise InputError(f"{self.path.parent} is the index of {self.folder()}; give another folder's its own --out")
-        return not has_checksums
+        return not has.checksums
 
     def add_checksums(self, database: sqlite3.Connection) -> None:
         """To a list that was made before there were any."""
@@ -190,8 +203,8 @@ class ImageList:
 
     def state(self) -> tuple[Path, int]:
         """The folder whose images are listed, and how many changes the list has seen."""
-        with self.opened() as (database, has_checksums):
-            path, changes = self.folder_row(database, has_checksums)
+        with self.opened() as (database, has):
+            path, changes = self.folder_row(database, has.checksums)
             return Path(os.fsdecode(path)), changes
 
     def folder(self) -> Path:
@@ -205,21 +218,17 @@ class ImageList:
     def file_note(self, name: str) -> tuple[str | None, int | None]:
         """The checksum of another of the index's files, and the changes of the list when it was made; None where that
         was never noted."""
-        with self.opened() as (database, has_checksums):
+        with self.opened() as (database, has):
             asked = "SELECT checksum, changes FROM files WHERE name = ?"
-            return (has_checksums and database.execute(asked, (name,)).fetchone()) or (None, None)
-
-    def has_checksums(self) -> bool:
-        with self.opened() as (_, has_checksums):
-            return has_checksums
+            return (has.checksums and database.execute(asked, (name,)).fetchone()) or (None, None)
 
     def rows(self, where: str, values: Sequence = ()) -> Iterator[tuple]:
         """Rows as `checked` takes them; ids rise, or the file is damaged: so a file that leads in circles is left."""
-        with self.opened() as (database, has_checksums):
-            columns = f"id, path, bytes, modified_ns, feature, {'checksum' if has_checksums else 'NULL'}"
+        with self.opened() as (database, has):
+            columns = f"id, path, bytes, modified_ns, feature, {'checksum' if has.checksums else 'NULL'}"
             last = 0
             for row in database.execute(f"SELECT {columns} FROM images WHERE {where} ORDER BY id", values):
-                if has_checksums and row[5] is None:
+                if has.checksums and row[5] is None:
                     row = (*row[:5], "")
                 if not isinstance(row[0], int) or row[0] <= last:
                     raise Doubtful("its ids are in no order")
@@ -291,6 +300,11 @@ class ImageList:
     def path_of(self, number: int) -> str | None:
         found = self.entries("id = ?", (number,))
         return found[0].path if found else None
+
+    def paths(self, numbers: Sequence[int]) -> dict[int, str]:
+        """By id, of those of these that are listed."""
+        found = self.entries(f"id IN ({','.join('?' * len(numbers))})", numbers)
+        return {entry.number: entry.path for entry in found}
 
     def id_of(self, path: str) -> int | None:
         """Of the image of this path; one that is no text has none that a program could ask for."""

@@ -31,6 +31,7 @@ from flags import MOST_RESULTS
 from machine.errors import InputError
 from searching.gallery import Gallery, Source, printable
 from searching.guard import LARGEST_UPLOAD, Guard, Names, Refused, address, listening, refusal, running
+from searching.metadata import metadata_of
 from searching.uploads import LARGE, SMALL, Uploads, jpeg
 from text_encoders import text_encoder_of
 from text_model import UNKNOWN, spread
@@ -49,7 +50,7 @@ class Question(BaseModel):
     text: str = Field("", description="what should change, or what is looked for, as the model was trained to be told; "
                       "empty: images that look like the picture")
     k: int = Field(20, ge=1, le=MOST_RESULTS, description="how many results")
-    where: str = Field("", description="a filter over the gallery's columns")
+    where: str = Field("", description="a condition on the gallery's columns, in SQL")
     keep: bool = Field(False, description="whether a picture of the gallery may be among its own results")
 
 
@@ -121,9 +122,17 @@ class Page:
     """What is answered, of one gallery; k: how many results the page asks for, unless a visitor wants others."""
 
     def __init__(self, gallery: Gallery, k: int):
-        self.gallery, self.k, self.uploads = gallery, k, Uploads(gallery)
+        self.gallery, self.uploads = gallery, Uploads(gallery)
         self.at_work = CapacityLimiter(os.cpu_count() or 1)                     # pictures decoded at once
         self.small = lru_cache(SMALL_COPIES)(lambda file, side, version: jpeg(file, side))
+        encoder = gallery.encoder
+        texts = spread(encoder.examples, EXAMPLES)
+        pictures = self.described(spread(gallery.images.ids(), len(texts) + 2)[1:-1])
+        self.about = Model(
+            model=encoder.opt.get("model", "model"), images=gallery.size, k=k, most=MOST_RESULTS,
+            columns=gallery.columns, texts=texts, looks_for=bool(encoder.opt.get("use_complete_text_query")),
+            words=encoder.vocabulary and sorted(encoder.vocabulary.word2id.keys() - {UNKNOWN}),
+            examples=[Example(**dict(picture), text=text) for picture, text in zip(pictures, texts, strict=False)])
 
     def warm_up(self) -> None:
         """A text encoder in this process is loaded with the first text: before a visitor has to wait for it."""
@@ -133,15 +142,7 @@ class Page:
 
     def model(self) -> Model:
         """The model, the gallery, and what one may ask."""
-        encoder = self.gallery.encoder
-        texts = spread(encoder.examples, EXAMPLES)
-        pictures = spread(self.gallery.images.ids(), len(texts) + 2)[1:-1]
-        return Model(
-            model=encoder.opt.get("model", "model"), images=self.gallery.size, k=self.k, most=MOST_RESULTS,
-            columns=self.gallery.columns, texts=texts, looks_for=bool(encoder.opt.get("use_complete_text_query")),
-            words=encoder.vocabulary and sorted(encoder.vocabulary.word2id.keys() - {UNKNOWN}),
-            examples=[Example(**self.image(image).model_dump(), text=text)
-                      for image, text in zip(pictures, texts, strict=False)])
+        return self.about
 
     def images(self, name: Annotated[str, Query(description="part of their paths, in capitals or not")] = "",
                k: Annotated[int, Query(ge=1, le=MOST_RESULTS, description="how many")] = 60,
@@ -150,11 +151,14 @@ class Page:
         """Images of the gallery to choose from."""
         found = self.gallery.images.ids(name.strip())
         chosen = sample(found, min(k, len(found))) if shuffle else spread(found, k)
-        return Offer(images=[self.image(image) for image in chosen], count=len(found))
+        return Offer(images=self.described(chosen), count=len(found))
 
-    def image(self, image: int) -> Image:
-        return Image(image=image, path=printable(self.gallery.images.path_of(image) or ""),
-                     metadata=self.gallery.metadata(image))
+    def described(self, images: list[int]) -> list[Image]:
+        """Those that are still listed, in this order."""
+        paths = self.gallery.images.paths(images)
+        metadata = metadata_of(self.gallery.images, list(paths.values())) if self.gallery.columns else {}
+        return [Image(image=image, path=printable(path), metadata=metadata.get(path, {}))
+                for image in images if (path := paths.get(image))]
 
     def search(self, question: Annotated[OwnPicture, Query()]) -> Answer:
         """The images nearest to a picture that the server knows plus a change, best first."""

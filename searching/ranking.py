@@ -4,7 +4,7 @@ What can be made again is believed only where it is just what was written, and r
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,15 @@ def ranking_of(images: ImageList, dim: int, ivf: bool, progress: Callable):
             ranking.add_with_ids(unit(features), numbers)
             bar.update(len(numbers))
     return ranking
+
+
+def selection(ranking, numbers: Sequence[int]):
+    """What has a ranking search among these ids alone, and all of them: also those in cells far away."""
+    library = faiss()
+    chosen = library.IDSelectorBatch(np.array(numbers, np.int64))
+    if isinstance(ranking, library.IndexIVF):
+        return library.SearchParametersIVF(sel=chosen, nprobe=ranking.nlist)
+    return library.SearchParameters(sel=chosen)
 
 
 def read_ranking(path: Path, dim: int):

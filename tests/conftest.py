@@ -218,9 +218,12 @@ def gallery(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gallery_index(trained, gallery, tmp_path_factory):
-    out = tmp_path_factory.mktemp("index") / "index"
+    """With a table of the images 0 to 5: even ones are red, and each costs its number."""
+    out, table = tmp_path_factory.mktemp("index") / "index", tmp_path_factory.mktemp("table") / "table.jsonl"
+    table.write_text("".join(json.dumps({"file_name": f"{number}.jpg", "colour": "<b>red" if number % 2 == 0 else "blue",
+                                         "price": number}) + "\n" for number in range(6)))
     assert search.main(["index", "--model_checkpoint", str(trained.checkpoint), "--images", str(gallery), "--out",
-                        str(out)]) == 0
+                        str(out), "--metadata", str(table)]) == 0
     return out
 
 

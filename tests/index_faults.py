@@ -4,6 +4,7 @@ import random
 import shutil
 import sqlite3
 import zipfile
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -38,6 +39,22 @@ def execute(index: Path, *statements) -> None:
     with closing(sqlite3.connect(index / "images.sqlite")) as database, database:
         for statement in statements:
             database.execute(*([statement] if isinstance(statement, str) else statement))
+
+
+def older(index: Path, schema: Sequence[str]) -> None:
+    """Write the list as a program of that time did."""
+    with closing(sqlite3.connect(index / "images.sqlite")) as database, database:
+        names = [name for name, in database.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name <> "
+                                                    "'sqlite_sequence'")]
+        for name in names:
+            database.execute(f"ALTER TABLE {name} RENAME TO newer_{name}")
+        for table in schema:
+            database.execute(table)
+        for name in names:
+            columns = ", ".join(row[1] for row in database.execute(f"PRAGMA table_info({name})"))
+            if columns:
+                database.execute(f"INSERT INTO {name} SELECT {columns} FROM newer_{name}")
+            database.execute(f"DROP TABLE newer_{name}")
 
 
 def rewrite(index: Path, **columns) -> None:

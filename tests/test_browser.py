@@ -306,6 +306,36 @@ def test_words_complete_what_is_typed_and_those_not_known_are_struck_through(tab
     expect(tab.locator("#problem")).to_contain_text("The model knows none of these words")
 
 
+def test_what_a_table_says_is_shown_and_filtered_by(tab, address):
+    started(tab, address)
+    tab.locator(PICK).nth(3).click()
+    shows(tab, "The 8 nearest")
+    tab.fill("#where", "price in (2, 3)")
+    tab.keyboard.press("Enter")
+    shows(tab, "The 2 nearest", 2)
+    assert sorted(tab.locator("#grid .facts").all_inner_texts()) == ["<b>red · 2", "blue · 3"] and "where=" in tab.url
+    tab.locator(MORE).first.click()
+    assert tab.locator("#large dl").inner_text().split() in (["colour", "<b>red", "price", "2"],
+                                                             ["colour", "blue", "price", "3"])
+    tab.keyboard.press("Escape")
+    tab.reload()
+    shows(tab, "The 2 nearest", 2)
+    tab.fill("#where", "size = 1")
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#problem")).to_contain_text("no such column: size")
+    tab.fill("#where", "price = 99")
+    tab.keyboard.press("Enter")
+    expect(tab.locator(STATUS)).to_contain_text("No picture fulfils price = 99")
+
+    def without_columns(route):
+        route.fulfill(json={**route.fetch().json(), "columns": []})
+    tab.route("**/api/model", without_columns)
+    started(tab, address)
+    tab.locator(PICK).nth(3).click()
+    shows(tab, "The 8 nearest")
+    expect(tab.locator("#where")).not_to_be_visible()
+
+
 def test_examples_names_and_a_pictures_ways_on(tab, address, gallery):
     started(tab, address)
     tab.locator("#examples button").nth(1).click()
@@ -347,6 +377,10 @@ def test_pictures_of_ones_own_are_searched_with_reloaded_and_once_gone_it_is_sai
     assert shows(tab, "to fine.jpg plus “wet”") == found
     tab.goto(f"{address}/?image=u{'0' * 32}&text=wet")
     expect(tab.locator("#problem")).to_contain_text("not kept any more; choose or drop it in again.")
+    expect(tab.locator(PICK)).to_have_count(12)                                 # not blank: the gallery to choose from
+    expect(tab.locator("#text")).to_have_value("wet")
+    tab.locator(PICK).first.click()
+    shows(tab, "The 8 nearest")
 
 
 def test_what_cannot_be_searched_with_is_said_once_and_nothing_is_executed(tab, address, tmp_path):

@@ -15,7 +15,7 @@ from searching.gallery import Gallery
 from searching.image_list import BEFORE_CHECKSUMS, ImageList
 
 from .conftest import picture, some
-from .index_faults import FILES, by_hand, circles, copied, execute, flip, folder_is, other_model, write_model
+from .index_faults import FILES, by_hand, circles, copied, execute, flip, folder_is, older, other_model, write_model
 from .test_search import CPU, made, quiet  # noqa: F401
 
 
@@ -164,11 +164,7 @@ def test_no_flipped_bit_is_believed(first, right, tmp_path, name, caplog):
 def test_an_index_without_checksums_opens_with_a_note_and_is_given_them(trained, both, caplog):
     folder, out = both
     right = answer(out, folder / "0.jpg")
-    images = [f"INSERT INTO images SELECT {columns} FROM {table}" for columns, table in
-              (("id, path, bytes, modified_ns, feature", "newer"),)]
-    execute(out, "ALTER TABLE images RENAME TO newer", "ALTER TABLE folder RENAME TO where_", *BEFORE_CHECKSUMS,
-            *images, "INSERT INTO folder SELECT path FROM where_", "DROP TABLE newer", "DROP TABLE where_",
-            "DROP TABLE files")
+    older(out, BEFORE_CHECKSUMS)
     assert answer(out, folder / "0.jpg") == right and caplog.text.count("has no checksums") == 1
     assert made(trained, folder, out).new == 0
     caplog.clear()

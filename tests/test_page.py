@@ -63,6 +63,19 @@ def test_the_querys_own_picture_is_left_out_unless_it_is_to_be_kept(web_page, op
     assert len(get(web_page, SEARCH, image=own)["results"]) == 11                # 20 unless asked otherwise
 
 
+def test_results_have_what_the_table_says_and_a_condition_leaves_some(web_page, opened):
+    own = opened.images.id_of("<b>x/5.jpg")
+    everything, red = (get(web_page, SEARCH, image=own, where=where)
+                       for where in ("", "colour = '<b>red' AND price > 1"))
+    assert everything["metadata"] == red["metadata"] == {"colour": "blue", "price": 5}
+    assert {hit["path"]: hit["metadata"] for hit in red["results"]} == {
+        "<b>x/2.jpg": {"colour": "<b>red", "price": 2}, "<b>x/4.jpg": {"colour": "<b>red", "price": 4}}
+    assert [hit["image"] for hit in everything["results"] if hit["path"] in ("<b>x/2.jpg", "<b>x/4.jpg")] == [
+        hit["image"] for hit in red["results"]]
+    offered = get(web_page, "/api/images", name="/4.jpg")["images"]
+    assert [image["metadata"] for image in offered] == [{"colour": "<b>red", "price": 4}]
+
+
 def test_words_that_are_not_known_are_left_out_and_said(web_page):
     plain, noisy = (get(web_page, SEARCH, image=1, text=text) for text in ("wet old", "Make it WET, please: old!"))
     assert ranks(noisy) == ranks(plain) and plain["warnings"] == []
@@ -75,7 +88,7 @@ def test_what_a_page_needs_to_know_of_the_model(web_page):
     model = get(web_page, "/api/model")
     assert model["words"] == sorted(model["words"]) and {"old", "wet", "white", "dog", "bus"} <= set(model["words"])
     assert "<UNK>" not in model["words"] and (model["images"], model["k"], model["most"]) == (12, 8, 1000)
-    assert sorted(model["texts"]) == ["old", "wet", "white"] and model["columns"] == []
+    assert sorted(model["texts"]) == ["old", "wet", "white"] and model["columns"] == ["colour", "price"]
     assert [example["text"] for example in model["examples"]] == model["texts"]
 
 

@@ -71,7 +71,7 @@ def run(*words):
 
 def asked(capsys, *words):
     """What a query prints as JSON."""
-    assert run("query", *words, "--json") == 0
+    assert run("query", *words, "--json", "--keep_query", "True") == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -102,6 +102,19 @@ def test_a_query_finds_what_a_plain_search_finds(trained, images, index, capsys,
     assert [hit["score"] for hit in found] == pytest.approx([dict(expected)[hit["path"]] for hit in found], abs=2e-6)
     if not text:
         assert found[0]["path"] == str(image) and found[0]["score"] == pytest.approx(1)
+
+
+def test_the_querys_own_file_is_no_result_unless_it_is_asked_for(images, index, tmp_path, capsys):
+    kept = asked(capsys, "--index", index, "--image", images / "a b" / "1.jpg", "-k", 5)["results"]
+    (tmp_path / "link.jpg").symlink_to(images / "a b" / "1.jpg")
+    for image in (images / "a b" / ".." / "a b" / "1.jpg", tmp_path / "link.jpg"):
+        assert run("query", "--index", index, "--image", image, "-k", 4, "--json") == 0
+        found = json.loads(capsys.readouterr().out)["results"]
+        assert [hit["path"] for hit in found] == [hit["path"] for hit in kept[1:]]
+        assert [hit["rank"] for hit in found] == [1, 2, 3, 4]
+    copy = shutil.copy(images / "a b" / "1.jpg", tmp_path)
+    assert run("query", "--index", index, "--image", copy, "-k", 1) == 0
+    assert str(images / "a b" / "1.jpg") in capsys.readouterr().out             # another file
 
 
 def test_more_results_than_images_are_all_of_them(images, index, capsys):
@@ -316,7 +329,7 @@ def test_words_that_are_not_known_are_said_and_left_out(index, images, capsys):
     plain = capsys.readouterr()
     assert run(*words, "make it WET <zebra> old, please!") == 0
     out, err = capsys.readouterr()
-    assert out == plain.out and len(out.splitlines()) == 13 and plain.err == ""
+    assert out == plain.out and len(out.splitlines()) == 12 and plain.err == ""
     assert "so left out: make, it, zebra, please" in err and "wet" not in err
 
 
@@ -325,7 +338,7 @@ def test_sheets_hold_the_results_and_no_text_is_taken_for_html(index, images, tm
     assert run("query", "--index", index, "--image", images / "0.jpg", "--text", evil, "-k", 12, "--html",
                tmp_path / "found.html", "--png", tmp_path / "found.png") == 0
     page = (tmp_path / "found.html").read_text()
-    assert page.count("<img ") == 13 and page.count("data:image/jpeg;base64,") == 13
+    assert page.count("<img ") == 12 and page.count("data:image/jpeg;base64,") == 12
     assert "<script" not in page and "&lt;script&gt;" in page and "<i>c" not in page
     with Image.open(tmp_path / "found.png") as sheet:
         assert sheet.width > 1000 and len(sheet.getcolors(10**6)) > 1000
@@ -351,7 +364,7 @@ def test_the_whole_command_line_as_a_user_types_it_with_a_file_name_that_is_no_t
     assert done.returncode == 0 and b"12 images, 12 of them encoded now" in done.stdout, done.stderr
     done = program("query", "--index", tmp_path / "out", "--image", images / "0.jpg", "-k", 12)
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and lines[0].split() == [b"rank", b"score", b"image"] and len(lines) == 13
+    assert done.returncode == 0 and lines[0].split() == [b"rank", b"score", b"image"] and len(lines) == 12
     assert any(line.endswith(b"/n\xff.jpg") for line in lines)
     done = program("query", "--index", tmp_path / "nothing", "--image", images / "0.jpg")
     assert done.returncode == 2 and b"Traceback" not in done.stderr

@@ -45,8 +45,8 @@ function stepped() {
 // --- requests
 
 async function api(path, words, sent) {
-    const given = Object.entries(words).filter(([, value]) => value !== "" && value !== undefined);
-    const response = await fetch(sent ? path : `${path}?${new URLSearchParams(given)}`,
+    const given = new URLSearchParams(Object.entries(words).filter(([, value]) => value !== "" && value !== undefined));
+    const response = await fetch(given.size ? `${path}?${given}` : path,
         {signal: current?.signal, ...sent}).catch(error => {
         throw error.name === "AbortError" ? error : new Error("The server does not answer: is search.py still running?");
     });
@@ -55,7 +55,8 @@ async function api(path, words, sent) {
     return answer;
 }
 
-const sentence = said => said.replace(/^[a-z]+(?=[ ,])/, word => word[0].toUpperCase() + word.slice(1)) + (/[.!?]$/.test(said) ? "" : ".");
+const capital = word => word[0].toUpperCase() + word.slice(1);
+const sentence = said => said.replace(/^[a-z]+(?=[ ,])/, capital) + (/[.!?]$/.test(said) ? "" : ".");
 
 // One request at a time: work() asks, then() draws its answer unless another was asked for meanwhile.
 async function only(what, work, then) {
@@ -69,6 +70,11 @@ async function only(what, work, then) {
         if (mine === current) then(answer);
     } catch (error) {
         if (mine !== current) return;
+        if (!drawn && query.image) {                    // a link to what is gone: the gallery in its place
+            query = {...query, image: "", where: "", steps: []};
+            show_source();
+            await offer();
+        }
         problem.textContent = error.message;
         if (drawn) status.textContent = drawn.said;
     } finally {
@@ -86,9 +92,10 @@ function busy(is) {
 // What is shown is dimmed, and said to be old, where it is not what is asked for now.
 function date(is_asking = false) {
     if (!drawn) return;
-    const is_old = is_asking || drawn.address !== address(query) || (query.image && text.value.trim() !== query.text);
-    document.body.classList.toggle("stale", Boolean(is_old));
-    heading.textContent = drawn.title + (is_old && drawn.title === RESULTS ? " of the query before" : "");
+    const is_result = drawn.title === RESULTS;
+    const is_another = drawn.address !== address(query) || text.value.trim() !== query.text;
+    document.body.classList.toggle("stale", is_asking || (is_result && is_another));
+    heading.textContent = drawn.title + (is_result && (is_asking || is_another) ? " of the query before" : "");
 }
 
 // --- showing what the address asks for
@@ -105,7 +112,8 @@ function show() {
 }
 
 function offer(shuffle = false) {
-    return only("Looking…", () => api("api/images", {name: query.name, k: OFFERED, shuffle: shuffle || ""}), answer => {
+    const asked = {name: query.name, k: OFFERED, shuffle: shuffle || ""};
+    return only("Looking…", () => api("api/images", asked), answer => {
         const counted = `${answer.count.toLocaleString("en")} picture${answer.count === 1 ? "" : "s"}`;
         draw("The gallery", answer.images, !answer.count ? `No picture has “${query.name}” in its name.` : query.name
             ? `${counted} with “${query.name}” in the name.` : `${counted}. Choose one to start from.`);
@@ -113,10 +121,9 @@ function offer(shuffle = false) {
 }
 
 function search() {
-    const asked = address({...query, steps: []});
-    const change = query.text ? ` plus “${query.text}”` : "";
-    return only(`Searching from ${name_of(query.image)}${change}…`,
-        async () => answers.get(asked) || api("api/search", {image: query.image, text: query.text, k: query.k, where: query.where}),
+    const asked = address({...query, steps: []}), {image, text, k, where} = query;
+    return only(`Searching from ${told()}…`,
+        async () => answers.get(asked) || api("api/search", {image, text, k, where}),
         answer => draw_answer(asked, answer));
 }
 
@@ -125,10 +132,10 @@ function draw_answer(asked, answer) {
     remember(answer);
     show_source();
     show_steps();
-    const count = answer.results.length;
-    draw(RESULTS, answer.results, [`The ${count === 1 ? "nearest" : `${count} nearest`} of ` +
-        `${model.images.toLocaleString("en")} pictures to ${answer.path}${query.text ? ` plus “${query.text}”` : ""}.`,
-    ...answer.warnings.map(sentence)].join(" "));
+    const count = answer.results.length, nearest = count === 1 ? "nearest" : `${count} nearest`;
+    const said = !count ? `No picture fulfils ${query.where || "this"}.`
+        : `The ${nearest} of ${model.images.toLocaleString("en")} pictures to ${told()}.`;
+    draw(RESULTS, answer.results, [said, ...answer.warnings.map(sentence)].join(" "));
 }
 
 function draw(title, images, said) {
@@ -141,6 +148,7 @@ function draw(title, images, said) {
     images.forEach(remember);
     grid.replaceChildren(...images.map(card));
     if (had_focus) heading.focus({preventScroll: true});
+    document.title = query.image ? told() : "A picture plus a change";
     drawn = {address: address(query), title, said};
     date();
 }
@@ -151,6 +159,10 @@ function remember(image) {
 
 function name_of(image) {
     return known.get(String(image))?.path ?? (image.startsWith?.("u") ? "the uploaded picture" : `picture ${image}`);
+}
+
+function told() {
+    return name_of(query.image) + (query.text ? ` plus “${query.text}”` : "");
 }
 
 // --- parts of the page; whatever comes from files and visitors goes in as text
@@ -199,7 +211,6 @@ function show_source() {
     const path = `thumbnails/${image}${image.startsWith("u") ? "" : "?large=true"}`;
     if (shown.getAttribute("src") !== path) {
         shown.src = path;
-        find("#source").getAnimations?.({subtree: true}).forEach(each => each.cancel());
         find("#picture").classList.remove("new");
         requestAnimationFrame(() => find("#picture").classList.add("new"));
     }
@@ -226,13 +237,14 @@ function show_model() {
     find("#asked").textContent = model.looks_for ? "What you look for" : "What should change";
     text.placeholder = model.texts.length ? `such as: ${model.texts[0]}` : "";
     find("#filter").hidden = !model.columns.length;
-    find("#where").title = `over the columns ${model.columns.join(", ")}`;
+    find("#where").placeholder = `${model.columns[0]} = …`;
+    find("#where").title = `a condition on ${model.columns.join(", ")}`;
     find("#about").append(`${model.model} over ${model.images.toLocaleString("en")} pictures · `,
         make("a", {href: "openapi.json"}, "API"));
     find("#examples ul").replaceChildren(...model.examples.map(example => {
         remember(example);
         return make("li", {}, make("button", {type: "button", class: "step",
-            onclick: () => go_to({...query, image: String(example.image), text: example.text, steps: []})},
+            onclick: () => go_to({...query, image: String(example.image), text: example.text, name: "", steps: []})},
         picture(example.image, example.path, 44), make("span", {}, unseen(" plus "), example.text)));
     }));
 }
@@ -297,7 +309,8 @@ function typed() {
 
 function suggestions(words) {
     if (!text.value.trim()) return model.texts.slice(0, CHIPS);
-    if (!model.words) return model.texts.filter(each => each !== text.value && each.includes(text.value.trim().toLowerCase()));
+    const such = text.value.trim().toLowerCase();
+    if (!model.words) return model.texts.filter(each => each !== such && each.includes(such));
     const last = /\s$/.test(text.value) ? "" : words.at(-1) ?? "";
     const fits = model.words.filter(word => word.startsWith(last) && !words.includes(word));
     return fits.sort((a, b) => a.length - b.length).slice(0, CHIPS);
