@@ -38,7 +38,8 @@ from text_model import UNKNOWN, spread
 
 EXAMPLES = 6
 SMALL_COPIES = 3000                     # of the gallery's pictures that are kept, of some 15 kB each
-STATIC = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+STATIC = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript", "large.js": "text/javascript",
+          "parts.js": "text/javascript", "icon.svg": "image/svg+xml"}
 FOLDER = Path(__file__).parent / "static"
 
 MultiPartParser.spool_max_size = LARGEST_UPLOAD                                 # bytes: uploads touch no disk

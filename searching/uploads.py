@@ -36,8 +36,8 @@ class Uploads:
         self.kept: dict[str, Upload] = {}                                       # by id, the one last asked about last
 
     def take(self, name: str, content: bytes) -> str:
-        """The picture's id, the same for the same content. Raises InputError where it cannot be read."""
-        number = "u" + hashlib.sha256(content).hexdigest()[:32]
+        """The picture's id, the same for the same file. Raises InputError where it cannot be read."""
+        number = "u" + hashlib.sha256(name.encode() + b"\0" + content).hexdigest()[:32]
         if number not in self.kept:
             file = InMemory(name, content)
             upload = Upload(name, self.gallery.picture(file), jpeg(file, LARGE // 2), time.monotonic())

@@ -156,12 +156,8 @@ def test_below_a_path_whether_the_proxy_takes_it_off_or_not(opened, root_path):
         assert status == 307 and headers["location"] == f"http://search.example.org{root}/"
         assert answer(port, "GET", f"{root}x/api/model")[0] == 404
         assert json.loads(answer(port, "GET", "/openapi.json")[2])["servers"] == [{"url": root}]
-    html = answer_of_file("page.html") + answer_of_file("page.js") + answer_of_file("page.css")
+    html = "".join((page.FOLDER / name).read_text() for name in page.STATIC)
     assert not re.search(r"""(href|src|fetch|url)\W{1,3}/""", html)              # all addresses are relative
-
-
-def answer_of_file(name):
-    return (page.FOLDER / name).read_text()
 
 
 def test_fifty_visitors_at_once_get_what_each_alone_gets(web_page, gallery):

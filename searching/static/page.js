@@ -1,8 +1,10 @@
 // The page: what is asked stands in the address, and all that is shown comes from the API for what stands there.
 
-const find = selector => document.querySelector(selector);
-const [form, text, file, go, problem, status, heading, grid, large] = ["#query", "#text", "#file", "#go", "#problem",
-    "#status", "#heading", "#grid", "#large"].map(find);
+import {enlarge, large} from "./large.js";
+import {find, make, picture, unseen} from "./parts.js";
+
+const [form, text, file, go, problem, status, heading, grid] = ["#query", "#text", "#file", "#go", "#problem", "#status",
+    "#heading", "#grid"].map(find);
 const MOST_STEPS = 30, OFFERED = 60, CHIPS = 8, RESULTS = "Results";
 const known = new Map();        // image id -> {path, metadata}, of all that was shown so far
 const answers = new Map();      // address of a question -> its answer, so that going back takes no time
@@ -45,10 +47,9 @@ function stepped() {
 // --- requests
 
 async function api(path, words, sent) {
-    const given = new URLSearchParams(Object.entries(words).filter(([, value]) => value !== "" && value !== undefined));
-    const response = await fetch(given.size ? `${path}?${given}` : path,
-        {signal: current?.signal, ...sent}).catch(error => {
-        throw error.name === "AbortError" ? error : new Error("The server does not answer: is search.py still running?");
+    const given = String(new URLSearchParams(Object.entries(words).filter(([, value]) => value !== "")));
+    const response = await fetch(given ? `${path}?${given}` : path, {signal: current?.signal, ...sent}).catch(() => {
+        throw new Error("The server does not answer: is search.py still running?");
     });
     const answer = await response.json().catch(() => ({error: `The server answers ${response.status}; try again.`}));
     if (!response.ok) throw new Error(sentence(answer.error));
@@ -165,25 +166,7 @@ function told() {
     return name_of(query.image) + (query.text ? ` plus “${query.text}”` : "");
 }
 
-// --- parts of the page; whatever comes from files and visitors goes in as text
-
-function make(kind, attributes = {}, ...content) {
-    const made = document.createElement(kind);
-    for (const [name, value] of Object.entries(attributes))
-        if (name === "onclick") made.addEventListener("click", value);
-        else made.setAttribute(name, value);
-    made.append(...content);
-    return made;
-}
-
-function picture(image, words = "", size = 320) {
-    const path = `thumbnails/${image}${size > 320 ? "?large=true" : ""}`;
-    return make("img", {src: path, alt: words, width: size, height: size, loading: "lazy", decoding: "async"});
-}
-
-function unseen(words) {
-    return make("span", {class: "unseen"}, words);
-}
+// --- parts of the page
 
 function card(image, place, all) {
     const facts = Object.values(image.metadata).filter(value => value !== null && value !== "").slice(0, 3).join(" · ");
@@ -195,7 +178,7 @@ function card(image, place, all) {
         make("div", {class: "about"},
             make("p", {}, ...number, make("span", {class: "name", title: image.path}, image.path),
                 ...(facts ? [make("span", {class: "facts"}, facts)] : [])),
-            make("button", {type: "button", class: "more", onclick: () => enlarge(all, place)},
+            make("button", {type: "button", class: "more", onclick: () => enlarge(all, place, query.image, choose)},
                 unseen(`Enlarge ${image.path}`), find("#arrows").content.cloneNode(true))));
 }
 
@@ -220,12 +203,17 @@ function show_steps() {
     const trail = query.image ? [...query.steps, query] : [];
     find("#steps").hidden = trail.length < 2;
     find("#steps ol").replaceChildren(...trail.map((step, place) => {
-        const is_last = place === trail.length - 1;
-        return make("li", {}, make("button", {type: "button", class: "step", ...(is_last ? {"aria-current": "step"} : {}),
-            onclick: () => is_last || go_to({...query, ...step, steps: query.steps.slice(0, place)})},
-        picture(step.image, name_of(step.image), 44), make("span", {}, unseen(" plus "), step.text || "looks like it")));
+        const is_last = place === trail.length - 1, back = {...step, steps: query.steps.slice(0, place)};
+        const button = step_button(step, step.text || "looks like it", () => is_last || go_to({...query, ...back}));
+        if (is_last) button.setAttribute("aria-current", "step");
+        return make("li", {}, button);
     }));
     find("#steps ol").lastElementChild?.scrollIntoView?.({block: "nearest", inline: "end"});
+}
+
+function step_button(step, words, onclick) {
+    return make("button", {type: "button", class: "step", onclick}, picture(step.image, name_of(step.image), 44),
+        make("span", {}, unseen(" plus "), words));
 }
 
 function show_k() {
@@ -243,9 +231,8 @@ function show_model() {
         make("a", {href: "openapi.json"}, "API"));
     find("#examples ul").replaceChildren(...model.examples.map(example => {
         remember(example);
-        return make("li", {}, make("button", {type: "button", class: "step",
-            onclick: () => go_to({...query, image: String(example.image), text: example.text, name: "", steps: []})},
-        picture(example.image, example.path, 44), make("span", {}, unseen(" plus "), example.text)));
+        const asked = {image: String(example.image), text: example.text, name: "", steps: []};
+        return make("li", {}, step_button(example, example.text, () => go_to({...query, ...asked})));
     }));
 }
 
@@ -322,43 +309,6 @@ function complete(word) {
     typed();
 }
 
-// --- one picture, enlarged
-
-let shown = [], place = 0;
-
-function enlarge(images, number) {
-    [shown, place] = [images, number];
-    const {image, path, metadata} = images[number], is_upload = String(image).startsWith("u");
-    const img = find("#large img");
-    img.src = `thumbnails/${image}${is_upload ? "" : "?large=true"}`;
-    img.alt = path;
-    find("#large-name").textContent = path;
-    find("#large dl").replaceChildren(...Object.entries(metadata).flatMap(([name, value]) =>
-        [make("dt", {}, name), make("dd", {}, String(value ?? ""))]));
-    for (const link of [find("#open"), find("#download")]) {
-        link.href = `images/${image}`;
-        link.hidden = is_upload;
-    }
-    find("#download").download = path.split("/").at(-1);
-    find("#copy span").textContent = "Copy name";
-    find("#here").hidden = String(image) === query.image;
-    find("#previous").hidden = find("#next").hidden = images.length < 2;
-    if (!large.open) large.showModal();
-}
-
-function turn(by) {
-    enlarge(shown, (place + by + shown.length) % shown.length);
-}
-
-async function copy(words) {
-    if (navigator.clipboard) return navigator.clipboard.writeText(words);
-    const field = make("textarea", {}, words);          // a page that is not from this machine, without https
-    large.append(field);
-    field.select();
-    document.execCommand("copy");
-    field.remove();
-}
-
 // --- what a visitor does
 
 form.addEventListener("submit", ask);
@@ -366,7 +316,7 @@ text.addEventListener("input", () => { problem.textContent = ""; typed(); });
 file.addEventListener("change", () => upload(file.files[0]));
 find("#skip").addEventListener("click", event => { event.preventDefault(); heading.focus(); });
 find("#picture").addEventListener("click", () => enlarge([{image: query.image, metadata: {},
-    ...known.get(query.image), path: name_of(query.image)}], 0));
+    ...known.get(query.image), path: name_of(query.image)}], 0, query.image, choose));
 find("#finding").addEventListener("submit", event => {
     event.preventDefault();
     go_to({...query, name: find("#part").value.trim()});
@@ -378,25 +328,13 @@ find("#options").addEventListener("submit", event => {
     go_to({...query, where: find("#where").value.trim()});
 });
 find("#k").addEventListener("change", () => go_to({...query, k: Number(find("#k").value)}));
-find("#close").addEventListener("click", () => large.close());
-find("#here").addEventListener("click", () => choose(shown[place].image));
-find("#previous").addEventListener("click", () => turn(-1));
-find("#next").addEventListener("click", () => turn(1));
-find("#copy").addEventListener("click", async () => {
-    await copy(shown[place].path).then(() => { find("#copy span").textContent = "Copied"; },
-        () => { find("#copy span").textContent = "Copying is not allowed here"; });
-});
-large.addEventListener("click", event => { if (event.target === large) large.close(); });
-large.addEventListener("keydown", event => {
-    if (event.key === "ArrowLeft") turn(-1);
-    if (event.key === "ArrowRight") turn(1);
-});
 document.addEventListener("paste", event => upload(event.clipboardData.files[0]));
-document.addEventListener("dragover", event => { event.preventDefault(); document.body.classList.add("dragging"); });
-document.addEventListener("dragleave", event => { if (!event.relatedTarget) document.body.classList.remove("dragging"); });
+const dragging = is => document.body.classList.toggle("dragging", is);
+document.addEventListener("dragover", event => { event.preventDefault(); dragging(true); });
+document.addEventListener("dragleave", event => dragging(Boolean(event.relatedTarget)));
 document.addEventListener("drop", event => {
     event.preventDefault();
-    document.body.classList.remove("dragging");
+    dragging(false);
     upload(event.dataTransfer.files[0]);
 });
 window.addEventListener("popstate", () => { large.close(); query = read(); show(); });
