@@ -181,7 +181,7 @@ class Filter:
         none = dict.fromkeys(self.columns)
         self.database.execute("BEGIN")
         self.database.executemany(f"INSERT INTO metadata VALUES (?{', ?' * len(self.columns)})",
-                                  ((number, *rows.get(path, none).values()) for path, (number, _) in held.items()))
+                                  ((number, *rows.get(path, none).values()) for path, (number, *_) in held.items()))
         self.database.execute("COMMIT")
         self.database.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, LONGEST_PATTERN)
 

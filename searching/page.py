@@ -218,8 +218,8 @@ class Page:
         """Raises Refused where it is none of the gallery's, or is gone."""
         try:
             return self.gallery.file(image)
-        except InputError as error:
-            raise Refused(404, str(error)) from None
+        except InputError:                                                      # which names the whole path
+            raise Refused(404, "this image is no longer where it was; run search.py index again") from None
 
     def app(self) -> FastAPI:
         app = FastAPI(title="A picture plus a change", description=self.__doc__, version="1", docs_url=None,
