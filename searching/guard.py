@@ -157,10 +157,7 @@ class Guard:
         if scope["type"] != "http":                                             # the server's start and end
             return await self.app(scope, receive, send)
         body = Body(dict(scope["headers"]), receive)
-        path = scope["path"]
-        if not f"{path}/".startswith(f"{self.root_path}/"):
-            path = self.root_path + path
-        scope = {**scope, "root_path": self.root_path, "path": path}
+        scope = {**scope, "root_path": self.root_path}                          # which the app takes off, if it is there
 
         async def answer(message: dict) -> None:
             if message["type"] == "http.response.start":
