@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ from machine.errors import InputError
 from machine.feature_store import FeatureStore
 from machine.image_store import DeviceStore, ImageStore, normalize_images
 from machine.stopping import Stopping
-from searching import gallery, ranking
+from searching import gallery, page, ranking
 from searching.build import build
 from searching.image_list import ImageList
 from test_retrieval import encoder_batch, evaluate, recalls
@@ -719,8 +720,13 @@ def search_rows(folder: Path, count: int, size: int, repetitions: int) -> list[d
     whole = compare("query", {"floor": lambda: (forward(), product()),
                               "ours": lambda: opened.search(opened.picture(picture), "red", 20)}, 7 * repetitions)
     search = compare("search", {"floor": product, "ours": lambda: opened.nearest(vector.numpy(), 20)}, 7 * repetitions)
+    with page.serving(opened, 20, "127.0.0.1", 0) as address:
+        asked = f"{address}/api/search?image=2&text=red"
+        click = compare("click", {"floor": product, "ours": lambda: urlopen(asked).read()}, 7 * repetitions)
     return [row(f"query against {count} images, picture and text encoded (goal: 150 ms)", 1000 * whole["ours"],
                 1000 * whole["floor"], 0.15 / whole["floor"], "ms"),
+            row("a click on the page, by its API; floor: a float32 product (goal: 150 ms)", 1000 * click["ours"],
+                1000 * click["floor"], 0.15 / click["floor"], "ms"),
             row("its search alone; floor: a float32 product (goal: 20 ms)", 1000 * search["ours"],
                 1000 * search["floor"], 0.02 / search["floor"], "ms"),
             row("memory of the index, an image; floor: half precision (goal: 2 KB)", memory, 2 * dim, 2000 / (2 * dim),

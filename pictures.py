@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from machine.picture_files import opened, seen
+from machine.picture_files import InMemory, opened, seen
 
 INK, QUIET, PAPER = "#1f2933", "#7b8794", "white"
 GREEN, RED = "#2f9e44", "#e03131"
@@ -113,7 +113,7 @@ def feature_map(gallery: np.ndarray, queries: np.ndarray, targets: np.ndarray, s
     return picture
 
 
-def thumbnail(path: Path, side: int = 256) -> Image.Image:
+def thumbnail(path: Path | InMemory, side: int = 256) -> Image.Image:
     """The picture, upright, no side longer than `side`. Raises InputError where it cannot be read."""
     with opened(path, halved=True) as image:
         image.draft("RGB", (side, side))                                        # a JPEG is decoded no finer than needed

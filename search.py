@@ -110,6 +110,8 @@ def get_parser() -> Parser:
     serve.add_argument("--host", default="127.0.0.1", help="address it listens on; no password is asked, so name "
                        "another only in a network you trust")
     serve.add_argument("--port", type=port_number, default=7860, help="port it listens on")
+    serve.add_argument("--root_path", default="", metavar="PATH", help="path below which a reverse proxy has it, such "
+                       "as /find")
     serve.add_argument("--allow_host", action="append", default=[], metavar="NAME", help="another name it goes by, "
                        "such as a reverse proxy's; may be given again")
     export = command("export", "write a model into a folder of its own: weights as safetensors, its record as JSON, a "
@@ -186,7 +188,7 @@ def query(args: argparse.Namespace) -> None:
         hits = [hit for hit in hits if os.path.realpath(hit.path) != own][:args.k]
     if unknown := gallery.encoder.unknown(args.text):
         words = shown(", ".join(unknown))
-        print(f"note: not known to the model, so read as one unknown word: {words}", file=sys.stderr)
+        print(f"note: not known to the model, so left out: {words}", file=sys.stderr)
     missing = tell_missing(gallery, hits)
     if args.json:
         print(json.dumps({"image": str(args.image), "text": args.text, "unknown_words": unknown, "results": [
@@ -293,7 +295,7 @@ def serve(args: argparse.Namespace) -> None:
         from searching import page
     except ModuleNotFoundError as error:
         raise InputError(f"the page needs {error.name}: pip install -r requirements-search.txt") from None
-    page.open_page(gallery, args.k, args.host, args.port, args.allow_host)
+    page.open_page(gallery, args.k, args.host, args.port, args.allow_host, args.root_path)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -322,7 +324,6 @@ def export_model(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run with these flags; returns the exit code, as `ending` says."""
     log_to_stderr(logging.WARNING if distributed.local_rank() == 0 else logging.ERROR)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="PIL")
 
     def work(_stopping) -> None:

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -52,7 +53,17 @@ class Beyond(InputError):
     """A picture, maybe, but beyond the bounds."""
 
 
-def decode(path: str | os.PathLike, size: int, resampling: str = "bilinear", upright: bool = False,
+@dataclass
+class InMemory:
+    """A file that is on no disk, read as one in a path's place: what it is called, and what it holds."""
+    name: str
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def decode(path: str | os.PathLike | InMemory, size: int, resampling: str = "bilinear", upright: bool = False,
            to_square: Callable = square, told: Callable[[str], None] = lambda path: None) -> np.ndarray:
     """(size, size, 3) uint8: the file's RGB pixels, shorter side resized to `size`, the centre cut out.
 
@@ -70,7 +81,7 @@ def decode(path: str | os.PathLike, size: int, resampling: str = "bilinear", upr
 
 
 @contextmanager
-def opened(path: str | os.PathLike, halved: bool = False) -> Iterator[Image.Image]:
+def opened(path: str | os.PathLike | InMemory, halved: bool = False) -> Iterator[Image.Image]:
     """The first picture in a file, its pixels not yet decoded.
 
     halved: a huge JPEG may be decoded at a half or a quarter of its size. Raises as `decode` does, now and within.
@@ -99,12 +110,15 @@ def reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
 
 
-def read(path: str | os.PathLike) -> bytes:
+def read(path: str | os.PathLike | InMemory) -> bytes:
     """A regular file's content; of a pipe or a device nothing is waited for."""
-    with open_regular(path) as file:
-        if (length := os.fstat(file.fileno()).st_size) > LARGEST_FILE:
-            raise Beyond(f"has more than {LARGEST_FILE // MEGA} MB; make it smaller")
-        content = file.read(length)
+    if isinstance(path, InMemory):
+        content = path.content
+    else:
+        with open_regular(path) as file:
+            if (length := os.fstat(file.fileno()).st_size) > LARGEST_FILE:
+                raise Beyond(f"has more than {LARGEST_FILE // MEGA} MB; make it smaller")
+            content = file.read(length)
     if not content:
         raise InputError("the file is empty")
     return content

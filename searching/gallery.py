@@ -22,7 +22,7 @@ import checkpoint
 from machine.checksums import file_digest
 from machine.device import choose_device
 from machine.errors import InputError, first_line
-from machine.picture_files import Beyond, decode
+from machine.picture_files import Beyond, InMemory, decode
 from machine.progress import progress_bar
 from machine.resizing import plain_square
 from machine.tensor_files import bytes_of, fingerprint
@@ -59,7 +59,7 @@ class Hit:
     metadata: Cells = field(default_factory=dict)
 
 
-def read_picture(path: str | Path, size: int, resampling: str = "bilinear") -> np.ndarray:
+def read_picture(path: str | Path | InMemory, size: int, resampling: str = "bilinear") -> np.ndarray:
     """(size, size, 3) uint8 of a query's picture. Raises InputError where it is none, or beyond the bounds of
     picture_files.py, within which no picture needs a time limit."""
     try:
@@ -157,7 +157,7 @@ class Encoder:
                  for start in range(0, len(pictures), ENCODED_AT_ONCE)]
         return F.normalize(torch.cat([torch.empty(0, self.model.image_dim), *parts]), dim=1).numpy()
 
-    def read(self, picture: str | Path) -> np.ndarray:
+    def read(self, picture: str | Path | InMemory) -> np.ndarray:
         """(S, S, 3) uint8, as the model sees it."""
         return read_picture(picture, self.size, self.resampling)
 
@@ -172,11 +172,13 @@ class Encoder:
 
     @torch.inference_mode()
     def query(self, image: Tensor, text: str) -> Tensor:
-        """(D,), a text -> the unit vector (D,) to search with: without a text, the image's own.
+        """(D,), a text -> the unit vector (D,) to search with: without a text, the image's own. Words that the model
+        does not know are left out, as read they would be noise.
 
         Raises InputError for a text as `unknown` does, and where the vector is not finite.
         """
-        self.unknown(text)                                                      # refuses what cannot be read
+        if unknown := self.unknown(text):                                       # which refuses what cannot be read
+            text = " ".join(word for word in tokenize(text) if word not in unknown)
         composed = image[None].to(self.device)
         if text.strip():
             composed = self.model.compose(composed, self.model.encode_text([text]))
@@ -266,7 +268,7 @@ class Gallery:
                         "for good", path, doubt)
         return ranking_of(self.images, dim, "exact", progress_bar), changes
 
-    def picture(self, path: str | Path) -> Source:
+    def picture(self, path: str | Path | InMemory) -> Source:
         """Any picture as a query's."""
         pixels = self.encoder.read(path)
         with self.lock:

@@ -1,64 +1,48 @@
-"""What stands before the page: who may ask, how much they may send, and what is left when the program ends.
-
-Gradio serves many doors that this page does not use, and answers what is malformed with tracebacks: so everything comes
-through one small layer, and what the layer does not know is refused there.
-"""
+"""What stands before the page: by which names it goes, how much may be sent, and that no answer is a traceback."""
 
 import asyncio
-import fcntl
-import glob
 import ipaddress
 import logging
 import os
 import re
-import secrets
-import shutil
 import socket
-import tempfile
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import uvicorn
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
 from machine.errors import InputError
+from searching.gallery import printable
 
-FOLDER = "search-page-"                                                         # begins the temporary folders' names
-LARGEST_JSON = 2**20                    # bytes
 LARGEST_UPLOAD = 50 * 2**20             # bytes of a file
 FRAMING = 2**16                         # bytes that a form adds to its file
-MOST_UPLOADS = 4 * LARGEST_UPLOAD       # bytes of all uploads, those on their way among them
-KEPT_UPLOAD = 300                       # seconds that an upload waits to be looked at
+MOST_UPLOADS = 4 * LARGEST_UPLOAD       # bytes of all bodies on their way, or being looked at
+SLOWEST = 300                           # seconds that a body may take
 PATIENCE = 60                           # seconds for the rest of a body that is refused
-UPLOAD = "/gradio_api/upload"
-# What the page and Gradio's client ask for, by method; Gradio has forty more, some of which fetch from other hosts.
-DOORS = {
-    "GET": re.compile(r"/|/(assets|static)/.+|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?"
-                      r"|/gradio_api/(info|app_id|startup-events|theme\.css|queue/(data|status))/?"
-                      r"|/gradio_api/(heartbeat/\w{1,100}|call/(v2/)?\w+/\w{1,100}|file=/.+)"),
-    "POST": re.compile(r"/gradio_api/(upload|queue/join|call/(v2/)?\w+|cancel|reset)/?")}
-DOORS["HEAD"] = DOORS["GET"]
-# The browser itself keeps the page from other hosts, and others from framing it. Gradio needs what is 'unsafe'.
-HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src "
-                                      "'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
-           "X-Content-Type-Options": "nosniff", "Referrer-Policy": "same-origin"}
-SENT = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+# The browser itself keeps the page from other hosts, from scripts that are not its own, and others from framing it.
+HEADERS = {"Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+                                      "img-src 'self' blob:; base-uri 'none'; form-action 'self'; "
+                                      "frame-ancestors 'self'",
+           "X-Content-Type-Options": "nosniff", "Referrer-Policy": "same-origin", "Cache-Control": "no-cache"}
 
 log = logging.getLogger(__name__)
 
 
-class Refused(Exception):
+class Refused(HTTPException):
     """An answer of 4xx or 503: the status, and a sentence."""
 
-    def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status = status
+    def __str__(self) -> str:
+        return self.detail
+
+
+def refusal(scope: dict, status: int, reason: str) -> JSONResponse:
+    """What is answered in place of what was asked for; one line in the log."""
+    log.warning("refused %s %r: %s", scope["method"][:20], scope["path"][:200], printable(reason))
+    return JSONResponse({"error": printable(reason)}, status)
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -76,46 +60,6 @@ def listening(host: str, port: int) -> socket.socket:
 
 def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-@contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A folder that goes with the program; those of programs that were killed go now."""
-    for left in glob.glob(f"{glob.escape(tempfile.gettempdir())}/{FOLDER}*"):
-        with suppress(OSError):                                                 # in use, or another user's
-            handle = locked(left)
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(handle)
-    folder, handle = own_folder()
-    try:
-        yield Path(folder).resolve()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
-
-
-def own_folder() -> tuple[str, int]:
-    """A new folder, and the handle that keeps it locked."""
-    while True:
-        folder = tempfile.mkdtemp(prefix=FOLDER)
-        with suppress(FileNotFoundError, BlockingIOError):
-            handle = locked(folder)
-            if os.path.exists(folder):
-                return folder, handle
-            os.close(handle)                                                    # another took it for a dead one's
-
-
-def locked(folder: str) -> int:
-    """A handle of the folder, locked as long as it is open. Raises OSError where it is in use or another user's."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        if os.fstat(handle).st_uid != os.geteuid():
-            raise PermissionError(f"{folder} is another user's")
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return handle
-    except OSError:
-        os.close(handle)
-        raise
 
 
 class Names:
@@ -159,173 +103,81 @@ class Names:
                 raise Refused(403, f"pages of {origin[:100]!r} may not use this one")
 
 
-class Uploads:
-    """Visitors' pictures on disk, each until it was looked at (remove), KEPT_UPLOAD seconds at most."""
+class Body:
+    """A request's body on its way to the app, within bounds."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder / "uploads"
-        self.folder.mkdir()
-        self.kept: dict[str, int] = {}                                          # path -> bytes, oldest first
-        self.coming = 0                                                         # bytes
-        self.lock = threading.Lock()
+    def __init__(self, headers: dict[bytes, bytes], receive: Callable):
+        self.receive, self.heard = receive, False
+        self.deadline = asyncio.get_running_loop().time() + SLOWEST
+        self.has_length = b"content-length" in headers
+        self.length = int(headers.get(b"content-length", 0))                    # the server has seen that it is one
+        self.is_there = self.length > 0 or b"transfer-encoding" in headers
 
-    def __contains__(self, path: str) -> bool:
-        return path in self.kept
+    def check(self, coming: int) -> None:
+        """coming: bytes of all bodies, this one's among them. Raises Refused."""
+        if self.is_there and not self.has_length:
+            raise Refused(411, "a request with a body needs a Content-Length")
+        if self.length > LARGEST_UPLOAD + FRAMING:
+            raise Refused(413, f"the file has more than {LARGEST_UPLOAD // 2**20} MB; make it smaller")
+        if self.length and coming > MOST_UPLOADS:
+            raise Refused(503, "too many uploads at once; try again in a moment")
 
-    async def take(self, request: Request) -> Response:
-        """The route's answer: the paths under which the files are kept."""
-        length = int(request.headers["content-length"])
-        self.coming += length
+    async def listen(self) -> dict:
+        """The next part, or that the visitor has left. Raises Refused."""
+        if self.heard:
+            return await self.receive()
         try:
-            self.make_room()
-            async with asyncio.timeout(KEPT_UPLOAD), request.form(max_files=10, max_fields=10) as form:
-                files = [file for _, file in form.multi_items() if isinstance(file, UploadFile)]
-                if not files:
-                    raise Refused(400, "an upload without a file")
-                paths = [await run_in_threadpool(self.keep, file) for file in files]
+            async with asyncio.timeout_at(self.deadline):
+                message = await self.receive()
         except TimeoutError:
-            raise Refused(408, "an upload took too long") from None
-        finally:
-            self.coming -= length
-        for path in paths:
-            asyncio.get_running_loop().call_later(KEPT_UPLOAD, self.remove, path)
-        return JSONResponse(paths)
+            self.heard = True                                                   # as much as will be
+            raise Refused(408, "the request does not come to an end") from None
+        self.heard = message["type"] != "http.request" or not message.get("more_body")
+        return message
 
-    def make_room(self) -> None:
-        """The oldest go. Raises Refused where those that come are too many already."""
-        if self.coming > MOST_UPLOADS:
-            raise Refused(503, "too many uploads at once: try again")
-        while self.kept and sum(self.kept.values()) + self.coming > MOST_UPLOADS:
-            self.remove(next(iter(self.kept)))
-
-    def keep(self, file: UploadFile) -> str:
-        """The path of a copy in a folder of its own, so that none is another visitor's, under its own name."""
-        name = re.sub(r"[/\0]", "_", file.filename or "").encode("utf-8", "replace")[:200].decode("utf-8", "ignore")
-        path = self.folder / secrets.token_hex(16) / (name if name.strip(".") else "picture")
-        try:
-            path.parent.mkdir()
-            with self.lock:
-                self.kept[str(path)] = file.size
-            with open(path, "xb") as copy:
-                shutil.copyfileobj(file.file, copy)
-        except OSError as error:
-            self.remove(str(path))
-            raise Refused(507, f"the upload cannot be kept ({error.strerror})") from None
-        return str(path)
-
-    def remove(self, path: str) -> None:
-        """No other files than uploads."""
-        with self.lock:
-            kept = self.kept.pop(path, None)
-        if kept is not None:
-            shutil.rmtree(Path(path).parent, ignore_errors=True)
+    async def drain(self) -> None:
+        """The rest is read and kept nowhere: who still sends would not hear the answer."""
+        with suppress(TimeoutError, Refused):
+            async with asyncio.timeout(PATIENCE):
+                while self.is_there and not self.heard:
+                    await self.listen()
 
 
 class Guard:
-    """The app behind the checks (ASGI): names, doors, sizes. What it cannot take is answered 4xx, and logged."""
+    """The app behind the checks (ASGI): names and sizes before it, headers behind it. What it fails on is one line in
+    the log.
 
-    def __init__(self, app: Callable, names: Names):
-        self.app, self.names = app, names
+    root_path: where a reverse proxy has it, "" or as "/find"; the proxy may take that off what it passes on, or not.
+    """
+
+    def __init__(self, app: Callable, names: Names, root_path: str = ""):
+        self.app, self.names, self.root_path, self.coming = app, names, root_path, 0
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":                                             # the server's start and end
             return await self.app(scope, receive, send)
-        started = failed = heard = False
-
-        async def listen() -> dict:
-            nonlocal heard
-            message = await receive()
-            heard = not message.get("more_body")
-            return message
+        body = Body(dict(scope["headers"]), receive)
+        scope = {**scope, "root_path": self.root_path}                          # which the app takes off, if it is there
 
         async def answer(message: dict) -> None:
-            nonlocal started, failed
             if message["type"] == "http.response.start":
-                failed = message["status"] == 500                               # and its exception follows
-                started = not failed
-                message["headers"] = [*message.get("headers", ()), *SENT]
-            if not failed:
-                await send(message)
+                await body.drain()
+                given = {name for name, _ in message["headers"]}
+                message["headers"] += [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()
+                                       if name.lower().encode() not in given]
+            await send(message)
 
+        self.coming += body.length
         try:
-            self.check(scope)
-            await self.app(scope, await self.body(scope, listen), answer)
-            if not failed:
-                return
-            refused = Refused(400, "not understood")
-        except Gone:
-            return
+            self.names.check(scope["headers"], plain((scope.get("server") or ("",))[0]))
+            body.check(self.coming)
+            await self.app(scope, body.listen, answer)
         except Refused as error:
-            refused = error
-        except Exception as error:                                              # anything, for what no page sends
-            refused = Refused(400, f"not understood: {in_one_line(error)}")
-        log.warning("refused %s %r: %s", scope["method"], scope["path"][:200], refused)
-        if started:                                                             # a stream, then: it ends here
-            with suppress(Exception):
-                await send({"type": "http.response.body"})
-        else:
-            if not heard:                                                       # who still sends would not hear it
-                await drain(listen)
-            await PlainTextResponse(f"{refused}\n", refused.status, HEADERS)(scope, listen, send)
-
-    def check(self, scope: dict) -> None:
-        """Raises Refused."""
-        self.names.check(scope["headers"], plain((scope.get("server") or ("",))[0]))
-        method, door = scope["method"], DOORS.get(scope["method"])
-        if door is None:
-            raise Refused(405, f"no {method[:20]} here")
-        if not door.fullmatch(scope["path"]):
-            raise Refused(404, "there is no such page")
-
-    async def body(self, scope: dict, receive: Callable) -> Callable:
-        """`receive` for the app. A body is read before the app is asked, but for an upload's. Raises Refused, Gone."""
-        headers = dict(scope["headers"])
-        length = int(headers.get(b"content-length", -1))
-        if scope["path"].rstrip("/") == UPLOAD:
-            if length < 0:
-                raise Refused(411, "an upload without Content-Length")
-            if length > LARGEST_UPLOAD + FRAMING:
-                raise Refused(413, f"an upload of more than {LARGEST_UPLOAD // 2**20} MB")
-            return receive
-        if length > LARGEST_JSON:
-            raise Refused(413, f"a request of more than {LARGEST_JSON // 2**20} MB")
-        content = b""
-        try:
-            async with asyncio.timeout(PATIENCE):
-                async for part in parts(receive):
-                    content += part
-                    if len(content) > LARGEST_JSON:
-                        raise Refused(413, f"a request of more than {LARGEST_JSON // 2**20} MB")
-        except TimeoutError:
-            raise Refused(408, "the request does not come to an end") from None
-        rest = iter([{"type": "http.request", "body": content, "more_body": False}])
-
-        async def again() -> dict:
-            return next(rest, None) or await receive()
-        return again
-
-
-class Gone(Exception):
-    """The visitor has left: there is no one to answer."""
-
-
-async def parts(receive: Callable) -> AsyncIterator[bytes]:
-    """Of a request's body. Raises Gone."""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Gone
-        yield message.get("body", b"")
-        if not message.get("more_body"):
-            return
-
-
-async def drain(receive: Callable) -> None:
-    """The rest of a body is read and kept nowhere."""
-    with suppress(TimeoutError, Gone):
-        async with asyncio.timeout(PATIENCE):
-            async for _ in parts(receive):
-                pass
+            await refusal(scope, error.status_code, str(error))(scope, receive, answer)
+        except Exception as error:                                              # answered by the app's own handler
+            log.warning("failed %s %r: %s", scope["method"][:20], scope["path"][:200], in_one_line(error))
+        finally:
+            self.coming -= body.length
 
 
 def plain(host: str) -> str:

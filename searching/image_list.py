@@ -369,23 +369,24 @@ class ImageList:
         found = self.entries("id = ?", (number,))
         return found[0].path if found else None
 
+    def paths(self, numbers: Sequence[int]) -> dict[int, str]:
+        """By id, of those of these that are listed."""
+        found = self.entries(f"id IN ({','.join('?' * len(numbers))})", numbers)
+        return {entry.number: entry.path for entry in found}
+
     def id_of(self, path: str) -> int | None:
         """Of the image of this path; one that is no text has none that a program could ask for."""
         found = self.entries("path = ?", (path.encode("utf-8", "surrogatepass"),))
         return found[0].number if found else None
 
-    def some(self, count: int, part: str = "") -> list[int]:
-        """Ids of some images, drawn anew each time, whose paths hold this text."""
+    def ids(self, part: str = "") -> list[int]:
+        """Of the images whose paths hold this text, in capitals or not; in the order of their paths."""
         with self.opened() as (database, _):
-            return [number for number, in database.execute(
-                "SELECT id FROM (SELECT id, path FROM images LIMIT ?) WHERE instr(path, ?) ORDER BY random() LIMIT ?",
-                (self.most(), part.encode("utf-8", "surrogatepass"), count))]
-
-    def ids(self) -> list[int]:
-        """Of all images, in the order of their paths."""
-        with self.opened() as (database, _):
-            return [number for number, in database.execute("SELECT id FROM images ORDER BY path LIMIT ?",
-                                                           (self.most(),))]
+            asked, part = "SELECT id FROM images ORDER BY path LIMIT ?", part.casefold()
+            if part:
+                database.create_function("fits", 1, lambda path: part in os.fsdecode(path).casefold())
+                asked = "SELECT id FROM (SELECT id, path FROM images ORDER BY path LIMIT ?) WHERE fits(path)"
+            return [number for number, in database.execute(asked, (self.most(),))]
 
 
 def unpacked(entries: Sequence[Entry], dim: int | None) -> np.ndarray:

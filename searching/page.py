@@ -1,343 +1,308 @@
-"""The web page of search.py: choose a picture, say what should change, look, go on from what was found.
+"""search.py's web page and its JSON API: one way to ask, for people and for programs.
 
-A visitor's session is a plain value; every event changes it and shows it whole, so there is one way to draw the page.
+The page is plain files in static/; all that it shows comes from the API below, and the address of the page holds what
+is asked, so that here no visitor is remembered but for the pictures that are dropped in.
 """
 
-import html
 import logging
+import mimetypes
 import os
-import sys
+import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache, wraps
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
+from random import sample
+from typing import Annotated, Any
 
-# The page asks nobody on the network; Gradio, as it is imported, would look at the proxies that are set.
-os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": "*", "NO_PROXY": "*"}
-
-import gradio as gr
-from fastapi import FastAPI
-from gradio import processing_utils, queueing, routes
-from PIL import Image
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
+from fastapi import FastAPI, Query, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.params import Form
+from fastapi.responses import FileResponse, JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
 
 from flags import MOST_RESULTS
 from machine.errors import InputError
-from pictures import thumbnail
-from searching.gallery import Gallery, Hit, Source, printable
-from searching.guard import (
-    LARGEST_UPLOAD,
-    UPLOAD,
-    Guard,
-    Names,
-    Uploads,
-    address,
-    in_one_line,
-    listening,
-    running,
-    temporary_folder,
-)
-from text_model import spread
+from searching.gallery import Gallery, Source, printable
+from searching.guard import LARGEST_UPLOAD, Guard, Names, Refused, address, listening, refusal, running
+from searching.metadata import metadata_of
+from searching.uploads import LARGE, SMALL, Uploads, jpeg
+from text_encoders import text_encoder_of
+from text_model import UNKNOWN, spread
 
-OFFERED, EXAMPLES, LONGEST_TRAIL = 12, 6, 30
-SESSIONS = 200                          # that are remembered, each of some megabytes
-log = logging.getLogger(__name__)
-STYLE = """
-.gradio-container { width: 100% !important; max-width: 1240px !important; margin: auto !important }
-.pictures .grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important; padding: 0 }
-.pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) !important; gap: 8px }
-#examples .grid-container, #choice .grid-container
-  { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)) !important }
-#trail .grid-container { display: flex !important; overflow-x: auto }
-#trail .grid-container > * { flex: 0 0 92px }
-.pictures .caption-label { font-size: 12px; max-width: 100%; padding: 1px 6px }
-.pictures .thumbnail-item.selected { border-color: transparent; box-shadow: none }
-@media (max-width: 700px) {  /* one column: what was found comes before what else could be chosen */
-  #board { flex-direction: column } #board > .column { display: contents } #board > .column > * { width: 100% }
-  #offers { order: 9 }
-}
-"""
-TO_RESULTS = "() => { if (window.innerWidth < 700) document.getElementById('status').scrollIntoView() }"
+EXAMPLES = 6
+SMALL_COPIES = 3000                     # of the gallery's pictures that are kept, of some 15 kB each
+STATIC = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript", "large.js": "text/javascript",
+          "parts.js": "text/javascript", "icon.svg": "image/svg+xml"}
+FOLDER = Path(__file__).parent / "static"
+
+MultiPartParser.spool_max_size = LARGEST_UPLOAD                                 # bytes: uploads touch no disk
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)                # what is refused is said once
 
 
-@dataclass
-class Step:
-    """A query that was asked, and its results."""
-    source: Source
-    picture: Image.Image
+class Question(BaseModel):
+    """What is asked of a picture."""
+    text: str = Field("", description="what should change, or what is looked for, as the model was trained to be told; "
+                      "empty: images that look like the picture")
+    k: int = Field(20, ge=1, le=MOST_RESULTS, description="how many results")
+    where: str = Field("", description="a condition on the gallery's columns, in SQL")
+    keep: bool = Field(False, description="whether a picture of the gallery may be among its own results")
+
+
+class OwnPicture(Question):
+    """Of a picture that the server knows, by its id or, if it is the gallery's, by its path."""
+    image: str = Field("", description="an image's id, or that of an uploaded picture as the answer to it told it")
+    path: str = Field("", description="in place of the id: the image's path below the gallery's folder")
+
+
+class AnyPicture(Question):
+    """Of a picture that is sent."""
+    file: UploadFile = Field(description="the picture, JPEG, PNG, WebP or another common format, of 50 MB at most")
+
+
+class Image(BaseModel):
+    """One of the gallery's images; path: below its folder."""
+    image: int
+    path: str
+    metadata: dict[str, Any] = {}
+
+
+class Result(Image):
+    """score: the cosine of its feature and the query's, 1 at most."""
+    rank: int
+    score: float
+
+
+class Answer(BaseModel):
+    """image: the id of the query's picture, with which it can be asked about again; path: its, or an upload's name."""
+    image: int | str
+    path: str
+    metadata: dict[str, Any] = {}
+    results: list[Result]
+    warnings: list[str] = Field(description="sentences about what was not read as it was given")
+    unknown_words: list[str] = Field(description="words that the model does not know, left out of the query")
+    seconds: float
+
+
+class Offer(BaseModel):
+    """Some of the gallery's images; count: how many there are to choose from."""
+    images: list[Image]
+    count: int
+
+
+class Example(Image):
+    """A query to try."""
     text: str
-    hits: list[Hit]
 
 
-@dataclass
-class Session:
-    """What one visitor sees: the query's picture, the steps so far, and which images are offered to choose from."""
-    source: Source | None = None
-    picture: Image.Image | None = None
-    text: str = ""
-    hits: list[Hit] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    offered: list[int] = field(default_factory=list)
-
-    def take(self, source: Source, picture: Image.Image) -> None:
-        """As the next query's picture."""
-        self.source, self.picture, self.text = source, picture, ""
-
-    def open(self, step: Step) -> None:
-        self.source, self.picture, self.text, self.hits = step.source, step.picture, step.text, step.hits
+class Model(BaseModel):
+    """words: that it knows, in order; null where it can read any. texts: such as it was trained with."""
+    model: str
+    images: int
+    columns: list[str]
+    words: list[str] | None
+    texts: list[str]
+    examples: list[Example]
+    looks_for: bool = Field(description="whether a text says what is looked for, and not what should change")
+    k: int
+    most: int
 
 
-def told(handler: Callable) -> Callable:
-    """The handler, (page, session, ...) -> what to say, followed by the session shown whole. A user's error is said."""
-    @wraps(handler)
-    def handled(page: "Page", session: Session, *inputs):
-        try:
-            message = printable(handler(page, session, *inputs))
-        except InputError as error:
-            message = printable(str(error))
-            gr.Warning(html.escape(message), title="Sorry")
-        return page.shown(session, message)
-    return handled
+class Failure(BaseModel):
+    """A sentence that says what is wrong, and what to do."""
+    error: str
 
 
 class Page:
-    """The page of one gallery; k: how many results it shows; uploads: visitors' pictures, looked at once."""
+    """What is answered, of one gallery; k: how many results the page asks for, unless a visitor wants others."""
 
-    def __init__(self, gallery: Gallery, k: int, uploads: Uploads):
-        self.gallery, self.k, self.uploads = gallery, k, uploads
-        self.dropped = lru_cache(SESSIONS)(self.look_at)
-        texts = spread(gallery.encoder.examples, EXAMPLES)
-        pictures = spread(gallery.images.ids(), len(texts) + 2)[1:-1]
-        self.examples = list(zip(pictures, texts, strict=False))
-        self.small = lru_cache(500)(self.thumbnail)
+    def __init__(self, gallery: Gallery, k: int):
+        self.gallery, self.uploads = gallery, Uploads(gallery)
+        self.at_work = CapacityLimiter(os.cpu_count() or 1)                     # pictures decoded at once
+        self.small = lru_cache(SMALL_COPIES)(lambda file, side, version: jpeg(file, side))
+        encoder = gallery.encoder
+        texts = spread(encoder.examples, EXAMPLES)
+        pictures = self.described(spread(gallery.images.ids(), len(texts) + 2)[1:-1])
+        self.about = Model(
+            model=encoder.opt.get("model", "model"), images=gallery.size, k=k, most=MOST_RESULTS,
+            columns=gallery.columns, texts=texts, looks_for=bool(encoder.opt.get("use_complete_text_query")),
+            words=encoder.vocabulary and sorted(encoder.vocabulary.word2id.keys() - {UNKNOWN}),
+            examples=[Example(**dict(picture), text=text) for picture, text in zip(pictures, texts, strict=False)])
 
-    def thumbnail(self, image: int) -> Image.Image:
-        """Of one of the gallery's images; grey where it is gone."""
-        try:
-            return thumbnail(self.gallery.file(image))
-        except InputError:
-            return Image.new("RGB", (256, 256), "#d0d5da")
+    def warm_up(self) -> None:
+        """A text encoder in this process is loaded with the first text: before a visitor has to wait for it."""
+        if ":" in text_encoder_of(self.gallery.encoder.opt):
+            with suppress(InputError):                                          # said where a visitor asks
+                self.gallery.search(self.gallery.own_picture(self.gallery.images.ids()[0]), "warm up", 1)
 
-    def shown(self, session: Session, message: str) -> tuple:
-        """Values of: session, picture, text, status, results, trail, choice."""
-        results = [(self.small(hit.image), f"{rank} · {hit.score:.3f}")
-                   for rank, hit in enumerate(session.hits, start=1)]
-        trail = [(step.picture, f"{number}. {step.text or 'looks like it'}")
-                 for number, step in enumerate(session.steps, start=1)]
-        choice = [self.small(image) for image in session.offered]
-        return (session, session.picture, session.text, html.escape(message), pictures(results), pictures(trail),
-                pictures(choice))
+    def model(self) -> Model:
+        """The model, the gallery, and what one may ask."""
+        return self.about
 
-    @told
-    def start(self, session: Session) -> str:
-        session.offered = spread(self.gallery.images.ids(), OFFERED)
-        return "Choose a picture or drop one in, then say what should change."
+    def images(self, name: Annotated[str, Query(description="part of their paths, in capitals or not")] = "",
+               k: Annotated[int, Query(ge=1, le=MOST_RESULTS, description="how many")] = 60,
+               shuffle: Annotated[bool, Query(description="others each time, in place of some from first to last")] =
+               False) -> Offer:
+        """Images of the gallery to choose from."""
+        found = self.gallery.images.ids(name.strip())
+        chosen = sample(found, min(k, len(found))) if shuffle else spread(found, k)
+        return Offer(images=self.described(chosen), count=len(found))
 
-    @told
-    def offer(self, session: Session, part: str | None) -> str:
-        """Other images to choose from, whose paths hold this text."""
-        part = (part or "").strip()
-        session.offered = self.gallery.images.some(OFFERED, part)
-        return "" if session.offered else f"no picture of the gallery has {part[:100]!r} in its path"
+    def described(self, images: list[int]) -> list[Image]:
+        """Those that are still listed, in this order."""
+        paths = self.gallery.images.paths(images)
+        metadata = metadata_of(self.gallery.images, list(paths.values())) if self.gallery.columns else {}
+        return [Image(image=image, path=printable(path), metadata=metadata.get(path, {}))
+                for image in images if (path := paths.get(image))]
 
-    def choose(self, session: Session, image: int) -> str:
-        session.take(self.gallery.own_picture(image), self.small(image))
-        return f"The query's picture is {self.gallery.images.path_of(image)}: now say what should change."
+    def search(self, question: Annotated[OwnPicture, Query()]) -> Answer:
+        """The images nearest to a picture that the server knows plus a change, best first."""
+        if question.image.startswith("u"):
+            upload = self.uploads.find(question.image)
+            return self.answer(question, upload.source, question.image, upload.name)
+        image = self.gallery.images.id_of(question.path) if question.path else number_of(question.image)
+        if image is None:
+            raise InputError("the gallery has no image of this path")
+        source = self.gallery.own_picture(image)
+        return self.answer(question, source, image, printable(self.gallery.images.path_of(image) or ""))
 
-    @told
-    def choose_offered(self, session: Session, event: gr.SelectData) -> str:
-        return self.choose(session, at(session.offered, event))
+    async def search_by_file(self, question: Annotated[AnyPicture, Form(media_type="multipart/form-data")]) -> Answer:
+        """The same for any picture. The answer tells an id, by which it can be asked about again for an hour."""
+        if question.file.size > LARGEST_UPLOAD:
+            raise Refused(413, f"the file has more than {LARGEST_UPLOAD // 2**20} MB; make it smaller")
+        content, name = await question.file.read(), printable(question.file.filename or "the picture")
+        number = await run_sync(self.uploads.take, name, content, limiter=self.at_work)
+        upload = self.uploads.find(number)
+        return await run_sync(self.answer, question, upload.source, number, name)
 
-    @told
-    def go_on(self, session: Session, event: gr.SelectData) -> str:
-        """From a result: it is the next query's picture."""
-        return self.choose(session, at(session.hits, event).image)
-
-    @told
-    def reopen(self, session: Session, event: gr.SelectData) -> str:
-        session.open(at(session.steps, event))
-        return f"Step {event.index + 1} again."
-
-    @told
-    def example(self, session: Session, event: gr.SelectData) -> str:
-        image, text = at(self.examples, event)
-        self.choose(session, image)
-        return self.ask(session, text)
-
-    @told
-    def upload(self, session: Session, path: str | None) -> str:
-        session.source = session.picture = None
-        if path is None:
-            return "Choose a picture or drop one in."
-        session.take(*self.dropped(path))
-        return "Now say what should change."
-
-    def look_at(self, path: str) -> tuple[Source, Image.Image]:
-        """An upload, after which it is removed; what is said of it names it as the visitor does."""
-        if path not in self.uploads:
-            raise InputError("this upload is no more there: drop the picture in again")
-        try:
-            return self.gallery.picture(path), thumbnail(Path(path))
-        except InputError as error:
-            raise InputError(str(error).replace(path, Path(path).name)) from None
-        finally:
-            self.uploads.remove(path)
-
-    @told
-    def find(self, session: Session, text: str | None) -> str:
-        return self.ask(session, printable(text or ""))
-
-    def ask(self, session: Session, text: str) -> str:
-        session.text = text
-        if session.source is None:
-            raise InputError("choose a picture first, or drop one in")
-        start = time.perf_counter()
-        hits = self.gallery.search(session.source, text, self.k, leave_out=True)
-        taken = time.perf_counter() - start
-        session.hits = hits
-        session.steps = [*session.steps, Step(session.source, session.picture, text.strip(), hits)][-LONGEST_TRAIL:]
+    def answer(self, question: Question, source: Source, image: int | str, path: str) -> Answer:
+        start, text = time.perf_counter(), printable(question.text)
+        hits = self.gallery.search(source, text, question.k, not question.keep, question.where)
         unknown = self.gallery.encoder.unknown(text)
-        note = f" Not known to the model: {', '.join(unknown)}." if unknown else ""
-        return (f"The best {len(hits)} of {self.gallery.size:,} images, in {1000 * taken:.0f} ms, with their cosine to "
-                f"the query. Click one to go on from it.{note}")
+        warnings = [f"Not known to the model, so left out: {', '.join(unknown)}"] if unknown else []
+        results = [Result(rank=rank, score=hit.score, image=hit.image, metadata=hit.metadata,
+                          path=printable(str(hit.path.relative_to(self.gallery.folder))))
+                   for rank, hit in enumerate(hits, start=1)]
+        return Answer(image=image, path=path, results=results, warnings=warnings, unknown_words=unknown,
+                      metadata=self.gallery.metadata(image) if isinstance(image, int) else {},
+                      seconds=time.perf_counter() - start)
 
-    def search_by_file(self, image: gr.FileData, text: str = "", k: int = 20) -> list[dict]:
-        """The k images nearest to an uploaded picture plus a change: [{"rank", "score", "image"}], best first; image is
-        a path below the gallery's folder."""
-        path = image.get("path") if isinstance(image, dict) else None
-        if not isinstance(path, str):
-            raise gr.Error("give the picture as a file: gradio_client.handle_file(PATH)", print_exception=False)
-        return self.answer(lambda: self.dropped(path)[0], text, k)
+    def original(self, image: int) -> Response:
+        """The file of one of the gallery's images."""
+        file = self.file(image)
+        kind = "image/jpeg" if file.suffix.lower() == ".jfif" else mimetypes.guess_type(file.name)[0] or ""
+        return FileResponse(file, media_type=kind if kind.startswith("image/") else "application/octet-stream")
 
-    def search_by_path(self, path: str, text: str = "", k: int = 20) -> list[dict]:
-        """The same for one of the gallery's own images, named by its path below the gallery's folder."""
-        def source() -> Source:
-            image = self.gallery.images.id_of(str(path))
-            if image is None:
-                raise InputError("the gallery has no image of this path")
-            return self.gallery.own_picture(image)
-        return self.answer(source, text, k)
+    async def thumbnail(self, image: str, request: Request,
+                        large: Annotated[bool, Query(description=f"{LARGE} in place of {SMALL} pixels")] = False
+                        ) -> Response:
+        """A small copy, as a JPEG, of one of the gallery's images or of an uploaded picture."""
+        if image.startswith("u"):
+            upload = self.uploads.find(image)
+            return await unless_held(request, image, "image/jpeg", lambda: upload.small)
+        file = await run_sync(self.file, number_of(image))
+        found, side = file.stat(), LARGE if large else SMALL
+        version = f"{image}-{found.st_size:x}-{found.st_mtime_ns:x}-{side}"
+        return await unless_held(request, version, "image/jpeg", lambda: self.copy(file, side, version), self.at_work)
 
-    def answer(self, source: Callable[[], Source], text: str, k: int) -> list[dict]:
-        if not isinstance(text, str) or not isinstance(k, int) or not 1 <= k <= MOST_RESULTS:
-            raise gr.Error(f"text is a string, k a number from 1 to {MOST_RESULTS}", print_exception=False)
+    def copy(self, file: Path, side: int, version: str) -> bytes:
+        return jpeg(file, side) if side == LARGE else self.small(file, side, version)
+
+    def file(self, image: int) -> Path:
+        """Raises Refused where it is none of the gallery's, or is gone."""
         try:
-            hits = self.gallery.search(source(), printable(text), k)
-        except InputError as error:
-            raise gr.Error(html.escape(printable(str(error))), print_exception=False) from None
-        # Not "path": Gradio's client takes what has one for a file to download.
-        return [{"rank": rank, "score": hit.score, "image": printable(str(hit.path.relative_to(self.gallery.folder)))}
-                for rank, hit in enumerate(hits, start=1)]
+            return self.gallery.file(image)
+        except InputError:                                                      # which names the whole path
+            raise Refused(404, "this image is no longer where it was; run search.py index again") from None
 
-    def build(self) -> gr.Blocks:
-        opt = self.gallery.encoder.opt
-        hint = "what you look for" if opt.get("use_complete_text_query") else "what should change"
-        such = f", such as: {self.gallery.encoder.examples[0]}" if self.gallery.encoder.examples else ""
-        with gr.Blocks(title="A picture plus a change", fill_width=True, delete_cache=(300, 3600)) as blocks:
-            session = gr.State(Session(), time_to_live=86400)
-            blocks.queue(max_size=200)
-            gr.Markdown("## A picture plus a change")
-            gr.HTML(html.escape(f"{opt.get('model', 'model')} over {self.gallery.size:,} images"))
-            with gr.Row(elem_id="board"):
-                with gr.Column(scale=2, min_width=300):
-                    picture = gr.Image(label="Picture", sources=["upload", "clipboard"], type="filepath", height=230,
-                                       buttons=[], elem_id="picture", format="jpeg")
-                    picture.preprocess = path_of                                # Gradio would open it itself, and fail
-                    text = gr.Textbox(label="Change", placeholder=hint + such, elem_id="change", max_lines=3,
-                                      info="empty: images that look like the picture")
-                    button = gr.Button("Search", variant="primary", elem_id="search")
-                    with gr.Column(elem_id="offers"):
-                        if self.examples:
-                            gr.Markdown("**Examples**: click one")
-                        examples = picture_grid("examples", [(self.small(image), words)
-                                                             for image, words in self.examples])
-                        gr.Markdown("**From the gallery**: click one")
-                        choice = picture_grid("choice")
-                        with gr.Row():
-                            part = gr.Textbox(show_label=False, container=False, placeholder="part of a file's path",
-                                              elem_id="part", scale=2, min_width=120)
-                            others = gr.Button("Show others", size="sm", elem_id="others", scale=1, min_width=100)
-                with gr.Column(scale=5, min_width=320):
-                    status = gr.HTML(elem_id="status")
-                    trail = picture_grid("trail")
-                    results = picture_grid("results")
-            outputs = [session, picture, text, status, results, trail, choice]
-            listen = {"outputs": outputs, "api_visibility": "private", "show_progress": "hidden"}
-            blocks.load(self.start, session, **listen)
-            gr.on([button.click, text.submit], self.find, [session, text], **listen).then(None, js=TO_RESULTS)
-            gr.on([others.click, part.submit], self.offer, [session, part], **listen)
-            gr.on([picture.upload, picture.clear], self.upload, [session, picture], **listen)
-            for grid, handler in ((choice, self.choose_offered), (results, self.go_on), (trail, self.reopen),
-                                  (examples, self.example)):
-                grid.select(handler, session, **listen)
-            gr.api(self.search_by_file, api_name="search")
-            gr.api(self.search_by_path, api_name="search_gallery")
-        return blocks
+    def app(self) -> FastAPI:
+        app = FastAPI(title="A picture plus a change", description=self.__doc__, version="1", docs_url=None,
+                      redoc_url=None, exception_handlers=HANDLERS)
+        failures = {status: {"model": Failure} for status in ("4XX", "5XX")}
+        app.get("/api/model", responses=failures)(self.model)
+        app.get("/api/images", responses=failures)(self.images)
+        app.get("/api/search", responses=failures)(self.search)
+        app.post("/api/search", responses=failures)(self.search_by_file)
+        app.get("/images/{image}", response_class=FileResponse, responses=failures)(self.original)
+        app.get("/thumbnails/{image}", response_class=Response, responses=failures)(self.thumbnail)
+        app.get("/static/{name}", include_in_schema=False)(static)
+        app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)(start)
+        return app
 
 
-def at(items: list, event: gr.SelectData):
-    """The item clicked on. Raises InputError where there is none: a page may be older than what it shows."""
-    if not isinstance(event.index, int) or not 0 <= event.index < len(items):
-        raise InputError("that is no more there: search again")
-    return items[event.index]
+async def start(request: Request) -> Response:
+    return await static("page.html", request)
 
 
-def path_of(payload) -> str | None:
-    """Of the file that was dropped in."""
-    return payload.path if payload else None
+async def static(name: str, request: Request) -> Response:
+    """One of the page's own files."""
+    if name not in STATIC:
+        raise Refused(404, "there is no such file")
+    file = FOLDER / name
+    return await unless_held(request, f"{file.stat().st_mtime_ns:x}", STATIC[name], file.read_bytes)
 
 
-def pictures(items: list) -> gr.Gallery:
-    """New content of a grid, nothing in it selected; no empty grid is shown."""
-    return gr.Gallery(items, selected_index=None, visible=bool(items))
+async def unless_held(request: Request, version: str, kind: str, content: Callable[[], bytes],
+                      limiter: CapacityLimiter | None = None) -> Response:
+    """The content, or that the browser has it in this version already."""
+    headers = {"ETag": f'"{version}"', "Cache-Control": "private, no-cache"}
+    if headers["ETag"] in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(await run_sync(content, limiter=limiter), media_type=kind, headers=headers)
 
 
-def picture_grid(name: str, items: Sequence = ()) -> gr.Gallery:
-    """Pictures to click on."""
-    return gr.Gallery(list(items), elem_id=name, elem_classes="pictures", show_label=False, container=False,
-                      allow_preview=False, buttons=[], format="jpeg", object_fit="cover", interactive=False,
-                      visible=bool(items))
+def number_of(image: str) -> int:
+    """Of one of the gallery's images. Raises InputError."""
+    if not re.fullmatch("[0-9]{1,18}", image):
+        raise InputError(f"{image[:100]!r} is no image's id" if image else "say which: image=ID or path=PATH")
+    return int(image)
+
+
+async def told(request: Request, error: InputError) -> Response:
+    """What the visitor can mend."""
+    return JSONResponse({"error": printable(str(error))}, 400)
+
+
+async def refused(request: Request, error: HTTPException) -> Response:
+    return refusal(request.scope, error.status_code, error.detail)
+
+
+async def not_understood(request: Request, error: RequestValidationError) -> Response:
+    """What is wrong with the first of the parameters that are."""
+    wrong = error.errors()[0]
+    return refusal(request.scope, 400, f"{'.'.join(map(str, wrong['loc'][1:]))[:100]}: {wrong['msg']}")
+
+
+async def failed(request: Request, error: Exception) -> Response:
+    """A fault of this program, of which the guard logs a line."""
+    return JSONResponse({"error": "this failed, and the program's log says where"}, 500)
+
+
+HANDLERS = {InputError: told, HTTPException: refused, RequestValidationError: not_understood, Exception: failed}
 
 
 @contextmanager
-def serving(gallery: Gallery, k: int, host: str, port: int, allowed: Iterable[str] = ()) -> Iterator[str]:
-    """The page, served meanwhile; yields its address. allowed: other names it goes by. Raises InputError where the
-    address cannot be had."""
+def serving(gallery: Gallery, k: int, host: str, port: int, allowed: Iterable[str] = (),
+            root_path: str = "") -> Iterator[str]:
+    """The page, served meanwhile; yields its address. allowed: other names it goes by; root_path: where a proxy has it;
+    port: 0 for any that is free. Raises InputError where the address cannot be had."""
+    if not re.fullmatch(r"(/[\w.~-]+)*/?", root_path, re.ASCII):
+        raise InputError(f"--root_path {root_path!r} is no path; give one such as /find")
     names = Names(host, allowed)
-    with listening(host, port) as listener, temporary_folder() as folder:
-        os.environ["GRADIO_TEMP_DIR"] = routes.DEFAULT_TEMP_DIR = str(folder)   # or it leaves a folder "gradio"
-        uploads = Uploads(folder)
-        app, blocks = FastAPI(openapi_url=None), Page(gallery, k, uploads).build()
-        app.add_route(UPLOAD, uploads.take, methods=["POST"])                   # in place of Gradio's
-        gr.mount_gradio_app(app, blocks, "/", show_error=False, max_file_size=LARGEST_UPLOAD, ssr_mode=False, css=STYLE,
-                            theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-                            footer_links=["api"], run_history=False, enable_monitoring=False, pwa=False,
-                            mcp_server=False)
-        blocks.has_launched, blocks.state_session_capacity = True, SESSIONS     # launched: it checks paths it is sent
-        with running(Guard(app, names), listener):
-            yield f"http://{address(host.strip('[]'), port)}"
+    page = Page(gallery, k)
+    with listening(host, port) as listener, running(Guard(page.app(), names, root_path.rstrip("/")), listener):
+        threading.Thread(target=page.warm_up, daemon=True).start()
+        yield f"http://{address(host.strip('[]'), listener.getsockname()[1])}"
 
 
-def open_page(gallery: Gallery, k: int, host: str, port: int, allowed: Iterable[str] = ()) -> None:
+def open_page(gallery: Gallery, k: int, host: str, port: int, allowed: Iterable[str] = (), root_path: str = "") -> None:
     """Serve the page until the program is stopped."""
-    with serving(gallery, k, host, port, allowed) as url:
+    with serving(gallery, k, host, port, allowed, root_path) as url:
         print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
-
-
-async def nothing_from_outside(url: str, cache_dir: str) -> str:
-    raise gr.Error("give a file, not an address", print_exception=False)
-
-
-class OneLine:
-    """In place of the module traceback where Gradio prints what a request has raised."""
-
-    @staticmethod
-    def print_exc() -> None:
-        log.warning("a request failed: %s", in_one_line(sys.exception()))
-
-
-processing_utils.async_ssrf_protected_download = nothing_from_outside
-queueing.traceback = OneLine

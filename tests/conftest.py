@@ -180,7 +180,7 @@ class ByFile(LoadFileScheduling):
 
     def _split_scope(self, nodeid):
         file = super()._split_scope(nodeid)
-        return "page" if file.endswith(("test_browser.py", "test_page_security.py")) else file
+        return "page" if file.endswith(("test_browser.py", "test_page.py", "test_page_security.py")) else file
 
 
 def pytest_xdist_make_scheduler(config, log):
@@ -219,9 +219,12 @@ def gallery(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gallery_index(trained, gallery, tmp_path_factory):
-    out = tmp_path_factory.mktemp("index") / "index"
+    """With a table of the images 0 to 5: even ones are red, and each costs its number."""
+    out, table = tmp_path_factory.mktemp("index") / "index", tmp_path_factory.mktemp("table") / "table.jsonl"
+    table.write_text("".join(json.dumps({"file_name": f"{number}.jpg", "colour": "<b>red" if number % 2 == 0 else "blue",
+                                         "price": number}) + "\n" for number in range(6)))
     assert search.main(["index", "--model_checkpoint", str(trained.checkpoint), "--images", str(gallery), "--out",
-                        str(out)]) == 0
+                        str(out), "--metadata", str(table)]) == 0
     return out
 
 

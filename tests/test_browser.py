@@ -1,4 +1,4 @@
-"""What a person sees: TensorBoard on a run, and search.py's page, in headless Chromium and by Gradio's own client.
+"""What a person sees: TensorBoard on a run, and search.py's page, in headless Chromium.
 
 Debian's packages: apt-get install chromium. Where there is no Chromium these tests are left out, in CI they fail.
 """
@@ -12,13 +12,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from .conftest import picture
+from .conftest import picture, some
 from .services import ROOT, free_ports
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -95,189 +96,320 @@ def address(web_page):
     return web_page.address
 
 
-def opened(tab, address):
+SIZES = {"desk": (1280, 800), "phone": (390, 844)}
+STATUS, PICK, MORE, RANK = "#status", "#grid .pick", "#grid .more", "#grid .rank"
+
+
+def opened(tab, address, path="/"):
     """The page, which asks no other host for anything."""
-    tab.on("request", lambda request: request.url.startswith((address, "data:", "blob:"))
-           or tab.wrong.append(request.url))
-    tab.goto(address)
-    expect(grid(tab, "choice")).to_have_count(12)
+    tab.on("request", lambda request: request.url.startswith((address, "blob:")) or tab.wrong.append(request.url))
+    tab.goto(address + path)
     return tab
 
 
-def grid(tab, name):
-    return tab.locator(f"#{name} button img")
+def started(tab, address):
+    opened(tab, address)
+    expect(tab.locator(PICK)).to_have_count(12)
+    return tab
 
 
-def says(tab, what):
-    expect(tab.locator("#status")).to_contain_text(re.compile(what))
+def shows(tab, what, count=8):
+    """Results, all of the query that the page says."""
+    expect(tab.locator(STATUS)).to_contain_text(what)
+    expect(tab.locator(RANK)).to_have_count(count)
+    expect(tab.locator("#heading")).to_have_text("Results")
+    expect(tab.locator("body")).not_to_have_class(re.compile("stale"))
+    return tab.locator("#grid .name").all_inner_texts()
 
 
 def ask(tab, text):
-    tab.fill("#change textarea", text)
-    tab.click("button#search")
-
-
-def test_pick_type_search_click_a_result_search_again_and_go_back(tab, address):
-    opened(tab, address)
-    grid(tab, "choice").nth(3).click()
-    says(tab, "picture is <b>x/11\ufffd.jpg")
-    ask(tab, "wet")
-    expect(grid(tab, "results")).to_have_count(8)
-    says(tab, "best 8 of 12 images")
-    first = [tab.locator("#results .caption-label").nth(place).inner_text() for place in range(8)]
-    scores = [float(caption.split("·")[1]) for caption in first]
-    assert scores == sorted(scores, reverse=True) and first[0].startswith("1 ")
-    grid(tab, "results").nth(2).click()
-    says(tab, "now say what should change")
-    expect(tab.locator("#change textarea")).to_have_value("")
-    tab.fill("#change textarea", "old")
+    tab.fill("#text", text)
     tab.keyboard.press("Enter")
-    expect(grid(tab, "trail")).to_have_count(2)
-    grid(tab, "trail").nth(0).click()
-    says(tab, "Step 1 again")
-    expect(tab.locator("#change textarea")).to_have_value("wet")
-    expect(tab.locator("#results .caption-label").first).to_have_text(first[0])
-    ask(tab, "")
-    expect(grid(tab, "trail")).to_have_count(3)
-    expect(tab.locator("#trail")).to_contain_text("looks like it")
 
 
-def test_examples_and_other_pictures_are_a_click_away(tab, address):
-    opened(tab, address)
-    grid(tab, "examples").nth(1).click()
-    says(tab, "best 8 of 12")
-    expect(grid(tab, "trail")).to_have_count(1)
-    tab.fill("#part textarea, #part input", "/7.jpg")
-    tab.click("button#others")
-    expect(grid(tab, "choice")).to_have_count(1)
-    tab.fill("#part textarea, #part input", "' OR 1=1 --")
-    tab.click("button#others")
-    says(tab, "no picture of the gallery")
-
-
-def test_what_cannot_be_searched_with_is_said_and_nothing_is_executed(tab, address, tmp_path):
-    opened(tab, address)
+@pytest.mark.parametrize("size", SIZES)
+def test_choose_say_search_go_on_and_come_back_by_button_reload_and_link(tab, address, size):
+    tab.set_viewport_size(dict(zip(("width", "height"), SIZES[size], strict=True)))
+    started(tab, address)
+    assert tab.locator("h1").count() == 1
+    chosen = tab.locator("#grid .name").nth(3).inner_text()
+    tab.locator(PICK).nth(3).click()
+    similar = shows(tab, f"The 8 nearest of 12 pictures to {chosen}.")
+    assert chosen not in similar
     ask(tab, "wet")
-    says(tab, "choose a picture first")
+    wet = shows(tab, f"to {chosen} plus “wet”")
+    assert wet != similar and tab.locator(RANK).all_text_contents() == [f"rank {rank}" for rank in range(1, 9)]
+    tab.locator(PICK).nth(7).scroll_into_view_if_needed()
+    tab.locator(PICK).nth(7).click()
+    further = shows(tab, f"to {wet[7]}.")
+    expect(tab.locator("#text")).to_have_value("")
+    expect(tab.locator("#picture img")).to_have_attribute("alt", wet[7])
+    assert tab.evaluate("scrollY") == 0 and tab.locator("#picture img").is_visible()
+    expect(tab.locator("#steps li")).to_have_count(3)
+    link = tab.url
+    tab.go_back()
+    assert shows(tab, f"to {chosen} plus “wet”") == wet
+    expect(tab.locator("#text")).to_have_value("wet")
+    tab.reload()
+    assert shows(tab, f"to {chosen} plus “wet”") == wet
+    tab.locator("#steps button").first.click()
+    assert shows(tab, f"to {chosen}.") == similar
+    tab.go_back()
+    tab.go_back()
+    tab.go_back()
+    expect(tab.locator("#heading")).to_have_text("The gallery")
+    tab.goto("about:blank")
+    tab.goto(link)
+    assert shows(tab, f"to {wet[7]}.") == further
+    tab.select_option("#k", "10")
+    shows(tab, "The 10 nearest", 10)
+    assert "k=10" in tab.url and tab.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
+    if size == "phone":
+        tab.evaluate("scrollTo(0, 9999)")
+        assert tab.evaluate("scrollY") > 300 and tab.locator("#query").bounding_box()["y"] == 0
+
+
+def test_nothing_but_keys(tab, address):
+    started(tab, address)
+    keys = tab.keyboard
+
+    def focused():
+        return tab.evaluate("document.activeElement.innerText || document.activeElement.id").strip()
+
+    def tab_to(what):
+        for _ in range(60):
+            keys.press("Tab")
+            outline = tab.evaluate("getComputedStyle(document.activeElement.matches('#file') ? document.querySelector("
+                                   "'#choose') : document.activeElement).outlineStyle")
+            assert outline == "solid", focused()                                # it is seen where one is
+            if focused().startswith(what):
+                return
+        raise AssertionError(what)
+    tab_to("Skip")
+    keys.press("Enter")
+    assert focused() == "The gallery"
+    tab_to("Search from")
+    keys.press("Enter")
+    shows(tab, "The 8 nearest")
+    assert focused() == "Results"
+    tab_to("Enlarge")
+    opener = focused()
+    keys.press("Enter")
+    name = tab.locator("#large-name")
+    first = name.inner_text()
+    assert opener == f"Enlarge {first}"
+    keys.press("ArrowRight")
+    expect(name).not_to_have_text(first)
+    keys.press("ArrowLeft")
+    expect(name).to_have_text(first)
+    keys.press("Escape")
+    expect(tab.locator("#large")).not_to_be_visible()
+    assert focused() == opener
+    keys.press("Enter")
+    tab_to("Search from here")
+    keys.press("Enter")
+    shows(tab, f"to {first}.")
+    tab.reload()
+    shows(tab, f"to {first}.")
+    for _ in range(60):
+        keys.press("Tab")
+        if focused() == "text":
+            break
+    keys.type("wet")
+    keys.press("Enter")
+    shows(tab, f"to {first} plus “wet”")
+    assert focused() == "text"
+
+
+@pytest.mark.parametrize("looks", some(["desk light, phone dark", "desk dark, phone light"]))
+def test_no_state_of_it_has_an_accessibility_violation(tab, address, tmp_path, looks):
+    """By axe-core. Colours go with the scheme, places with the size."""
+    (tmp_path / "text.jpg").write_text("no picture")
+
+    def check(state):
+        for size, scheme in map(str.split, looks.split(", ")):
+            tab.set_viewport_size(dict(zip(("width", "height"), SIZES[size], strict=True)))
+            tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+            found = tab.evaluate("axe.run({resultTypes: ['violations']})")
+            assert found["passes"] and not found["violations"], (state, size, scheme, found["violations"])
+    started(tab, address)
+    tab.evaluate(Axe().axe_script)
+    check("start")
+    tab.locator(PICK).nth(3).click()
+    shows(tab, "The 8 nearest")
+    ask(tab, "wet please")
+    shows(tab, "plus “wet please”")
+    check("results, with a word that is not known")
+    tab.set_input_files("#file", tmp_path / "text.jpg")
+    expect(tab.locator("#problem")).to_contain_text("no picture")
+    check("error")
+    tab.locator(MORE).first.click()
+    check("enlarged")
+    tab.keyboard.press("Escape")
+    with held_up(tab):
+        tab.fill("#text", "old")
+        tab.click("#go")
+        expect(tab.locator("#go")).to_have_text("Searching…")
+        check("searching")
+    shows(tab, "plus “old”")
+
+
+@contextmanager
+def held_up(tab):
+    """Searches get no answer meanwhile."""
+    held = []
+    tab.route("**/api/search*", lambda route: held.append(route))
+    yield held
+    tab.unroute("**/api/search*")
+    for route in held:
+        with suppress(Exception):                                               # the page has given it up
+            route.continue_()
+
+
+def test_what_is_shown_belongs_together_and_only_the_last_answer_is_shown(tab, address):
+    started(tab, address)
+    tab.locator(PICK).nth(0).click()
+    first = shows(tab, "The 8 nearest")
+    with held_up(tab) as held:
+        ask(tab, "wet")
+        expect(tab.locator("#go")).to_have_attribute("aria-disabled", "true")
+        expect(tab.locator("#heading")).to_have_text("Results of the query before")
+        expect(tab.locator(STATUS)).to_contain_text("Searching from")
+        expect(tab.locator("body")).to_have_class(re.compile("stale"))
+        assert tab.locator("#grid .name").all_inner_texts() == first
+        tab.keyboard.press("Enter")                                             # the button rests
+        tab.locator(PICK).nth(2).click()                                        # and another question is the last one
+        tab.wait_for_function("document.querySelector('#status').innerText.includes(arguments)".replace(
+            "arguments", json.dumps(first[2])))
+        assert len(held) == 2
+    assert shows(tab, f"to {first[2]}.") != first
+    tab.fill("#text", "old")                                                    # typed, not yet asked
+    expect(tab.locator("#heading")).to_have_text("Results of the query before")
+    tab.fill("#text", "")
+    shows(tab, f"to {first[2]}.")
+    tab.route("**/api/search*", lambda route: route.abort())
+    ask(tab, "old")
+    expect(tab.locator("#problem")).to_have_text(re.compile("The server does not answer: is search.py still running"))
+    expect(tab.locator("#heading")).to_have_text("Results of the query before")
+
+
+def test_words_complete_what_is_typed_and_those_not_known_are_struck_through(tab, address):
+    started(tab, address)
+    assert sorted(tab.locator("#words button").all_inner_texts()) == ["old", "wet", "white"]
+    tab.fill("#text", "w")
+    expect(tab.locator("#words button")).to_have_text(["wet", "white"])
+    tab.locator("#words button").nth(1).click()
+    expect(tab.locator("#text")).to_have_value("white ")
+    tab.keyboard.type("Zebra, w")
+    tab.locator("#words button").first.click()
+    expect(tab.locator("#text")).to_have_value("white Zebra, wet ")
+    expect(tab.locator("#reading")).to_have_text("Read as: white zebra (left out) wet ")
+    expect(tab.locator("#reading s")).to_have_text(["zebra"])
+    tab.locator(PICK).nth(3).click()                                            # what was typed belongs to it
+    shows(tab, "plus “white Zebra, wet”")
+    expect(tab.locator(STATUS)).to_contain_text("Not known to the model, so left out: zebra.")
+    ask(tab, "zebra")
+    expect(tab.locator("#problem")).to_contain_text("The model knows none of these words")
+
+
+def test_what_a_table_says_is_shown_and_filtered_by(tab, address):
+    started(tab, address)
+    tab.locator(PICK).nth(3).click()
+    shows(tab, "The 8 nearest")
+    tab.fill("#where", "price in (2, 3)")
+    tab.keyboard.press("Enter")
+    shows(tab, "The 2 nearest", 2)
+    assert sorted(tab.locator("#grid .facts").all_inner_texts()) == ["<b>red · 2", "blue · 3"] and "where=" in tab.url
+    tab.locator(MORE).first.click()
+    assert tab.locator("#large dl").inner_text().split() in (["colour", "<b>red", "price", "2"],
+                                                             ["colour", "blue", "price", "3"])
+    tab.keyboard.press("Escape")
+    tab.reload()
+    shows(tab, "The 2 nearest", 2)
+    tab.fill("#where", "size = 1")
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#problem")).to_contain_text("no such column: size")
+    tab.fill("#where", "price = 99")
+    tab.keyboard.press("Enter")
+    expect(tab.locator(STATUS)).to_contain_text("No picture fulfils price = 99")
+
+    def without_columns(route):
+        route.fulfill(json={**route.fetch().json(), "columns": []})
+    tab.route("**/api/model", without_columns)
+    started(tab, address)
+    tab.locator(PICK).nth(3).click()
+    shows(tab, "The 8 nearest")
+    expect(tab.locator("#where")).not_to_be_visible()
+
+
+def test_examples_names_and_a_pictures_ways_on(tab, address, gallery):
+    started(tab, address)
+    tab.locator("#examples button").nth(1).click()
+    shows(tab, "The 8 nearest")
+    tab.click("#all")
+    tab.fill("#part", "/7.JPG")
+    tab.keyboard.press("Enter")
+    expect(tab.locator(PICK)).to_have_count(1)
+    expect(tab.locator(STATUS)).to_have_text("1 picture with “/7.JPG” in the name.")
+    tab.locator(MORE).click()
+    expect(tab.locator("#large-name")).to_have_text("<b>x/7.jpg")
+    with tab.expect_download() as download:
+        tab.click("#download")
+    assert download.value.suggested_filename == "7.jpg"
+    content = (gallery / "<b>x" / "7.jpg").read_bytes()
+    with open(download.value.path(), "rb") as got:
+        assert got.read() == content
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.click("#copy")
+    expect(tab.locator("#copy")).to_have_text("Copied")
+    assert tab.evaluate("navigator.clipboard.readText()") == "<b>x/7.jpg"
+    tab.click("#here")
+    shows(tab, "to <b>x/7.jpg.")
+    tab.click("#all")
+    tab.fill("#part", "' OR 1=1 --")
+    tab.keyboard.press("Enter")
+    expect(tab.locator(STATUS)).to_contain_text("No picture has “' OR 1=1 --” in its name.")
+
+
+def test_pictures_of_ones_own_are_searched_with_reloaded_and_once_gone_it_is_said(tab, address, tmp_path):
+    started(tab, address)
+    ask(tab, "wet")
+    expect(tab.locator("#problem")).to_have_text("Choose a picture first: one of the gallery, or one of yours.")
+    picture(tmp_path / "fine.jpg")
+    tab.set_input_files("#file", tmp_path / "fine.jpg")
+    found = shows(tab, "to fine.jpg plus “wet”")
+    tab.wait_for_function("document.querySelector('#picture img').naturalWidth > 10")
+    tab.reload()
+    assert shows(tab, "to fine.jpg plus “wet”") == found
+    tab.goto(f"{address}/?image=u{'0' * 32}&text=wet")
+    expect(tab.locator("#problem")).to_contain_text("not kept any more; choose or drop it in again.")
+    expect(tab.locator(PICK)).to_have_count(12)                                 # not blank: the gallery to choose from
+    expect(tab.locator("#text")).to_have_value("wet")
+    tab.locator(PICK).first.click()
+    shows(tab, "The 8 nearest")
+
+
+def test_what_cannot_be_searched_with_is_said_once_and_nothing_is_executed(tab, address, tmp_path):
+    started(tab, address)
+    tab.locator(PICK).nth(3).click()
+    found = shows(tab, "The 8 nearest")
     Image.new("1", (8000, 6300)).save(tmp_path / "huge.png")                    # 50 megapixels
     (tmp_path / "<img src=x onerror=alert(1)>.jpg").write_text("no picture")
-    for file, said in (("huge.png", r"huge\.png has more than 40 megapixels"),
-                       ("<img src=x onerror=alert(1)>.jpg", "no picture that can be read")):
-        tab.set_input_files("#picture input[type=file]", tmp_path / file)
-        says(tab, said)
-    picture(tmp_path / "fine.jpg")
-    tab.set_input_files("#picture input[type=file]", tmp_path / "fine.jpg")
-    says(tab, "Now say what should change")
-    for text, said in (("<img src=x onerror=alert(1)>", "knows none of these words"), ("wet " * 2500, "10,000 char"),
-                       ("wet <script>alert(1)</script>", "Not known to the model: scriptalert1script")):
+    for file, said in (("huge.png", "huge.png has more than 40 megapixels"),
+                       ("<img src=x onerror=alert(1)>.jpg", "<img src=x onerror=alert(1)>.jpg is no picture")):
+        tab.set_input_files("#file", tmp_path / file)
+        expect(tab.locator("#problem")).to_contain_text(said)
+        assert tab.get_by_text(said).count() == 1 and shows(tab, "The 8 nearest") == found   # which are still its
+    for text, said in (("<img src=x onerror=alert(1)>", "knows none of these words"), ("wet " * 300, None)):
         ask(tab, text)
-        says(tab, said)
-    expect(grid(tab, "results")).to_have_count(8)
-    assert tab.locator("img[src='x']").count() == 0
-
-
-def test_names_and_texts_are_neither_markdown_nor_html(tab, address, tmp_path):
-    opened(tab, address)
-    tab.fill("#part textarea, #part input", "evil")
-    tab.click("button#others")
-    expect(grid(tab, "choice")).to_have_count(1)
-    grid(tab, "choice").nth(0).click()
-    expect(tab.locator("#status")).to_contain_text("picture is <b>x/![x](http:/evil.example/x.png).jpg: now")
-    ask(tab, "wet <img src=//evil.example/1> ![x](http://evil.example/2) **dog**")
-    expect(grid(tab, "results")).to_have_count(8)
-    expect(tab.locator("#trail")).to_contain_text("<img src=//evil.example/1> ![x](http://evil.example/2) **dog**")
-    name = "![x](http:&#47;&#47;evil.example&#47;3) **d** <b>b.jpg"
-    (tmp_path / name).write_text("no picture")
-    tab.set_input_files("#picture input[type=file]", tmp_path / name)
-    expect(tab.locator("#status")).to_contain_text(name)
-    expect(tab.locator(".toast-body, [data-testid=toast-body]").last).to_contain_text(name)
-    assert tab.locator("[src*='evil.example'], [href*='evil.example']").count() == 0
-
-
-def test_an_upload_is_removed_when_it_has_been_looked_at(tab, address, web_page, tmp_path):
-    opened(tab, address)
-    Image.new("RGB", (300, 200), "red").save(tmp_path / "fine.png")
-    tab.set_input_files("#picture input[type=file]", tmp_path / "fine.png")
-    says(tab, "Now say what should change")
-    expect(tab.locator("#picture img")).to_be_visible()
-    tab.wait_for_function("document.querySelector('#picture img').naturalWidth == 256")     # the small copy
-    assert list(web_page.temporary.glob("*/uploads/*")) == []
-    for text, count in (("wet", 1), ("old", 2)):                                # asked about again and again
-        ask(tab, text)
-        expect(grid(tab, "trail")).to_have_count(count)
-
-
-def test_the_page_fits_a_phone(tab, address):
-    tab.set_viewport_size({"width": 390, "height": 844})
-    opened(tab, address)
-    grid(tab, "choice").nth(0).click()
-    ask(tab, "wet")
-    expect(grid(tab, "results")).to_have_count(8)
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
-    tops = [tab.locator(name).bounding_box()["y"] for name in ("#picture", "#change", "button#search", "#results",
-                                                              "#choice")]
-    assert tops == sorted(tops)
-    for name in ("#picture", "#results"):
-        box = tab.locator(name).bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 390
-
-
-def post(address, name, *data):
-    """What a program that is not Gradio's client gets: the event stream's text."""
-    def request(path, content=None):
-        with urllib.request.urlopen(urllib.request.Request(f"{address}/gradio_api/call/{path}", content, {
-                "Content-Type": "application/json"}), timeout=20) as answer:
-            return answer.read().decode()
-    event = json.loads(request(name, json.dumps({"data": data}).encode()))["event_id"]
-    return request(f"{name}/{event}")
-
-
-def test_programs_ask_by_file_and_by_path(address, gallery, tmp_path):
-    asking = f"""
-import json, sys
-from gradio_client import Client, handle_file
-client = Client({address!r}, verbose=False)
-answers = [client.predict(handle_file(sys.argv[1]), "wet", 3, api_name="/search"),
-           client.predict("<b>x/5.jpg", "wet", 3, api_name="/search_gallery"),
-           client.predict(handle_file(sys.argv[1]), api_name="/search")]
-for words in ((handle_file(sys.argv[2]), "wet", 3), (handle_file(sys.argv[1]), "zebra", 3),
-              (handle_file(sys.argv[1]), "wet", 0), (handle_file(sys.argv[1]), ["wet"], 3), (None, "", 3)):
-    try:
-        answers.append(client.predict(*words, api_name="/search"))
-    except Exception as error:
-        answers.append(str(error))
-print(json.dumps(answers))
-"""
-    (tmp_path / "text.jpg").write_text("no picture")
-    done = subprocess.run([sys.executable, "-c", asking, gallery / "<b>x" / "5.jpg", tmp_path / "text.jpg"],
-                          capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    by_file, by_path, similar, *refused = json.loads(done.stdout)
-    assert [hit["rank"] for hit in by_file] == [1, 2, 3]
-    assert [hit["image"] for hit in by_path] == [hit["image"] for hit in by_file]
-    assert similar[0]["image"] == "<b>x/5.jpg" and similar[0]["score"] == pytest.approx(1) and len(similar) == 12
-    said = ("text.jpg is no picture", "knows none of these words", "k a number from 1", "text is a string",
-            "give the picture as a file")
-    assert all(words in answer for words, answer in zip(said, refused, strict=True)), refused
-
-
-def test_nothing_outside_the_gallery_is_served(address, gallery, tmp_path):
-    picture(tmp_path / "secret.jpg")
-    for path in (tmp_path / "secret.jpg", gallery / "<b>x" / "5.jpg", "/etc/passwd", ROOT / "README.md",
-                 "../../../../etc/passwd"):
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{address}/gradio_api/file={urllib.request.quote(str(path))}", timeout=20)
-        assert refused.value.code in (403, 404)
-    secret = str(tmp_path / "secret.jpg")
-    for given in ({"path": secret}, {"path": secret, "meta": {"_type": "gradio.FileData"}}, secret, [secret]):
-        answer = post(address, "search", given, "", 3)
-        assert "event: error" in answer and "rank" not in answer
-    for path in ("../secret.jpg", secret, "/etc/passwd", "<b>x/../<b>x/5.jpg", "", "\ud800", 5, None, ["<b>x/5.jpg"]):
-        answer = post(address, "search_gallery", path, "", 3)
-        assert "event: error" in answer and "no image of this path" in answer
-
-
-def test_what_only_a_program_can_send_is_answered_too(address):
-    hits = json.loads(post(address, "search_gallery", "<b>x/5.jpg", "wet \ud800", 12).split("data: ")[1])
-    assert "<b>x/11\ufffd.jpg" in [hit["image"] for hit in hits[0]]
-    assert "knows none of these words" in post(address, "search_gallery", "<b>x/5.jpg", "\ud800", 12)
+        expect(tab.locator("#problem")).to_contain_text(said) if said else shows(tab, "plus “wet wet")
+    ask(tab, "wet <script>alert(1)</script> **dog** ![x](http://evil.example/2)")
+    shows(tab, "plus “wet <script>alert(1)</script> **dog** ![x](http://evil.example/2)”")
+    expect(tab.locator("#steps")).to_contain_text("<script>alert(1)</script> **dog** ![x](http://evil.example/2)")
+    tab.click("#all")
+    tab.fill("#part", "evil")
+    tab.keyboard.press("Enter")
+    expect(tab.locator(PICK)).to_have_count(1)
+    tab.locator(PICK).click()
+    shows(tab, "to <b>x/![x](http:/evil.example/x.png).jpg.")
+    assert tab.locator("img[src='x'], [src*='evil.example'], [href*='evil.example'], main script").count() == 0
