@@ -221,8 +221,9 @@ def gallery(tmp_path_factory):
 def gallery_index(trained, gallery, tmp_path_factory):
     """With a table of the images 0 to 5: even ones are red, and each costs its number."""
     out, table = tmp_path_factory.mktemp("index") / "index", tmp_path_factory.mktemp("table") / "table.jsonl"
-    table.write_text("".join(json.dumps({"file_name": f"{number}.jpg", "colour": "<b>red" if number % 2 == 0 else "blue",
-                                         "price": number}) + "\n" for number in range(6)))
+    rows = [{"file_name": f"{number}.jpg", "colour": ("<b>red", "blue")[number % 2], "price": number}
+            for number in range(6)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert search.main(["index", "--model_checkpoint", str(trained.checkpoint), "--images", str(gallery), "--out",
                         str(out), "--metadata", str(table)]) == 0
     return out
