@@ -143,6 +143,12 @@ def flipped(file):
     file.write_bytes(content)
 
 
+def edited(file, before, after):
+    content = file.read_text()
+    assert content.count(before) == 1
+    file.write_text(content.replace(before, after))
+
+
 def piped(file):
     file.unlink()
     os.mkfifo(file)
@@ -160,7 +166,7 @@ MANY = {str(number): number for number in range(10**5)}
     (lambda folder: piped(folder / "model.json"), "no plain file"),
     (lambda folder: piped(folder / "model.safetensors"), "no plain file"),
     (lambda folder: flipped(folder / "model.safetensors"), "it is damaged"),
-    (lambda folder: flipped(folder / "model.json"), "it is damaged|not valid JSON|none of this program's"),
+    (lambda folder: edited(folder / "model.json", '"it": 3', '"it": 4'), "it is damaged"),
     (lambda folder: (folder / "model.json").write_text("{"), "not valid JSON"),
     (lambda folder: (folder / "model.json").write_text("[" * 10**5), "not valid JSON"),
     (lambda folder: (folder / "model.json").write_text('{"model_type": "clip"}'), "none of this program's"),
