@@ -15,6 +15,7 @@ import pytest
 from pyarrow import parquet
 from qdrant_client import QdrantClient, models
 
+import bench
 from machine.errors import InputError
 from searching import image_list, qdrant
 from searching.image_list import Doubtful, ImageList
@@ -231,6 +232,16 @@ def test_codes_of_few_images_are_no_codes(tmp_path):
     opened = features_index(tmp_path, features, "pq")
     assert type(opened.ranking).__name__ == "IndexIVFScalarQuantizer"
     read_ranking(tmp_path / "index.faiss", 16)
+
+
+def test_the_benchmark_measures_every_kind(tmp_path, capsys):
+    assert bench.run(["--ranking_sizes", "0.002", "0.001", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["images"], row["ranking"]) for row in rows] == [
+        (count, kind) for count in (2000, 1000) for kind in ("exact", "ivf", "pq")]
+    assert [row["recall@10"] for row in rows[::3]] == [1, 1] and min(row["recall@10"] for row in rows) > 0.3
+    assert all(row["file MB"] * 1e6 > 1032 * row["images"] for row in rows)     # so few have no codes
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 # Several processes
