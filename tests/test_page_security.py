@@ -208,8 +208,8 @@ def test_uploads_are_forgotten_the_oldest_first_and_in_time(opened, gallery, mon
     numbers = [kept.take(path.name, path.read_bytes()) for path in names]
     assert kept.take(names[2].name, names[2].read_bytes()) == numbers[2] and len(set(numbers)) == 3
     assert list(kept.kept) == numbers[1:] and kept.find(numbers[1]).name == names[1].name
-    kept.take("new", names[0].read_bytes())
-    assert list(kept.kept) == [numbers[1], numbers[0]]
+    renamed = kept.take("another's name", names[1].read_bytes())                # which no one else is told
+    assert list(kept.kept) == [numbers[1], renamed]
     monkeypatch.setattr(uploads, "SECONDS", 0)
     with pytest.raises(InputError, match="not kept any more; choose or drop it in again"):
         kept.find(numbers[2])
