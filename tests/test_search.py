@@ -265,7 +265,6 @@ def test_the_index_needs_nothing_but_itself_and_the_images(trained, images, tmp_
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    ([], r"COMMAND"),
     (["find"], "invalid choice"),
     (["index", "--model_checkpoint", "{nothing}", "--images", "{images}", "--out", "{new}"], "checkpoint not found"),
     (["index", "--model_checkpoint", "{image}", "--images", "{images}", "--out", "{new}"], "not a readable checkpoint"),
