@@ -46,6 +46,9 @@ def get_parser() -> Parser:
         computes(made)
         made.add_argument("--index", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                           help="folder made by search.py index (required)")
+        made.add_argument("--images", type=a_path, metavar="DIR", default=argparse.SUPPRESS, help="folder where the "
+                          "images are now, if they were moved; the index stays as it is")
+        add(made, "--follow_links", False, "show files, too, that links in that folder lead out of it to")
         service = made.add_argument_group("sentence service, for a model trained with --use_bert; where a flag is not "
                                           "given, as the training had it")
         for flag, kind, metavar, help in (
@@ -71,6 +74,8 @@ def get_parser() -> Parser:
                        "gallery alone, so that a few of its results may be missed")
     kinds.add_argument("--pq", dest="kind", action="store_const", const="pq", default=argparse.SUPPRESS,
                        help="for more than memory holds: as --ivf, and an image takes 72 bytes in place of 1,032")
+    add(index, "--follow_links", False, "take in linked folders of images, and files that links lead out of --images "
+        "to")
     index.add_argument("--prune", action="store_true", help="take out all images that are no more there; without it, "
                        "those whose folder is gone or empty stay, and if more than a tenth (and more than 5) are gone, "
                        "nothing is changed")
@@ -141,7 +146,7 @@ from searching.qdrant import Qdrant
 
 def open_index(args: argparse.Namespace) -> Gallery:
     where = {name: value for name, value in vars(args).items() if name.startswith("bert_")}
-    return Gallery(args.index, start_device(args), where,
+    return Gallery(args.index, start_device(args), where, getattr(args, "images", None), args.follow_links,
                    partial(Qdrant, args.qdrant, args.collection) if "qdrant" in args else None)
 
 
@@ -155,16 +160,22 @@ def index(args: argparse.Namespace) -> None:
     start, device = time.perf_counter(), start_device(args)
     with distributed.job(device):
         built = build(args.model_checkpoint, args.images, args.out, args.kind, device, args.batch_size,
-                      args.loader_num_workers, progress_bar, args.prune, getattr(args, "metadata", None))
+                      args.loader_num_workers, progress_bar, args.prune, getattr(args, "metadata", None),
+                      args.follow_links)
     if not built:                                                               # by the first of several processes
         return
     for path, reason in list(built.left_out.items())[:SHOWN_BROKEN]:
         tqdm.write(shown(f"left out {path}: {reason}"), file=sys.stderr)
     if len(built.left_out) > SHOWN_BROKEN:
         tqdm.write(f"... and {len(built.left_out) - SHOWN_BROKEN} more", file=sys.stderr)
+    if built.not_followed:
+        print(f"note: {len(built.not_followed)} links to other folders were not followed, the first of them "
+              f"{shown_name(built.not_followed[0])}; pass --follow_links True to take in the images that they lead to",
+              file=sys.stderr)
     out = shown_name(args.out)
     print(f"{out}: {built.images} images, {built.new} of them encoded now, {built.summary}; "
-          f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {out}")
+          f"{time.perf_counter() - start:.1f} s; search it with: python search.py serve --index {out}"
+          + " --follow_links True" * args.follow_links)
 
 
 def query(args: argparse.Namespace) -> None:
@@ -176,10 +187,12 @@ def query(args: argparse.Namespace) -> None:
     if unknown := gallery.encoder.unknown(args.text):
         words = shown(", ".join(unknown))
         print(f"note: not known to the model, so read as one unknown word: {words}", file=sys.stderr)
+    missing = tell_missing(gallery, hits)
     if args.json:
         print(json.dumps({"image": str(args.image), "text": args.text, "unknown_words": unknown, "results": [
             {"rank": rank, "score": hit.score, "path": str(hit.path),
-             **({"metadata": hit.metadata} if hit.metadata else {})}
+             **({"metadata": hit.metadata} if hit.metadata else {}),
+             **({"missing": True} if hit.image in missing else {})}
             for rank, hit in enumerate(hits, start=1)]}, indent=1))
     else:
         print("rank   score  image")
@@ -191,6 +204,21 @@ def query(args: argparse.Namespace) -> None:
         write(args.png, "--png", png(picture))
     if "html" in args:
         write(args.html, "--html", page_of(gallery, args, hits).encode("utf-8", "replace"))
+
+
+def tell_missing(gallery: Gallery, hits: list[Hit]) -> set[int]:
+    """Of the results, those whose files are not there; says so once, and how to mend it."""
+    missing = {hit.image for hit in hits if not os.path.isfile(hit.path)}
+    out = sum(gallery.is_out(hit.path) for hit in hits if hit.image not in missing)
+    folder = shown_name(gallery.folder)
+    if missing and os.path.isdir(gallery.folder):                               # else it was said at opening
+        print(f"note: {len(missing)} of the {len(hits)} results are no longer in {folder}; if the images moved, pass "
+              "--images NEWFOLDER; if they were removed, run search.py index, which takes them out of the index",
+              file=sys.stderr)
+    if out:
+        print(f"note: {out} of the {len(hits)} results are behind links that lead out of {folder}; pass "
+              "--follow_links True to have them shown", file=sys.stderr)
+    return missing
 
 
 def words_of(text: str) -> str:
@@ -213,7 +241,8 @@ def result(gallery: Gallery, hit: Hit) -> Image.Image:
     try:
         return thumbnail(gallery.file(hit.image))
     except InputError as error:
-        logging.warning("%s", error)
+        if os.path.isfile(hit.path) and not gallery.is_out(hit.path):           # else it was said
+            logging.warning("%s", error)
         return Image.new("RGB", (256, 256), "#d0d5da")
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,15 +13,17 @@ import numpy as np
 import torch
 
 from machine import distributed
-from machine.checksums import file_digest
+from machine.checksums import chunks_of, digest, file_digest
 from machine.errors import InputError, first_line
 from machine.folder_lock import NAME as LOCK
 from machine.folder_lock import FolderLock
 from machine.image_store import prefetch
+from machine.picture_files import LARGEST_FILE, decode
+from machine.regular_files import open_regular
 from machine.tensor_files import packed
 from searching.folder import Kind, Walk
-from searching.gallery import IMAGES, MODEL, Encoder, attempt, check_model
-from searching.image_list import ImageList
+from searching.gallery import IMAGES, MODEL, Encoder, check_model
+from searching.image_list import Held, ImageList
 from searching.metadata import Cells, keep, placed, read_metadata
 from searching.ranking import RANKING, faiss, rank
 
@@ -37,6 +40,7 @@ class Built:
     new: int
     left_out: dict[str, str]            # path -> why, of folders too
     summary: str                        # of all that was left out, by kind
+    not_followed: list[str]             # links that lead to other folders, or to files in them
     broken: dict[str, str] = field(default_factory=dict)                        # path -> why, of images
 
 
@@ -46,17 +50,21 @@ class Update:
     new: list[tuple[str, tuple[int, int]]]                                      # paths, with their files' versions
     paths: set[str]                     # of all images, those that are not to be found among them
     changed: set[str]                   # of the new ones, the paths that are listed already
+    again: dict[str, tuple[int, int]]   # versions of files that are the same at another time, as copies are
     kept: int
     gone: list[int]                     # ids
 
 
 def build(source: Path, folder: Path, out: Path, kind: str, device: torch.device, batch_size: int, workers: int,
-          progress: Callable, prune: bool = False, metadata: Path | None = None) -> Built | None:
+          progress: Callable, prune: bool = False, metadata: Path | None = None,
+          follow_links: bool = False) -> Built | None:
     """Make `out` the index of the images below `folder` by a checkpoint's model. What it already holds is kept: so it
     goes on where it was stopped, and takes in what has changed since. What is no more there is taken out at the very
     end; prune: even where it is much, or only its folder is known to be gone. metadata: a table of what is known of
-    the images, in the place of an earlier one. Of several processes the first does it, the others encode their share,
-    and return nothing.
+    the images, in the place of an earlier one. follow_links: as of Walk.
+
+    The folder may be another than the last time, if it holds the same images: none of them is encoded again. Of several
+    processes the first does it; the others encode their share, and return nothing.
     """
     faiss()                                                                     # missing? said before the work
     if not folder.is_dir():
@@ -70,29 +78,30 @@ def build(source: Path, folder: Path, out: Path, kind: str, device: torch.device
         return helped(encoder, folder, batch_size, workers)
     with FolderLock("--out") as lock:
         prepare(out, encoder, source, lock)
-        return brought_up_to_date(encoder, folder, out, kind, batch_size, workers, progress, prune, rows)
+        return brought_up_to_date(encoder, folder, out, kind, batch_size, workers, progress, prune, rows,
+                                  follow_links)
 
 
 def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, kind: str, batch_size: int, workers: int,
-                       progress: Callable, prune: bool, rows: dict[str, Cells]) -> Built:
+                       progress: Callable, prune: bool, rows: dict[str, Cells], follow_links: bool) -> Built:
     """The index in `out`, which is this process's own and holds the encoder's model, of what is below `folder`; rows:
     metadata by file name, if there is any that is new."""
-    images, walk = ImageList(out / IMAGES), Walk(folder)
+    images, walk = ImageList(out / IMAGES), Walk(folder, follow_links)
     if images.create(folder):
         log.warning("note: %s had no checksums; what it holds is taken as it is, and has them from now on", out)
     if images.file_note(MODEL)[0] is None:
         images.note_file(MODEL, file_digest(out / MODEL))
     update = compare(images, walk, progress, prune)
+    images.move(folder, update.again)
     if rows:
         keep_metadata(images, rows, update.paths)
     with progress(total=update.kept + len(update.new), initial=update.kept, desc="encoding images",
                   unit="image") as bar:
         for part, made in encoded(encoder, folder, update.new, batch_size, workers):
-            for (path, _), why in zip(part, made, strict=True):
+            for (path, _), (why, _) in zip(part, made, strict=True):
                 if isinstance(why, str):
                     walk.leave_out(path, Kind.BROKEN, why + "; its earlier feature stays" * (path in update.changed))
-            if read := [(entry, row) for entry, row in zip(part, made, strict=True) if not isinstance(row, str)]:
-                images.add([entry for entry, _ in read], np.stack([row for _, row in read]))
+            add(images, [(entry, *row) for entry, row in zip(part, made, strict=True) if not isinstance(row[0], str)])
             bar.update(len(part))
     broken = {path: why for path, (kind, why) in walk.left_out.items() if kind.is_image()}
     if not len(images):
@@ -103,12 +112,13 @@ def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, kind: str, bat
     rank(images, out, encoder.model.image_dim, kind, progress)
     tried = {path for path, _ in update.new}
     return Built(len(images), len(tried - broken.keys()), {path: why for path, (_, why) in walk.left_out.items()},
-                 walk.summary(), broken)
+                 walk.summary(), walk.not_followed(), broken)
 
 
 def encoded(encoder: Encoder, folder: Path, new: list | None, batch_size: int, workers: int) -> Iterator[tuple]:
-    """Batches of the images (path, version) that are new, in order, each with a row an image: its feature (D,), or why
-    there is none. Of several processes the first alone knows what is new, and gets all; each encodes its share."""
+    """Batches of the images (path, version) that are new, in order, each with what `attempt` says of an image, its
+    feature (D,) in the place of pixels. Of several processes the first alone knows what is new, and gets all; each
+    encodes its share."""
     new = distributed.from_first(lambda: new)
     parts = [new[start:start + batch_size] for start in range(0, len(new), batch_size)]
     mine, read = distributed.share(parts), partial(attempt, folder, encoder)
@@ -118,10 +128,11 @@ def encoded(encoder: Encoder, folder: Path, new: list | None, batch_size: int, w
         yield from zip(parts[start:start + len(rows)], rows, strict=False)      # of the last few, one may have had none
 
 
-def features(encoder: Encoder, pixels: list[np.ndarray | str]) -> list[np.ndarray | str]:
-    """Of images that could be read; the others as they are."""
-    rows = iter(encoder.images(read).numpy() if (read := [row for row in pixels if not isinstance(row, str)]) else ())
-    return [row if isinstance(row, str) else next(rows) for row in pixels]
+def features(encoder: Encoder, read: list[tuple]) -> list[tuple]:
+    """What `attempt` says of images, their features in the place of pixels."""
+    pixels = [row for row, _ in read if not isinstance(row, str)]
+    rows = iter(encoder.images(pixels).numpy() if pixels else ())
+    return [(row if isinstance(row, str) else next(rows), content) for row, content in read]
 
 
 def helped(encoder: Encoder, folder: Path, batch_size: int, workers: int) -> None:
@@ -143,33 +154,77 @@ def keep_metadata(images: ImageList, rows: dict[str, Cells], paths: set[str]) ->
     keep(images, found)
 
 
+def attempt(folder: Path, encoder: Encoder, entry: tuple[str, tuple[int, int]]) -> tuple[np.ndarray | str, str | None]:
+    """An image's pixels, or why there are none, and its file's checksum. This is taken first: of a file that changes
+    meanwhile it must not be the later one's."""
+    content = content_of(folder / entry[0])
+    try:
+        return decode(str(folder / entry[0]), encoder.size, encoder.resampling, upright=True), content
+    except InputError as error:
+        return str(error), None
+
+
+def content_of(file: Path) -> str | None:
+    """The checksum of an image's file; None where it cannot be read."""
+    with suppress(OSError), open_regular(file) as opened:
+        return digest(chunks_of(opened, LARGEST_FILE))
+    return None
+
+
+def add(images: ImageList, read: list[tuple]) -> None:
+    """Images that were read, as (path and version, feature, checksum of the file)."""
+    if read:
+        entries, rows, contents = zip(*read, strict=True)
+        images.add(list(entries), np.stack(rows), contents)
+
+
 def compare(images: ImageList, walk: Walk, progress: Callable, prune: bool) -> Update:
-    """What the index holds with what is found in its folder. Raises InputError where so much is missing that it is
-    rather a failure than what the user wants."""
-    held, damaged = images.held()
-    if damaged:
-        log.warning("note: %d entries of %s are damaged, and made again", len(damaged), images.path)
-        images.remove(damaged)
-    new, found, out = [], set(), images.path.parent
-    for path, version in progress(walk.images(), desc="looking for images", unit="image"):
-        found.add(path)
-        if path not in held or held[path][1] != version:
-            new.append((path, version))
-    missing = [path for path in held if path not in found]
+    """What the index holds with what is found in its folder, or in another that has its images. Raises InputError
+    where so much is missing that it is rather a failure than what the user wants."""
+    (held, damaged), out, last = images.held(), images.path.parent, images.folder()
+    new, again, kept = looked_at(walk, held, progress)
+    found = kept | dict(new).keys()
+    if last != walk.folder and 2 * len(kept) < len(held):
+        raise InputError(f"{out} is the index of {last}, and {walk.folder} has {len(kept)} of its {len(held)} images; "
+                         "give another folder's its own --out")
     if held and not found:
         raise InputError(f"{why_nothing(walk)}: the {len(held)} images that {out} lists stay in it; see that the disk "
                          "is there")
+    missing = [path for path in held if path not in found]
     gone = [path for path in missing if walk.is_gone(path) or (prune and not walk.is_out_of_sight(path))]
-    if len(gone) > max(HANDFUL, SHARE * len(held)) and not prune:
+    if len(gone) > (max(HANDFUL, SHARE * len(held)) if last == walk.folder else 0) and not prune:
         raise InputError(f"{len(gone)} of the {len(held)} images of {out} are no more in {walk.folder}; if that is "
                          "meant, pass --prune to take them out: nothing was changed")
+    if damaged:
+        log.warning("note: %d entries of %s are damaged, and made again", len(damaged), images.path)
+        images.remove(damaged)
     unsure = sorted(set(missing) - set(gone))
     if unsure:
         log.warning("note: %d images are not to be found, but stay in %s, as their folder is gone, empty, linked or "
                     "unreadable, or their file is no image's now: %s%s; --prune takes out all but what is unreadable",
                     len(unsure), out, unsure[0], ", ..." * (len(unsure) > 1))
-    return Update(new, held.keys() | found, held.keys() & dict(new), len(found) - len(new),
-                  [held[path][0] for path in gone])
+    return Update(new, held.keys() | found, held.keys() & dict(new), again, len(kept),
+                  [held[path].number for path in gone])
+
+
+def looked_at(walk: Walk, held: dict[str, Held], progress: Callable) -> tuple[list, dict, set[str]]:
+    """Of the folder's images: those to be encoded, with their versions; the versions of listed ones at another time;
+    and the paths of all listed ones that are still the same."""
+    new, again, kept = [], {}, set()
+    for path, version in progress(walk.images(), desc="looking for images", unit="image"):
+        if path in held and held[path].version == version:
+            kept.add(path)
+        elif path in held and is_same(walk.folder / path, version, held[path]):
+            kept.add(path)
+            again[path] = version
+        else:
+            new.append((path, version))
+    return new, again, kept
+
+
+def is_same(file: Path, version: tuple[int, int], held: Held) -> bool:
+    """Whether a file is the listed one at another time: it has as many bytes, and the same."""
+    return version[0] == held.version[0] and held.content is not None and content_of(file) == held.content
 
 
 def why_nothing(walk: Walk) -> str:

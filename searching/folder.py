@@ -31,24 +31,29 @@ class Kind(Enum):
 
 
 class Walk:
-    """A folder looked through once, links to folders not followed.
+    """A folder looked through once. follow_links: linked folders, too, after all others, each real one once; and files
+    that a link leads out of the folder to.
 
     left_out: path -> kind and reason, of what has an image's name and of folders. counts: by kind, of the rest.
     filled: the folders in which there is anything at all; one without may be a disk that is not there.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, follow_links: bool = False):
+        self.folder, self.follow_links = folder, follow_links
         self.left_out: dict[str, tuple[Kind, str]] = {}
         self.counts: Counter[Kind] = Counter()
         self.filled: set[str] = set()
+        self.links: list[str] = []                                              # linked folders that are left to do
+        self.seen: set[tuple[int, int]] = set()                                 # real folders
 
     def images(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Paths below the folder of the images in it, in order, with their files' versions (bytes, ns)."""
         left = [""]
-        while left:
-            below = left.pop()
+        while left or self.links:
+            below = left.pop() if left else self.links.pop(0)
             try:
+                if self.follow_links and self.is_again(below):
+                    continue
                 with os.scandir(self.folder / below) as found:
                     entries = sorted(found, key=lambda entry: entry.name)
                 folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -63,10 +68,25 @@ class Walk:
                     yield path, version
             left += [os.path.join(below, name) for name in reversed(folders)]
 
+    def is_again(self, below: str) -> bool:
+        """Whether a folder was seen before, or would lead in circles."""
+        found = os.stat(self.folder / below)
+        if below and self.folder.is_relative_to(os.path.realpath(self.folder / below)):
+            self.leave_out(below, Kind.LINKED_FOLDER, "a linked folder that this one is part of")
+        elif (found.st_dev, found.st_ino) in self.seen:
+            if os.path.islink(self.folder / below):
+                self.leave_out(below, Kind.LINKED_FOLDER, "a linked folder whose images are taken already")
+        else:
+            self.seen.add((found.st_dev, found.st_ino))
+            return False
+        return True
+
     def version(self, entry: os.DirEntry, path: str) -> tuple[int, int] | None:
         """Of an image's file; None where it is left out."""
         if entry.is_symlink() and os.path.isdir(entry.path):
-            return self.leave_out(path, Kind.LINKED_FOLDER, "a linked folder, not followed")
+            if not self.follow_links:
+                return self.leave_out(path, Kind.LINKED_FOLDER, "a linked folder, not followed")
+            return self.links.append(path)
         if not entry.name.lower().endswith(SUFFIXES) or entry.name.startswith("."):
             self.counts[Kind.HIDDEN if entry.name.lower().endswith(SUFFIXES) else Kind.OTHER] += 1
             return None
@@ -79,7 +99,8 @@ class Walk:
             return self.leave_out(path, Kind.BROKEN, f"it cannot be read ({error.strerror})")
         if not stat.S_ISREG(found.st_mode):
             return self.leave_out(path, Kind.NOT_REGULAR, "not a regular file")
-        if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(self.folder):
+        if not self.follow_links and entry.is_symlink() and not (
+                Path(os.path.realpath(entry.path)).is_relative_to(self.folder)):
             return self.leave_out(path, Kind.LEADS_OUT, "a link that leads out of the folder")
         return found.st_size, found.st_mtime_ns
 
@@ -96,6 +117,11 @@ class Walk:
         above = [path[:place] for place, letter in enumerate(path) if letter == "/"]
         return any(self.left_out.get(name, (None,))[0] in (Kind.UNREADABLE_FOLDER, Kind.BROKEN)
                    for name in (".", *above, path))
+
+    def not_followed(self) -> list[str]:
+        """The links that `follow_links` would have followed."""
+        return [] if self.follow_links else [path for path, (kind, _) in self.left_out.items()
+                                             if kind in (Kind.LINKED_FOLDER, Kind.LEADS_OUT)]
 
     def summary(self) -> str:
         """All that was left out, by kind."""

@@ -213,20 +213,22 @@ class Gallery:
     """An index, opened to be searched; device: a GPU where there is one, unless given. Raises InputError where it is
     not whole.
 
+    images: the folder of the images, where they were moved since. follow_links: whether files that links lead out of
+    it to are given out; the index may be a stranger's, so that it has no say in this. columns: of the metadata.
     ranking: makes, of the features' size and the model's fingerprint, what is asked in the place of the index's own.
     One query at a time: several threads may ask.
     """
 
     def __init__(self, index: str | Path, device: str | torch.device | None = None, where: dict | None = None,
-                 ranking: Callable | None = None):
+                 images: str | Path | None = None, follow_links: bool = False, ranking: Callable | None = None):
         index = Path(index)
         if missing := [name for name in (MODEL, IMAGES, RANKING) if not (index / name).is_file()]:
             raise InputError(f"{index} is no finished index: it has no {missing[0]}; make it with search.py index, "
                              "which goes on where it stopped")
         self.images, self.lock = ImageList(index / IMAGES), RLock()
-        (self.folder, changes), self.size = self.images.state(), len(self.images)
+        changes, self.size, self.columns = self.images.state()[1], len(self.images), columns_of(self.images)
+        self.folder, self.follow_links = self.place(images), follow_links
         check_model(self.images, index / MODEL)
-        self.columns = columns_of(self.images)
         self.encoder = Encoder(index / MODEL, device, where, index)
         self.ranking, self.ranked = self.open_ranking(index / RANKING, ranking)
         if self.ranked is None:
@@ -235,6 +237,16 @@ class Gallery:
         elif self.ranked != changes:
             log.warning("note: %s was changed after its ranking was made, and is searched as far as that goes; %s",
                         index, "export and load it again" if ranking else "search.py index brings it up to date")
+
+    def place(self, images: str | Path | None) -> Path:
+        """The folder of the images. Raises InputError where the one that is given is none."""
+        if images is not None and not os.path.isdir(images):
+            raise InputError(f"--images {images} is no folder")
+        folder = self.images.folder_now() if images is None else Path(os.path.realpath(images))
+        if not os.path.isdir(folder):
+            log.warning("note: %s, the folder of the images, is not there; if it moved, pass --images NEWFOLDER; if it "
+                        "was removed, remove %s too", folder, self.images.path.parent)
+        return folder
 
     def open_ranking(self, path: Path, other: Callable | None) -> tuple:
         """The ranking, and how many changes the list had seen when it was made, None where that was never noted. One
@@ -267,12 +279,18 @@ class Gallery:
         return Source(torch.from_numpy(features[0].copy()), image)
 
     def file(self, image: int) -> Path:
-        """Where one of the gallery's images lies. Raises InputError where it does not any more."""
+        """Where one of the gallery's images lies. Raises InputError where it does not any more, or is behind a link
+        out of the folder, unless these are followed."""
         path = self.images.path_of(image)
-        file = path and self.folder / path
-        if not file or not file.is_file() or not Path(os.path.realpath(file)).is_relative_to(self.folder):
-            raise InputError(f"{path or f'image {image}'} is no more in {self.folder}; run search.py index again")
-        return file
+        if not path or not os.path.isfile(self.folder / path):
+            raise InputError(f"{path or f'image {image}'} is no longer in {self.folder}; if the images moved, pass "
+                             "--images NEWFOLDER; if it was removed, run search.py index again")
+        if self.is_out(self.folder / path):
+            raise InputError(f"{path} is behind a link that leads out of {self.folder}; pass --follow_links True")
+        return self.folder / path
+
+    def is_out(self, file: Path) -> bool:
+        return not self.follow_links and not Path(os.path.realpath(file)).is_relative_to(self.folder)
 
     @cached_property
     def filter(self) -> Filter:
@@ -336,14 +354,6 @@ def check_model(images: ImageList, path: Path) -> None:
     if noted not in (None, file_digest(path)):
         raise InputError(f"{path} is damaged, or of another index: it is not what its checksum says; remove "
                          f"{path.parent} and make it again with search.py index")
-
-
-def attempt(folder: Path, encoder: Encoder, entry: tuple[str, tuple[int, int]]) -> np.ndarray | str:
-    """An image's pixels, or why there are none."""
-    try:
-        return decode(str(folder / entry[0]), encoder.size, encoder.resampling, upright=True)
-    except InputError as error:
-        return str(error)
 
 
 def printable(text: str) -> str:

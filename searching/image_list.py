@@ -23,22 +23,34 @@ from machine.streams import shown
 ROWS_AT_ONCE = 10_000                   # of features, in reading them all
 SMALLEST_ROW = 16                       # bytes of the file that an image takes at the very least
 SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")                               # ends a journal that names another file
-SCHEMA = ("CREATE TABLE folder (path BLOB, changes INT, checksum TEXT)",        # one row; changes of the list so far
+# folder: one row; path: where the images were last; changes: of the list so far; beside: the path from the index.
+# images: content: the checksum of the file.
+SCHEMA = ("CREATE TABLE folder (path BLOB, changes INT, checksum TEXT, beside BLOB)",
           "CREATE TABLE images (id INTEGER PRIMARY KEY AUTOINCREMENT, path BLOB UNIQUE, bytes INT, modified_ns INT, "
-          "feature BLOB, checksum TEXT)",
+          "feature BLOB, checksum TEXT, content TEXT)",
           # The index's other files; changes: of the list, when they were made.
           "CREATE TABLE files (name TEXT PRIMARY KEY, checksum TEXT, changes INT)",
           # What a user's table says of images; cells: JSON, the same columns in every row.
           "CREATE TABLE metadata (path BLOB PRIMARY KEY, cells TEXT, checksum TEXT)")
-BEFORE_METADATA = SCHEMA[:3]
+SINCE_METADATA = (SCHEMA[3], "ALTER TABLE folder ADD COLUMN beside BLOB", "ALTER TABLE images ADD COLUMN content TEXT")
+BEFORE_METADATA = ("CREATE TABLE folder (path BLOB, changes INT, checksum TEXT)", "CREATE TABLE images (id INTEGER "
+                   "PRIMARY KEY AUTOINCREMENT, path BLOB UNIQUE, bytes INT, modified_ns INT, feature BLOB, checksum "
+                   "TEXT)", SCHEMA[2])
 BEFORE_CHECKSUMS = ("CREATE TABLE folder (path BLOB)", "CREATE TABLE images (id INTEGER PRIMARY KEY AUTOINCREMENT, "
                     "path BLOB UNIQUE, bytes INT, modified_ns INT, feature BLOB)")
 
 
 class Has(NamedTuple):
-    """What a list holds beside the images, of which older ones had nothing."""
+    """What older lists lack."""
     checksums: bool
-    metadata: bool
+    metadata: bool                      # and all else of SINCE_METADATA
+
+
+class FolderRow(NamedTuple):
+    """The list's folder, how many changes it has seen, and the folder's path from the index, None in older lists."""
+    path: bytes
+    changes: int
+    beside: bytes | None
 
 
 class Doubtful(ValueError):
@@ -47,11 +59,20 @@ class Doubtful(ValueError):
 
 @dataclass
 class Entry:
-    """An image: its path below the folder, its file's version (bytes, time of change in ns), its feature's bytes."""
+    """An image: its path below the folder, its file's version (bytes, time of change in ns), its feature's bytes, its
+    file's checksum, None where that was never noted."""
     number: int
     path: str
     version: tuple[int, int]
     feature: bytes
+    content: str | None
+
+
+class Held(NamedTuple):
+    """What says whether an image's file is still the one that was encoded."""
+    number: int
+    version: tuple[int, int]
+    content: str | None
 
 
 @cache
@@ -63,12 +84,12 @@ def schema(tables: Sequence[str]) -> frozenset[tuple]:
         return frozenset(database.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"))
 
 
-def checksum(number: int, path: bytes, length: int, modified: int, feature: bytes) -> str:
-    return digest([b"%d %d %d " % (number, length, modified), path, b"\0", feature])
+def checksum(number: int, path: bytes, length: int, modified: int, feature: bytes, content: str | None) -> str:
+    return digest([b"%d %d %d " % (number, length, modified), path, b"\0", feature, (content or "").encode()])
 
 
-def folder_checksum(path: bytes, changes: int) -> str:
-    return digest([path, b"\0%d" % changes])
+def folder_checksum(path: bytes, changes: int, beside: bytes | None = None) -> str:
+    return digest([path, b"\0%d" % changes, b"" if beside is None else b"\0" + beside])
 
 
 def lies_below(path: bytes) -> bool:
@@ -78,16 +99,18 @@ def lies_below(path: bytes) -> bool:
 
 
 def checked(row: tuple) -> Entry:
-    """(id, path, bytes, modified_ns, feature, checksum or None where there are none) as an entry. Raises Doubtful."""
-    number, path, length, modified, feature, noted = row
+    """(id, path, bytes, modified_ns, feature, content, checksum or None where there are none) as an entry. Raises
+    Doubtful."""
+    number, path, length, modified, feature, content, noted = row
     kinds = [type(value) for value in row[:5]]
-    if kinds != [int, bytes, int, int, bytes] or number < 1 or len(feature) % 4 or not feature:
+    if (kinds != [int, bytes, int, int, bytes] or number < 1 or len(feature) % 4 or not feature
+            or not isinstance(content, str | None)):
         raise Doubtful("an entry is of the wrong kind")
     if not lies_below(path):
         raise Doubtful(f"its path {os.fsdecode(path)!r} is none of an image in the folder")
-    if noted is not None and noted != checksum(number, path, length, modified, feature):
+    if noted is not None and noted != checksum(number, path, length, modified, feature, content):
         raise Doubtful("an entry is not what its checksum says")
-    return Entry(number, os.fsdecode(path), (length, modified), feature)
+    return Entry(number, os.fsdecode(path), (length, modified), feature, content)
 
 
 class ImageList:
@@ -101,8 +124,8 @@ class ImageList:
 
     @contextmanager
     def opened(self, mode: str = "ro") -> Iterator[tuple[sqlite3.Connection, Has]]:
-        """A connection to the list, with its schema checked, and what it has; mode: ro, rw, or rwc to
-        make a new one."""
+        """A connection to the list, with its schema checked, and what it has; mode: ro, rw, or rwc to make a new
+        one."""
         with self.telling(), closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", timeout=30,
                                                      uri=True, isolation_level=None)) as database:
             database.execute("PRAGMA trusted_schema = OFF")
@@ -142,19 +165,28 @@ class ImageList:
         return Path(f"{self.path}-journal")
 
     @contextmanager
-    def changing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that changes the list, whole or not at all."""
+    def changing(self, folder: Path | None = None) -> Iterator[sqlite3.Connection]:
+        """A transaction that changes the list, whole or not at all; folder: where the images lie from now on."""
         with self.opened("rw") as (database, has), database:
             database.execute("BEGIN IMMEDIATE")
-            path, changes = self.folder_row(database, has.checksums)
-            database.execute("UPDATE folder SET changes = ?, checksum = ?",
-                             (changes + 1, folder_checksum(path, changes + 1)))
+            row = self.folder_row(database, has)
+            self.note_folder(database, FolderRow(os.fsencode(folder) if folder else row.path, row.changes + 1,
+                                                 self.beside(folder) if folder else row.beside))
             yield database
 
-    def create(self, folder: Path) -> bool:
-        """Make the list where there is none, with checksums where it has none yet; whether these were added.
+    @staticmethod
+    def note_folder(database: sqlite3.Connection, row: FolderRow) -> None:
+        database.execute("DELETE FROM folder")
+        database.execute("INSERT INTO folder (path, changes, beside, checksum) VALUES (?, ?, ?, ?)",
+                         (*row, folder_checksum(*row)))
 
-        Raises InputError where the list is another folder's, or may not be written to.
+    def beside(self, folder: Path) -> bytes:
+        """The folder's path from the index, which stays as it is where both are moved together."""
+        return os.fsencode(os.path.relpath(folder, os.path.realpath(self.path.parent)))
+
+    def create(self, folder: Path) -> bool:
+        """Make the list where there is none, of this folder; add to an older one what it lacks. Whether it had no
+        checksums. Raises InputError where it may not be written to.
         """
         if self.journal().exists() and self.journal().read_bytes()[-8:] == SUPER_JOURNAL:
             raise InputError(f"{self.journal()} is none of this program's; remove it")
@@ -163,52 +195,70 @@ class ImageList:
             if not has.checksums:
                 self.add_checksums(database)
             elif not has.metadata:
-                database.execute(SCHEMA[-1])
+                for change in SINCE_METADATA:
+                    database.execute(change)
             if not database.execute("SELECT 1 FROM folder").fetchone():
-                path = os.fsencode(folder)
-                database.execute("INSERT INTO folder VALUES (?, 0, ?)", (path, folder_checksum(path, 0)))
-        if self.folder() != folder:
-            raise InputError(f"{self.path.parent} is the index of {self.folder()}; give another folder's its own --out")
+                self.note_folder(database, FolderRow(os.fsencode(folder), 0, self.beside(folder)))
         return not has.checksums
 
     def add_checksums(self, database: sqlite3.Connection) -> None:
         """To a list that was made before there were any."""
-        path, _ = self.folder_row(database, False)
+        row = self.folder_row(database, Has(False, False))
         last = database.execute("SELECT seq FROM sqlite_sequence WHERE name = 'images'").fetchone()
         database.execute("DROP TABLE folder")
         database.execute("ALTER TABLE images RENAME TO older")
         for table in SCHEMA:
             database.execute(table)
-        database.execute("INSERT INTO folder VALUES (?, 0, ?)", (path, folder_checksum(path, 0)))
-        for row in database.execute("SELECT id, path, bytes, modified_ns, feature, NULL FROM older ORDER BY id"):
+        self.note_folder(database, row)
+        for row in database.execute("SELECT id, path, bytes, modified_ns, feature, NULL, NULL FROM older ORDER BY id"):
             checked(row)
-            database.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", (*row[:5], checksum(*row[:5])))
+            self.insert(database, row[:6])
         database.execute("DROP TABLE older")
         if last and isinstance(last[0], int):
             database.execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'images'", last)
 
     @staticmethod
-    def folder_row(database: sqlite3.Connection, has_checksums: bool) -> tuple[bytes, int]:
-        """The folder's path, and how many changes the list has seen. Raises Doubtful."""
-        columns = "path, changes, checksum" if has_checksums else "path, 0, NULL"
-        rows = database.execute(f"SELECT {columns} FROM folder LIMIT 2").fetchall()
+    def insert(database: sqlite3.Connection, row: tuple) -> None:
+        """(id, path, bytes, modified_ns, feature, content), in the place of an earlier one of its id."""
+        database.execute("INSERT OR REPLACE INTO images (id, path, bytes, modified_ns, feature, content, checksum) "
+                         "VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, checksum(*row)))
+
+    @staticmethod
+    def folder_row(database: sqlite3.Connection, has: Has) -> FolderRow:
+        """Raises Doubtful."""
+        columns = f"path, {'changes' if has.checksums else '0'}, {'beside' if has.metadata else 'NULL'}"
+        noted = "checksum" if has.checksums else "NULL"
+        rows = database.execute(f"SELECT {columns}, {noted} FROM folder LIMIT 2").fetchall()
         if len(rows) != 1 or [type(value) for value in rows[0][:2]] != [bytes, int]:
             raise Doubtful("it does not say its folder")
-        path, changes, noted = rows[0]
-        if has_checksums and noted != folder_checksum(path, changes):
+        *values, noted = rows[0]
+        row = FolderRow(*values)
+        if not isinstance(row.beside, bytes | None) or (has.checksums and noted != folder_checksum(*row)):
             raise Doubtful("its folder is not what its checksum says")
-        if not path.startswith(b"/") or b"\0" in path or set(path.split(b"/")[1:]) & {b"", b"..", b"."}:
-            raise Doubtful(f"its folder {os.fsdecode(path)!r} is none that could be indexed")
-        return path, changes
+        if (not row.path.startswith(b"/") or b"\0" in row.path + (row.beside or b"")
+                or set(row.path.split(b"/")[1:]) & {b"", b"..", b"."}):
+            raise Doubtful(f"its folder {os.fsdecode(row.path)!r} is none that could be indexed")
+        return row
+
+    def row(self) -> FolderRow:
+        with self.opened() as (database, has):
+            return self.folder_row(database, has)
 
     def state(self) -> tuple[Path, int]:
-        """The folder whose images are listed, and how many changes the list has seen."""
-        with self.opened() as (database, has):
-            path, changes = self.folder_row(database, has.checksums)
-            return Path(os.fsdecode(path)), changes
+        """Where the images were when the index was made or last brought up to date, and how many changes the list has
+        seen."""
+        row = self.row()
+        return Path(os.fsdecode(row.path)), row.changes
 
     def folder(self) -> Path:
         return self.state()[0]
+
+    def folder_now(self) -> Path:
+        """The same folder, or the one in its place if index and images were moved together."""
+        row = self.row()
+        near = os.path.realpath(os.path.join(os.fsencode(self.path.parent), row.beside or b""))
+        moved = row.beside and not os.path.isdir(row.path) and os.path.isdir(near) and near != b"/"
+        return Path(os.fsdecode(near if moved else row.path))
 
     def note_file(self, name: str, content: str, changes: int | None = None) -> None:
         """Keep the checksum of another of the index's files, made when the list had seen so many changes."""
@@ -225,11 +275,12 @@ class ImageList:
     def rows(self, where: str, values: Sequence = ()) -> Iterator[tuple]:
         """Rows as `checked` takes them; ids rise, or the file is damaged: so a file that leads in circles is left."""
         with self.opened() as (database, has):
-            columns = f"id, path, bytes, modified_ns, feature, {'checksum' if has.checksums else 'NULL'}"
+            columns = (f"id, path, bytes, modified_ns, feature, {'content' if has.metadata else 'NULL'}, "
+                       f"{'checksum' if has.checksums else 'NULL'}")
             last = 0
             for row in database.execute(f"SELECT {columns} FROM images WHERE {where} ORDER BY id", values):
-                if has.checksums and row[5] is None:
-                    row = (*row[:5], "")
+                if has.checksums and row[6] is None:
+                    row = (*row[:6], "")
                 if not isinstance(row[0], int) or row[0] <= last:
                     raise Doubtful("its ids are in no order")
                 last = row[0]
@@ -239,15 +290,15 @@ class ImageList:
         with self.telling():
             return [checked(row) for row in self.rows(where, values)]
 
-    def held(self) -> tuple[dict[str, tuple[int, tuple[int, int]]], list[int]]:
-        """Of all entries, path -> (id, version); and the ids of damaged ones."""
+    def held(self) -> tuple[dict[str, Held], list[int]]:
+        """All entries by path, and the ids of damaged ones."""
         whole, damaged = {}, []
         for row in self.rows("true"):
             try:
                 entry = checked(row)
                 if entry.path in whole:
                     raise Doubtful("an image is listed twice")
-                whole[entry.path] = entry.number, entry.version
+                whole[entry.path] = Held(entry.number, entry.version, entry.content)
             except Doubtful:
                 damaged.append(row[0])
         return whole, damaged
@@ -260,17 +311,28 @@ class ImageList:
         """More images than a file of this size can hold."""
         return self.path.stat().st_size // SMALLEST_ROW
 
-    def add(self, entries: list[tuple[str, tuple[int, int]]], features: np.ndarray) -> None:
-        """Images with their files' versions, each in the place of an earlier one of its path."""
+    def add(self, entries: list[tuple[str, tuple[int, int]]], features: np.ndarray,
+            contents: Sequence[str | None] | None = None) -> None:
+        """Images with their files' versions and checksums, each in the place of an earlier one of its path."""
         with self.changing() as database:
             last = database.execute("SELECT max(coalesce((SELECT max(id) FROM images), 0), coalesce((SELECT seq FROM "
                                     "sqlite_sequence WHERE name = 'images'), 0))").fetchone()[0]
             paths = [os.fsencode(path) for path, _ in entries]
-            rows = [(number, path, *version, row.astype("<f4").tobytes()) for number, (path, (_, version), row) in
-                    enumerate(zip(paths, entries, features, strict=True), start=last + 1)]
             database.executemany("DELETE FROM images WHERE path = ?", [(path,) for path in paths])
-            database.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", [(*row, checksum(*row))
-                                                                                 for row in rows])
+            for number, (path, (_, version), row, content) in enumerate(
+                    zip(paths, entries, features, contents or [None] * len(paths), strict=True), start=last + 1):
+                self.insert(database, (number, path, *version, row.astype("<f4").tobytes(), content))
+
+    def move(self, folder: Path, versions: dict[str, tuple[int, int]]) -> None:
+        """Note where the images lie now, and by path the versions of files that are the same at another time."""
+        row = self.row()
+        if not versions and (row.path, row.beside) == (os.fsencode(folder), self.beside(folder)):
+            return
+        with self.changing(folder) as database:
+            for path, version in versions.items():
+                number, feature, content = database.execute("SELECT id, feature, content FROM images WHERE path = ?",
+                                                            (os.fsencode(path),)).fetchone()
+                self.insert(database, (number, os.fsencode(path), *version, feature, content))
 
     def remove(self, numbers: Sequence[int]) -> None:
         with self.changing() as database:

@@ -44,22 +44,27 @@ def execute(index: Path, *statements) -> None:
 def older(index: Path, schema: Sequence[str]) -> None:
     """Write the list as a program of that time did."""
     with closing(sqlite3.connect(index / "images.sqlite")) as database, database:
-        names = [name for name, in database.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name <> "
-                                                    "'sqlite_sequence'")]
-        for name in names:
+        for name in ("folder", "images", "files", "metadata"):
             database.execute(f"ALTER TABLE {name} RENAME TO newer_{name}")
         for table in schema:
             database.execute(table)
-        for name in names:
-            columns = ", ".join(row[1] for row in database.execute(f"PRAGMA table_info({name})"))
-            if columns:
-                database.execute(f"INSERT INTO {name} SELECT {columns} FROM newer_{name}")
+        rows = database.execute("SELECT id, path, bytes, modified_ns, feature FROM newer_images").fetchall()
+        if len(schema) == 2:
+            database.execute("INSERT INTO folder SELECT path FROM newer_folder")
+            database.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?)", rows)
+        else:
+            path, changes = database.execute("SELECT path, changes FROM newer_folder").fetchone()
+            database.execute("INSERT INTO folder VALUES (?, ?, ?)", (path, changes, folder_checksum(path, changes)))
+            database.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", [(*row, checksum(*row, None))
+                                                                                 for row in rows])
+            database.execute("INSERT INTO files SELECT * FROM newer_files")
+        for name in ("folder", "images", "files", "metadata"):
             database.execute(f"DROP TABLE newer_{name}")
 
 
 def rewrite(index: Path, **columns) -> None:
     """The first image's columns, with a checksum that fits."""
-    names = ("id", "path", "bytes", "modified_ns", "feature")
+    names = ("id", "path", "bytes", "modified_ns", "feature", "content")
     with closing(sqlite3.connect(index / "images.sqlite")) as database, database:
         row = dict(zip(names, database.execute(f"SELECT {', '.join(names)} FROM images ORDER BY id").fetchone(),
                        strict=True))
@@ -69,11 +74,19 @@ def rewrite(index: Path, **columns) -> None:
             noted = checksum(*row.values())
         except (TypeError, ValueError):
             noted = "0" * 32
-        database.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", (*row.values(), noted))
+        database.execute(f"INSERT INTO images ({', '.join(names)}, checksum) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                         (*row.values(), noted))
 
 
 def folder_is(index: Path, path: bytes) -> None:
-    execute(index, ("UPDATE folder SET path = ?, changes = 1, checksum = ?", (path, folder_checksum(path, 1))))
+    execute(index, ("UPDATE folder SET path = ?, changes = 1, beside = NULL, checksum = ?",
+                    (path, folder_checksum(path, 1))))
+
+
+def beside(index: Path, path: bytes) -> None:
+    """A folder that is not there, and its path from the index."""
+    execute(index, ("UPDATE folder SET path = ?, changes = 1, beside = ?, checksum = ?",
+                    (b"/nowhere", path, folder_checksum(b"/nowhere", 1, path))))
 
 
 def note(index: Path, name: str) -> None:
@@ -154,6 +167,10 @@ def by_hand() -> dict:
         "up and down": lambda index: folder_is(index, b"/tmp/../etc"),
         "a relative folder": lambda index: folder_is(index, b"etc"),
         "a folder with NUL": lambda index: folder_is(index, b"/tmp\0/x"),
+        "a NUL beside": lambda index: beside(index, b"..\0"),
+        "a text beside": lambda index: execute(index, "UPDATE folder SET beside = 'x'"),
+        "a folder far away": lambda index: beside(index, b"../" * 50),
+        "a checksum of a number": lambda index: execute(index, "UPDATE images SET content = 7"),
         "no images": lambda index: execute(index, "DELETE FROM images"),
         "a name of two lines": two_lines,
         **{f"a path {path!r}": (lambda index, path=path: rewrite(index, path=path)) for path in
