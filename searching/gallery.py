@@ -222,8 +222,7 @@ class Gallery:
     """
 
     def __init__(self, index: str | Path, device: str | torch.device | None = None, where: dict | None = None,
-                 images: str | Path | None = None, follow_links: bool = False,
-                 ranking: Callable | None = None):
+                 images: str | Path | None = None, follow_links: bool = False, ranking: Callable | None = None):
         index = Path(index)
         if missing := [name for name in (MODEL, IMAGES, RANKING) if not (index / name).is_file()]:
             raise InputError(f"{index} is no finished index: it has no {missing[0]}; make it with search.py index, "
