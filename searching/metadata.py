@@ -127,7 +127,8 @@ def kept(images: ImageList, where: str = "true", values: Sequence = ()) -> Itera
         for number, *row in database.execute(f"SELECT rowid, path, cells, checksum FROM metadata WHERE {where} ORDER "
                                              "BY rowid", values) if has.metadata else ():
             path, cells = checked(*row)
-            columns = columns or list(cells)
+            if columns is None and wrong_column(columns := list(cells)):
+                raise Doubtful("its metadata's columns are none of ours")
             if number <= last or list(cells) != columns:
                 raise Doubtful("its metadata's rows do not fit each other")
             last = number
@@ -142,7 +143,7 @@ def checked(path, content, noted) -> tuple[str, Cells]:
         cells = json.loads(content)
     except (ValueError, RecursionError):
         raise Doubtful("a row of its metadata is no JSON") from None
-    if not isinstance(cells, dict) or wrong_column(cells) or not all(map(is_cell, cells.values())):
+    if not isinstance(cells, dict) or not all(map(is_cell, cells.values())):
         raise Doubtful("a row of its metadata is none of ours")
     return os.fsdecode(path), cells
 

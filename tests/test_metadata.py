@@ -88,12 +88,6 @@ def test_results_have_what_the_table_says_of_them(first, opened, asked):
         said["a/0.jpg"]]
 
 
-def test_rows_of_no_image_are_counted_once(first, tmp_path, caplog):
-    assert index(first, copied(first / "out", tmp_path / "out"), "--metadata", first / "products.csv") == 0
-    assert re.findall("note: .*", caplog.text) == ["note: 2 of the 7 rows of --metadata are of no image: gone.jpg, no "
-                                                   "image has this name, ..."]
-
-
 @pytest.mark.parametrize(("where", "paths"), [
     ("price < 50 and colour = 'red'", {"a/0.jpg", "a/1.jpg"}),
     ("PRICE <= 50", {"a/0.jpg", "a/1.jpg", "a/2.jpg", "b/4.jpg"}),
@@ -165,14 +159,18 @@ def test_a_filter_is_not_waited_for_long(monkeypatch):
     assert len(opened.images("a = 'b'")) == 0                                   # the next one has its own time
 
 
-def test_the_table_stays_until_another_takes_its_place(first, tmp_path, asked):
+def test_the_table_stays_until_another_takes_its_place(first, tmp_path, caplog):
     out = copied(first / "out", tmp_path / "out")
     assert index(first, out) == 0
-    assert found(asked("--where", "colour = 'blue'", out=out)) == {"a/2.jpg", "b/4.jpg"}
-    (tmp_path / "other.jsonl").write_text('{"name": "6.jpg", "size": 3, "new": true}\n{"name": "a/0.jpg"}\n')
+    assert len(Filter(ImageList(out / "images.sqlite")).images("colour = 'blue'")) == 2 and not caplog.text
+    (tmp_path / "other.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in (
+        {"name": "6.jpg", "size": 3, "new": True}, {"name": "a/0.jpg"}, {"name": "b/6.jpg"}, {"name": "gone.jpg"},
+        {"name": "5.jpg"}, {"name": "0.jpg"})))
     assert index(first, out, "--metadata", tmp_path / "other.jsonl") == 0
-    assert Gallery(out, CPU).columns == ["size", "new"]
-    assert found(asked("--where", "new", out=out)) == {"b/6.jpg"}
+    assert re.findall("note: .*", caplog.text) == ["note: 4 of the 6 rows of --metadata are of no image: 6.jpg, "
+                                                   "another row is of b/6.jpg, ..."]
+    assert metadata.columns_of(ImageList(out / "images.sqlite")) == ["size", "new"]
+    assert Filter(ImageList(out / "images.sqlite")).images("size IS NULL AND new IS NULL") == list(range(1, 9))
 
 
 def test_sheets_and_tables_show_it_and_no_text_is_taken_for_html(first, tmp_path, capsys):
@@ -224,7 +222,7 @@ def test_metadata_that_is_damaged_or_a_strangers_is_one_line(first, tmp_path, co
     execute(out, SPOILT.get(content) or ("UPDATE metadata SET cells = ?, checksum = ? WHERE path = ?",
                                          (content, metadata.checksum(path, content), path)))
     with pytest.raises(InputError, match=r"^.*images\.sqlite is damaged[^\n]*$"):
-        Gallery(out, CPU).search(first / "images" / "a" / "0.jpg", "", where="price < 50")
+        Filter(ImageList(out / "images.sqlite"))
 
 
 def test_a_cell_is_a_number_where_it_is_written_as_one():
