@@ -157,7 +157,7 @@ class Guard:
         if scope["type"] != "http":                                             # the server's start and end
             return await self.app(scope, receive, send)
         body = Body(dict(scope["headers"]), receive)
-        scope = {**scope, "root_path": self.root_path}                          # which the app takes off, if it is there
+        scope = {**scope, "root_path": self.root_path}                          # the app takes it off where it is there
 
         async def answer(message: dict) -> None:
             if message["type"] == "http.response.start":
