@@ -77,8 +77,8 @@ def get_parser() -> Parser:
         "gallery alone, so that a few of its results may be missed")
     add(index, "--pq", False, "for more than memory holds: as --ivf, and an image takes 72 bytes in place of 1,032")
     add(index, "--prune", False, "take out all images that are no more there; without it, those whose folder is gone "
-        "or empty stay, and if more than a tenth (and more than 5) are gone, or in another folder than the last time any "
-        "is, nothing is changed")
+        "or empty stay, and if more than a tenth (and more than 5) are gone, or in another folder than the last time "
+        "any is, nothing is changed")
     index.add_argument("--metadata", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="a table, .csv or "
                        ".jsonl, of what is known of the images: their paths below --images or bare names in the column "
                        "file_name, or else in the first, and any other columns; in the place of an earlier table, "
