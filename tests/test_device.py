@@ -154,7 +154,7 @@ def test_the_program_trains_in_bfloat16(tmp_path):
     path = write_mitstates(tmp_path / "mitstates", images=4)
     runs = [run_main("mitstates", path, tmp_path / name, precision=name, num_iters=1, batch_size=16,
                      image_encoder="timm:test_vit", image_size=160) for name in ("fp32", "bf16")]
-    ours, coarse = (logged(run)["total_training_loss"] for run in runs)
+    ours, coarse = (logged(run)["loss/total"] for run in runs)
     assert ours != coarse and coarse == [(1, pytest.approx(ours[0][1], rel=0.01))]
 
 
@@ -202,7 +202,7 @@ def test_the_program_trains_compiled(mitstates, tmp_path):
     done = program(mitstates, tmp_path / "fast", **how)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "fast").iterdir()
-    losses = [logged(run)["total_training_loss"] for run in (plain, Run(folder))]
+    losses = [logged(run)["loss/total"] for run in (plain, Run(folder))]
     assert losses[1] == [(1, pytest.approx(losses[0][0][1], rel=1e-2))]
 
 
