@@ -195,7 +195,7 @@ def searched(run, images, out, capsys):
     assert search.main(["index", f"--model_checkpoint={checkpoint}", f"--images={images}", f"--out={out}"]) == 0
     capsys.readouterr()
     query = next(images.rglob("*.jpg"))
-    assert search.main(["query", f"--index={out}", f"--image={query}", "--text=", "--json"]) == 0
+    assert search.main(["query", f"--index={out}", f"--image={query}", "--text=", "--json", "--keep_query"]) == 0
     return query, json.loads(capsys.readouterr().out)["results"]
 
 
