@@ -32,7 +32,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 def sheet(answers: Sequence[Answer], per_row: int = 8, tile: int = TILE) -> Image.Image:
     """A row a query: its text, below it its image, then its results in frames: green for right ones, red for wrong."""
-    shown = min(per_row, max((len(answer.results) for answer in answers), default=1))
+    shown = max(1, min(per_row, max((len(answer.results) for answer in answers), default=1)))
     first = 4 * GAP + tile                                                      # where the results begin
     width = max(first + shown * (tile + GAP), 4 * tile)
     texts = [wrapped(answer.text, int(width - 4 * GAP - font(TEXT).getlength(answer.verdict)), TEXT)

@@ -78,7 +78,7 @@ def get_parser() -> Parser:
         "to")
     index.add_argument("--prune", action="store_true", help="take out all images that are no more there; without it, "
                        "those whose folder is gone or empty stay, and if more than a tenth (and more than 5) are gone, "
-                       "nothing is changed")
+                       "or in another folder than the last time any is, nothing is changed")
     index.add_argument("--metadata", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="a table, .csv or "
                        ".jsonl, of what is known of the images: their paths below --images or bare names in the column "
                        "file_name, or else in the first, and any other columns; in the place of an earlier table, "
@@ -187,6 +187,8 @@ def query(args: argparse.Namespace) -> None:
     if unknown := gallery.encoder.unknown(args.text):
         words = shown(", ".join(unknown))
         print(f"note: not known to the model, so read as one unknown word: {words}", file=sys.stderr)
+    if args.where and not hits:
+        print("note: no image has metadata of which --where holds", file=sys.stderr)
     missing = tell_missing(gallery, hits)
     if args.json:
         print(json.dumps({"image": str(args.image), "text": args.text, "unknown_words": unknown, "results": [

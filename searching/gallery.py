@@ -1,8 +1,9 @@
 """A folder of images as a gallery to search: the images nearest to a query, from an index that is checked first.
 
 An index is a folder of three files: `model.pth`, the checkpoint without what only training needs; `images.sqlite`, the
-list of the images, each with its id, the version of its file and its feature, and the checksums of all three files;
-and `index.faiss`, unit features in half precision by image id, which ranks and can be made again from the other two.
+list of the images, each with its id, the version of its file and its feature, what a user's table says of them, and the
+checksums of all three files; and `index.faiss`, unit features in half precision by image id, which ranks and can be
+made again from the other two.
 """
 
 import logging

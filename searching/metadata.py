@@ -26,6 +26,7 @@ LONGEST_FILTER = 1000                   # characters
 LONGEST_PATTERN = 200                   # bytes that LIKE and GLOB compare with
 PATIENCE = 5                            # seconds that a filter may take
 NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)  # 007 is a name
+HALVES = re.compile("[\ud800-\udfff]")                                        # of characters
 ID = '" "'                              # of images; a name that no column of a user's has
 FUNCTIONS = frozenset(("abs", "coalesce", "glob", "ifnull", "instr", "length", "like", "lower", "ltrim", "max", "min",
                        "nullif", "round", "rtrim", "substr", "trim", "typeof", "upper"))
@@ -74,7 +75,7 @@ def number_of(text: str) -> int | float:
 def is_cell(value) -> bool:
     """Whether it is one that SQLite and JSON keep as it is."""
     kind = type(value)
-    return (value is None or (kind is str and len(value) <= LONGEST_CELL)
+    return (value is None or (kind is str and len(value) <= LONGEST_CELL and not HALVES.search(value))
             or (kind is int and -2**63 <= value < 2**63) or (kind is float and math.isfinite(value)))
 
 
@@ -201,7 +202,7 @@ class Filter:
             except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
                 why = f"it takes over {PATIENCE} s" if "interrupted" in str(error) else first_line(error)
                 raise InputError(f"cannot filter by {shown(where)} ({shown(why)}); write it as price < 50 AND colour "
-                                 f"= 'red', with the columns {shown(', '.join(self.columns))}") from None
+                                 f"= 'red', with the columns {shown(', '.join(self.columns))[:1000]}") from None
 
 
 def quoted(name: str) -> str:

@@ -1,5 +1,6 @@
 """Ways in which an index's files can be wrong, for the tests and the torture: bits, and what a stranger writes."""
 
+import os
 import random
 import shutil
 import sqlite3
@@ -83,10 +84,11 @@ def folder_is(index: Path, path: bytes) -> None:
                     (path, folder_checksum(path, 1))))
 
 
-def beside(index: Path, path: bytes) -> None:
-    """A folder that is not there, and its path from the index."""
+def beside(index: Path, path: bytes, folder: bytes | None = None) -> None:
+    """The folder's path from the index, and where it is said to have been."""
+    folder = folder or os.fsencode(ImageList(index / "images.sqlite").folder())
     execute(index, ("UPDATE folder SET path = ?, changes = 1, beside = ?, checksum = ?",
-                    (b"/nowhere", path, folder_checksum(b"/nowhere", 1, path))))
+                    (folder, path, folder_checksum(folder, 1, path))))
 
 
 def note(index: Path, name: str) -> None:
@@ -169,8 +171,11 @@ def by_hand() -> dict:
         "a folder with NUL": lambda index: folder_is(index, b"/tmp\0/x"),
         "a NUL beside": lambda index: beside(index, b"..\0"),
         "a text beside": lambda index: execute(index, "UPDATE folder SET beside = 'x'"),
-        "a folder far away": lambda index: beside(index, b"../" * 50),
+        "far away": lambda index: beside(index, b"../" * 50),
         "a checksum of a number": lambda index: execute(index, "UPDATE images SET content = 7"),
+        "another column": lambda index: execute(index, "ALTER TABLE metadata ADD COLUMN x"),
+        "metadata of a view": lambda index: execute(index, "DROP TABLE metadata", f"CREATE VIEW metadata AS {endless} "
+                                                    "SELECT x'61' path, '{}' cells, i checksum FROM n"),
         "no images": lambda index: execute(index, "DELETE FROM images"),
         "a name of two lines": two_lines,
         **{f"a path {path!r}": (lambda index, path=path: rewrite(index, path=path)) for path in

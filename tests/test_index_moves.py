@@ -185,7 +185,7 @@ def test_an_index_from_before_moves_where_the_times_are_kept(shop, tmp_path, ind
 @pytest.fixture
 def linked(shop, tmp_path):
     """Links to a folder and to a file outside, to folders that are taken already, and in circles."""
-    for path in ("shared/x.jpg", "shared/deep/y.jpg", "single/z.jpg"):
+    for path in ("shop/beside.jpg", "shared/x.jpg", "shared/deep/y.jpg", "single/z.jpg"):
         picture(tmp_path / path)
     for link, to in (("0linked", "shared"), ("a/twice", "shared"), ("a/inner", "shared/deep"), ("a/up", "shop"),
                      ("shared/back", "shop/images"), ("shared/deep/loop", "shared"), ("z.jpg", "single/z.jpg"),

@@ -15,7 +15,19 @@ from searching.gallery import Gallery
 from searching.image_list import BEFORE_CHECKSUMS, ImageList
 
 from .conftest import picture, some
-from .index_faults import FILES, by_hand, circles, copied, execute, flip, folder_is, older, other_model, write_model
+from .index_faults import (
+    FILES,
+    beside,
+    by_hand,
+    circles,
+    copied,
+    execute,
+    flip,
+    folder_is,
+    older,
+    other_model,
+    write_model,
+)
 from .test_search import CPU, made, quiet  # noqa: F401
 
 
@@ -212,6 +224,12 @@ def test_a_strangers_index_has_no_other_host_asked(first, tmp_path, monkeypatch,
     opened = Gallery(out, CPU)
     with pytest.raises(InputError, match=said):
         opened.search(first / "images" / "0.jpg", "red", 12)
+
+
+def test_the_whole_machine_is_no_folder_of_images(first, tmp_path):
+    out = copied(first / "out", tmp_path / "out")
+    beside(out, b"../" * 50, folder=b"/nowhere")
+    assert str(Gallery(out, CPU).folder) == "/nowhere"
 
 
 def test_a_query_cannot_write_to_the_list(first):

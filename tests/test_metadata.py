@@ -180,6 +180,10 @@ def test_sheets_and_tables_show_it_and_no_text_is_taken_for_html(first, tmp_path
     page = (tmp_path / "found.html").read_text()
     assert "price: 10" in page and "&lt;b&gt;warm" in page and "<b>" not in page
     assert (tmp_path / "found.png").stat().st_size > 1000
+    assert run("query", "--index", first / "out", "--image", first / "images" / "a" / "0.jpg", "--where", "price > 99",
+               "--png", tmp_path / "none.png") == 0
+    out, err = capsys.readouterr()
+    assert out == "rank   score  image\n" and err == "note: no image has metadata of which --where holds\n"
 
 
 @pytest.mark.parametrize(("content", "said"), [
@@ -213,9 +217,9 @@ SPOILT = {"a cell": "UPDATE metadata SET cells = replace(cells, '10', '11')",
           "no checksum": "UPDATE metadata SET checksum = NULL", "a number": "UPDATE metadata SET cells = 1"}
 
 
-@pytest.mark.parametrize("content", [*SPOILT, "[1]", "{", '{"a": [1]}', '{"a": 1e999}', '{"a": NaN}', '{"": 1}',
-                                     "[" * 9999, f'{{"a": {2**63}}}', '{"a\\u0000b": 1}', '{"colour": "red"}',
-                                     '{"A": 1, "a": 2}'])
+@pytest.mark.parametrize("content", [
+    *SPOILT, "[1]", "{", '{"a": [1]}', '{"a": 1e999}', '{"a": NaN}', '{"a": "\\ud800"}', '{"": 1}', "[" * 9999,
+    f'{{"a": {2**63}}}', '{"a\\u0000b": 1}', '{"colour": "red"}', '{"A": 1, "a": 2}'])
 def test_metadata_that_is_damaged_or_a_strangers_is_one_line(first, tmp_path, content):
     out = copied(first / "out", tmp_path / "out")
     path = b"a/0.jpg"
