@@ -172,15 +172,6 @@ def from_first(make: Callable):
     return held[0]
 
 
-def to_first(mine) -> list:
-    """What each process brings, by rank, in the first; nothing in the others."""
-    if world() == 1:
-        return [mine]
-    everyone = [None] * world() if first() else None
-    dist.gather_object(mine, everyone, group=hosts)
-    return everyone or []
-
-
 # Dealing out and putting together
 
 def share(items: Sequence) -> Sequence:
@@ -208,6 +199,15 @@ def collect(mine: Tensor, lengths: Sequence[int]) -> Tensor:
     parts = [iter(rows[:count].split(list(lengths[each::world()])))
              for each, (rows, count) in enumerate(zip(everyone, counts, strict=True))]
     return torch.cat([next(parts[item % world()]) for item in range(len(lengths))])
+
+
+def to_first(mine) -> list:
+    """What each process brings, by rank, in the first; nothing in the others."""
+    if world() == 1:
+        return [mine]
+    everyone = [None] * world() if first() else None
+    dist.gather_object(mine, everyone, group=hosts)
+    return everyone or []
 
 
 def union(mine: dict) -> dict:

@@ -19,8 +19,8 @@ from searching.image_list import Doubtful, ImageList
 from searching.qdrant import Qdrant
 
 RANKING = "index.faiss"
-MOST_CELLS = 4096                       # with more, training and filling them would take a day at tens of millions
-KERNELS = {"AVX2": "Haswell", "AVX512": "SkylakeX"}
+MOST_CELLS = 4096                       # with more, filling them takes hours at tens of millions
+KERNELS = {"AVX2": "Haswell", "AVX512": "SkylakeX"}                             # of OpenBLAS, by torch's names
 FEWEST_CODED = 39 * 256                 # images: FAISS asks for 39 to learn each of a code's 256 values from
 
 
@@ -103,7 +103,8 @@ def read_ranking(path: Path, dim: int):
 
     FAISS is told that no part of it is longer than the file, and what it has read is looked at piece by piece.
     """
-    library, length, table = faiss(), path.stat().st_size, 1024 * MOST_CELLS * parts_of(dim)   # not made for products
+    library, length = faiss(), path.stat().st_size
+    table = 1024 * MOST_CELLS * parts_of(dim)                                   # counted, though made for L2 alone
     before = library.get_deserialization_vector_byte_limit(), library.get_deserialization_loop_limit()
     library.set_deserialization_vector_byte_limit(length + table)
     library.set_deserialization_loop_limit(length)
