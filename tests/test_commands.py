@@ -21,7 +21,10 @@ NOT_RUN = {r"make ": "installs, or takes minutes: .ci/run, and by hand",
            r"python bert_server\.py ": "downloads a model; test_bert_server.py starts it with one that is here",
            r"python search\.py serve ": "serves until it is stopped: test_tutorial.py, test_browser.py",
            r"(runs/|python main\.py )": "minutes: test_tutorial.py and test_runs.py, shortened",
-           r"torchrun ": "several GPUs or machines: test_distributed.py, on this one's cores",
+           r"torchrun ": "several GPUs or machines: test_distributed.py and test_growing.py, on this one's cores",
+           r"pip install ": "installs: the tests' environment has it",
+           r"python search\.py .* --qdrant ": "asks a server: test_growing.py, without one",
+           r".* \.\.\. ": "flags that were said above it",
            r"python static/draw\.py": "draws the README's picture with the demo's model"}
 
 
@@ -63,9 +66,13 @@ def test_the_commands_run_as_printed(page, trained, tmp_path):
     images = write_mitstates(tmp_path / "data" / "mitstates") / "images"
     (place / "logs").mkdir()
     (place / "logs" / "RUN").symlink_to(trained.folder)
-    (place / "FOLDER").symlink_to(images)
+    for name in ("FOLDER", "NEW"):
+        (place / name).symlink_to(images)
     (place / "dress.jpg").symlink_to(images / "old dog" / "0.jpg")
+    (place / "products.csv").write_text("file_name,price,colour\nold dog/1.jpg,49.5,red\nwet bus/0.jpg,80,red\n")
     type_in(place, "python data/make_toy.py data/toy --shop", "ln -s data/toy/shop shop")
     for command in commands(page):
         if not why_not_run(command):
             type_in(place, command)
+    for block in printed("python").get(page, ()) if page != "docs/growing.md" else ():  # which asks a server
+        type_in(place, f"python -c {shlex.quote(block)}")
