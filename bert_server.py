@@ -34,10 +34,13 @@ POOLINGS = ("REDUCE_MEAN", "REDUCE_MAX", "CLS_TOKEN")
 class Parser(argparse.ArgumentParser):
     """Wrong flags end in one line, with the name that is nearest to a wrong one, and exit code 2; none in the help."""
 
-    def error(self, message: str):
-        if len(sys.argv) == 1:
+    def parse_known_args(self, args: list[str] | None = None, namespace=None):
+        if not (sys.argv[1:] if args is None else args):
             self.print_help(sys.stderr)
             self.exit(2)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str):
         wrong = re.match(r"unrecognized arguments: (?:.* )?(--?\w+)|.*invalid choice: '(\w+)'", message)
         word = wrong[1] or wrong[2].upper() if wrong else ""
         near = difflib.get_close_matches(word, [*self._option_string_actions, *POOLINGS], 1)

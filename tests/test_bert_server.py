@@ -529,7 +529,7 @@ def spoil_weights(folder):
 
 
 BAD_STARTS = {
-    "no model": ([], None, "--model_dir"),
+    "no model": (["-port", "5555"], None, "--model_dir"),
     "no such folder": (["-model_dir", "/nowhere/at/all"], None, "/nowhere/at/all"),
     "a folder without a model": (["-model_dir", "tests"], None, "tests"),
     "a layer it has not": (["-pooling_layer", "-4"], None, "-pooling_layer -4"),
