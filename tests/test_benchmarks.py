@@ -57,7 +57,7 @@ def test_cirr_leaves_the_reference_out_everywhere(tmp_path):
 
 
 SERVED = [("test1-3", "old bus", (3, 9, 20, 31, 40, 41)), ("test1-50", "wet", (1, 2, 50, 51, 52, 53)),
-          ("test1-3", "white dog", (3, 9, 20, 31, 40, 41))]                   # a search leaves out words that `trained` does not know
+          ("test1-3", "white dog", (3, 9, 20, 31, 40, 41))]   # all known to `trained`: a search leaves out other words
 
 
 def named(images):

@@ -112,6 +112,7 @@ def test_a_folder_is_tested_and_trained_from_as_its_checkpoint_is(run, folder, d
     assert not torch.equal(ours["a"], load_file(folder / "model.safetensors")["a"])
 
 
+@pytest.mark.long("seconds; a test and a training from the folder are in the fast tier")
 def test_a_folder_is_indexed_and_exported_from_as_its_checkpoint_is(run, folder, data, tmp_path):
     for source, index in ((folder, tmp_path / "ours"), (run.checkpoint, tmp_path / "theirs")):
         assert search.main(["index", f"--model_checkpoint={source}", f"--images={data}", f"--out={index}"]) == 0

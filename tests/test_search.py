@@ -389,6 +389,7 @@ def test_a_model_of_a_sentence_service_indexes_without_it_and_asks_it_for_texts(
                      again.port_out)["results"] == found
 
 
+@pytest.mark.long("a process that loads torch")
 def test_readmes_python_runs_as_printed(trained, images, index, tmp_path, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     assert len(blocks) == 2

@@ -49,6 +49,7 @@ def shop(tmp_path_factory):
     return place / "data" / "toy" / "shop"
 
 
+@pytest.mark.long("draws 600 photos")
 def test_the_shop_is_the_same_bytes_each_time(shop, tmp_path):
     again = f"PYTHONHASHSEED=7 {sys.executable} {ROOT / 'data/make_toy.py'} {tmp_path} --shop"
     type_in(tmp_path, again, f"{again} --force")
