@@ -29,7 +29,7 @@ def prepared(folder: Path) -> tuple[Path, Path]:
     """An index of twelve pictures, and one of the pictures."""
     for number in range(12):
         picture(folder / "images" / f"{number}.jpg")
-    build(write_model(folder / "model.pth"), folder / "images", folder / "index", False, CPU, 12, 0,
+    build(write_model(folder / "model.pth"), folder / "images", folder / "index", "exact", CPU, 12, 0,
           partial(tqdm, disable=True))
     return folder / "index", folder / "images" / "0.jpg"
 
