@@ -149,6 +149,7 @@ def test_where_the_device_has_no_room_the_cache_folder_serves(mitstates, tmp_pat
     assert caplog.text.count("more than half of the memory") == 1
 
 
+@pytest.mark.long("two runs")
 def test_the_program_trains_in_bfloat16(tmp_path):
     """Of an encoder without batch norm, which would make much of a rounding; bfloat16 has 8 bits, so 0.4 % a number."""
     path = write_mitstates(tmp_path / "mitstates", images=4)

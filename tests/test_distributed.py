@@ -128,6 +128,7 @@ def test_without_gather_each_process_has_its_own_negatives(trees, alone, two):
             assert each[kind]["losses"]["total training loss"] < 0.9 * alone[kind]["losses"]["total training loss"]
 
 
+@pytest.mark.long("two runs")
 def test_accumulated_parts_are_as_steps_of_their_own(trees, alone):
     expected, found = halves(trees), together.steps(trees, parts=2, kinds=together.EACH)
     assert [text for text, *_ in found["samples"]] == [text for text, *_ in alone["samples"]]

@@ -277,6 +277,7 @@ class ByContent(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+@pytest.mark.long("torch's exporter takes seconds")
 @pytest.mark.parametrize(("module", "said"), some([(Noise(), "gives other numbers than torch"),
                                                    (ByContent(), "cannot be written as")]))
 def test_what_onnx_gets_wrong_is_one_line(module, said, tmp_path):

@@ -188,6 +188,7 @@ def ready_to_stop(process):
     return int(caught, 16) >> (signal.SIGTERM - 1) & 1
 
 
+@pytest.mark.long("three runs")
 def test_auto_takes_the_newest_run_of_the_same_comment_and_else_begins(mitstates, tmp_path, capsys):
     log_dir = tmp_path / "logs"
     for comment in ("_a", "_b_a", "_a[1]"):
