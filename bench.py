@@ -804,7 +804,7 @@ def ranking_of_kind(kind: str, listed: MadeUp, folder: Path, queries: np.ndarray
     opened.images, opened.ranked = listed, None
     made, made_cpu = both_clocks(lambda: ranking.rank(listed, folder, listed.dim, kind, bar))
     with peak_memory(CPU) as taken:
-        opened.ranking = ranking.read_ranking(file, listed.dim)
+        opened.ranking = ranking.Ranking(ranking.read_ranking(file, listed.dim))
         memory = taken()
     times, hits = [], 0
     for query, best in zip(queries, right, strict=True):

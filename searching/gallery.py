@@ -29,7 +29,7 @@ from machine.resizing import plain_square
 from machine.tensor_files import bytes_of, fingerprint
 from searching.image_list import Doubtful, ImageList
 from searching.metadata import Cells, Filter, columns_of, metadata_of
-from searching.ranking import RANKING, ranking_of, read_ranking, selection, spare, unit
+from searching.ranking import RANKING, Ranking, ranking_of, read_ranking, unit
 from text_encoders import sentence_source, text_encoder_of
 from text_model import SentenceTable, spread, tokenize
 
@@ -262,11 +262,11 @@ class Gallery:
         try:
             if noted != (file_digest(path) if noted else None):
                 raise Doubtful("it is not what its checksum says")
-            return read_ranking(path, dim), ranked
+            return Ranking(read_ranking(path, dim)), ranked
         except Doubtful as doubt:
             log.warning("note: %s is damaged (%s), so it is made again from the list for now; search.py index does so "
                         "for good", path, doubt)
-        return ranking_of(self.images, dim, "exact", progress_bar), changes
+        return Ranking(ranking_of(self.images, dim, "exact", progress_bar)), changes
 
     def picture(self, path: str | Path | InMemory) -> Source:
         """Any picture as a query's."""
@@ -337,10 +337,10 @@ class Gallery:
         """Ids and scores of the k nearest, of all or among some. Half precision finds them, or codes, the kept features
         rank them; more are looked at while, by half precision, one that was not could be among them."""
         most = self.ranking.ntotal if among is None else min(len(among), self.ranking.ntotal)
-        k, asked, selected = min(k, most), 0, None if among is None else selection(self.ranking, among)
+        k, asked = min(k, most), 0
         while k:
-            asked = min(most, 2 * max(asked, k) + spare(self.ranking))
-            rough, numbers = (rows[0] for rows in self.ranking.search(query[None], asked, params=selected))
+            asked = min(most, 2 * max(asked, k) + self.ranking.spare)
+            rough, numbers = self.ranking.search(query, asked, among)
             listed, features = self.images.features(numbers[numbers >= 0], self.ranking.d)
             self.check_missing(np.setdiff1d(numbers[numbers >= 0], listed))
             scores = unit(features) @ query if listed else np.zeros(0, np.float32)

@@ -21,6 +21,8 @@ class Qdrant:
     they are not to be had, or others.
     """
 
+    spare = 16
+
     def __init__(self, where: str, collection: str, dim: int, model: str):
         self.where, self.collection, self.d = where, collection, dim
         server = where.startswith(("http://", "https://"))
@@ -73,17 +75,13 @@ class Qdrant:
             raise InputError(f"--qdrant {self.where} does not answer ({first_line(error)}); see that it runs and is "
                              "Qdrant, or drop --qdrant") from None
 
-    def selection(self, numbers: Sequence[int]):
-        """What has a search look among these ids alone."""
-        return self.models.Filter(must=[self.models.HasIdCondition(has_id=numbers)])
-
-    def search(self, query: np.ndarray, k: int, params=None) -> tuple[np.ndarray, np.ndarray]:
-        """(1, D) -> scores and ids (1, k) of the nearest, best first; where there are fewer, ids of -1. params: a
-        selection."""
-        scores, numbers = np.full((1, k), -np.inf, np.float32), np.full((1, k), -1, np.int64)
+    def search(self, query: np.ndarray, k: int, among: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """As FAISS's `Ranking`."""
+        scores, numbers = np.full(k, -np.inf, np.float32), np.full(k, -1, np.int64)
+        only = None if among is None else self.models.Filter(must=[self.models.HasIdCondition(has_id=among)])
         with self.telling():
-            points = self.client.query_points(self.collection, query[0].tolist(), query_filter=params, limit=k,
+            points = self.client.query_points(self.collection, query.tolist(), query_filter=only, limit=k,
                                               with_payload=False, **self.how).points
-            scores[0, :len(points)] = [point.score for point in points]
-            numbers[0, :len(points)] = [point.id for point in points]
+            scores[:len(points)] = [point.score for point in points]
+            numbers[:len(points)] = [point.id for point in points]
         return scores, numbers

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from machine.checksums import file_digest
 from machine.errors import InputError, first_line
 from searching.image_list import Doubtful, ImageList
-from searching.qdrant import Qdrant
 
 RANKING = "index.faiss"
 MOST_CELLS = 4096                       # with more, filling them takes hours at tens of millions
@@ -82,20 +81,30 @@ def parts_of(dim: int) -> int:
     return dim // math.gcd(dim, 8)
 
 
-def spare(ranking) -> int:
-    """How many images more than twice those asked for are ranked by their features at first."""
-    return 512 if hasattr(ranking, "pq") else 16
+class Ranking:
+    """What FAISS has made of an index's images, as it is asked for the nearest of them.
 
+    d: size of the vectors. ntotal: how many there are. spare: how many more than twice those that are wanted are to be
+    asked for, as their order is a rough one.
+    """
 
-def selection(ranking, numbers: Sequence[int]):
-    """What has a ranking search among these ids alone, and all of them: also those in cells far away."""
-    if isinstance(ranking, Qdrant):
-        return ranking.selection(numbers)
-    library = faiss()
-    chosen = library.IDSelectorBatch(np.array(numbers, np.int64))
-    if isinstance(ranking, library.IndexIVF):
-        return library.SearchParametersIVF(sel=chosen, nprobe=ranking.nlist)
-    return library.SearchParameters(sel=chosen)
+    def __init__(self, made):
+        self.made, self.d, self.ntotal = made, made.d, made.ntotal
+        self.spare = 512 if hasattr(made, "pq") else 16
+
+    def search(self, query: np.ndarray, k: int, among: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(D,) -> scores and ids (k,) of the nearest, best first, of all or among these ids, also in cells far away;
+        where there are fewer, ids of -1."""
+        params = None if among is None else self.selection(among)
+        scores, numbers = self.made.search(query[None], k, params=params)
+        return scores[0], numbers[0]
+
+    def selection(self, among: Sequence[int]):
+        library = faiss()
+        chosen = library.IDSelectorBatch(np.array(among, np.int64))
+        if isinstance(self.made, library.IndexIVF):
+            return library.SearchParametersIVF(sel=chosen, nprobe=self.made.nlist)
+        return library.SearchParameters(sel=chosen)
 
 
 def read_ranking(path: Path, dim: int):

@@ -230,7 +230,7 @@ def test_codes_find_nearly_all_in_a_fraction_of_the_memory(tmp_path):
 def test_codes_of_few_images_are_no_codes(tmp_path):
     features = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
     opened = features_index(tmp_path, features, "pq")
-    assert type(opened.ranking).__name__ == "IndexIVFScalarQuantizer"
+    assert type(opened.ranking.made).__name__ == "IndexIVFScalarQuantizer"
     read_ranking(tmp_path / "index.faiss", 16)
 
 

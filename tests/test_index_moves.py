@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 
-import search
 from machine.errors import InputError
 from searching.gallery import Gallery
 from searching.image_list import BEFORE_METADATA
@@ -15,13 +14,9 @@ from searching.image_list import BEFORE_METADATA
 from .conftest import picture, some
 from .index_faults import copied, older, write_model
 from .test_index_safety import paths
-from .test_search import CPU
+from .test_search import CPU, run
 
 PATHS = [f"{folder}{number}.jpg" for folder in ("", "a/", "a/b/") for number in range(4)]
-
-
-def run(*words):
-    return search.main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 
-import search
 from machine.errors import InputError
 from searching import metadata
 from searching.gallery import Gallery
@@ -18,7 +17,7 @@ from searching.metadata import Filter, cell
 
 from .conftest import picture
 from .index_faults import copied, execute, older, write_model
-from .test_search import CPU, features_index
+from .test_search import CPU, features_index, run
 
 TABLE = """colour,file_name,price,sku,note
 red,a/0.jpg,10,007,"<b>warm</b>, soft"
@@ -30,10 +29,6 @@ green,gone.jpg,1,2,
 green,5.jpg,1,2,
 """
 PATHS = ("a/0.jpg", "a/1.jpg", "a/2.jpg", "a/3.jpg", "b/4.jpg", "a/5.jpg", "b/5.jpg", "b/6.jpg")
-
-
-def run(*words):
-    return search.main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")

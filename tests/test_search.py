@@ -27,7 +27,7 @@ from machine.stopping import Stopped
 from searching.build import build
 from searching.gallery import Gallery, load_model, read_picture
 from searching.image_list import ImageList
-from searching.ranking import rank
+from searching.ranking import Ranking, rank
 
 from .conftest import picture, run_main, write_mitstates
 from .services import ROOT, serving, write_bert
@@ -127,7 +127,7 @@ def features_index(folder, features, kind="exact"):
     images.add([(f"{number}.jpg", (1, 1)) for number in range(len(features))], features)
     rank(images, folder, features.shape[1], kind, quiet)
     opened = object.__new__(Gallery)
-    opened.images, opened.ranking = images, faiss.read_index(str(folder / "index.faiss"))
+    opened.images, opened.ranking = images, Ranking(faiss.read_index(str(folder / "index.faiss")))
     return opened
 
 
@@ -150,7 +150,7 @@ def test_ivf_looks_at_some_cells_and_finds_nearly_all(tmp_path):
     features = (centres[rng.integers(0, 60, 20_000)] + 0.2 * rng.normal(size=(20_000, 16))).astype(np.float32)
     opened = features_index(tmp_path, features, "ivf")
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    assert opened.ranking.ntotal == 20_000 and opened.ranking.nprobe < opened.ranking.nlist / 10
+    assert opened.ranking.ntotal == 20_000 and opened.ranking.made.nprobe < opened.ranking.made.nlist / 10
     recalls = []
     for query in unit[:40]:
         best = {number - 1 for number, _ in opened.nearest(query, 10)}
