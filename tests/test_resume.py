@@ -171,6 +171,7 @@ def test_a_stop_that_tears_something_apart_is_one_line_but_not_a_fault_of_saving
         assert capsys.readouterr().err == "x.py: stopped by SIGTERM\n"
 
 
+@pytest.mark.long("processes that load torch")
 def test_a_stop_before_training_is_one_line(mitstates, tmp_path):
     """While it loads torch, and while it waits for a service that is not there."""
     for reached in (lambda: None, (tmp_path / "logs").exists):
