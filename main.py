@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import logging
 import sys
 from functools import partial
@@ -27,16 +26,16 @@ from img_text_composition_models import ImgTextCompositionBase, Recipe
 from machine import distributed
 from machine.device import choose_device, compiled, seed_everything, set_up
 from machine.downloads import stay_offline
-from machine.folder_lock import FolderLock, write_whole
+from machine.folder_lock import FolderLock
 from machine.progress import progress_bar, say
 from machine.streams import log_to_stderr
 from resuming import find_start
 from run_data import Data, make_data, place_images, tell_of_unread
 from sizes import check_sizes, check_test_size
-from test_retrieval import evaluate, orders
+from test_retrieval import evaluate
 from text_encoders import text_encoder_of
 from text_model import SimpleVocab, spread
-from training import Split, Training
+from training import Training
 from writers import WRITERS
 
 # The model
@@ -70,17 +69,6 @@ def ready(model: ImgTextCompositionBase, device: torch.device, precision: str, f
 
 
 # The run
-
-def submit(args: argparse.Namespace, model: ImgTextCompositionBase, split: Split, folder: Path) -> None:
-    """Write what the benchmark's test server takes, into the run's folder."""
-    def write(asked, ids, queries, gallery, _) -> None:
-        answers = split.data.submission(ids[order] for order in orders(queries, gallery, asked.own))
-        for name, content in answers.items():
-            write_whole(folder / name, json.dumps(content).encode())
-            say(f"{folder / name}: {len(asked.texts)} answers for the test server")
-    evaluate(model, split.data, split.store, args.test_batch_size, args.loader_num_workers, args.seed, progress_bar,
-             watch=write if distributed.first() else None)
-
 
 def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock: FolderLock) -> None:
     """The whole program, in order. lock: of the run's folder, which the first process takes."""
@@ -142,7 +130,8 @@ def run(args: argparse.Namespace, stopping: Stopping, device: torch.device, lock
             training.go_on(state)
         training.run()
     for split in data.served.values():
-        submit(args, model, split, folder)
+        evaluate(model, split.data, split.store, args.test_batch_size, args.loader_num_workers, args.seed, progress_bar,
+                 watch=report.Submission(folder, split.data) if first else None)
     log.close()
 
 

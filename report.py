@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from composition_dataset import Judge, QuerySet
+from composition_dataset import CompositionDataset, Judge, QuerySet
 from machine.errors import InputError
 from machine.folder_lock import FolderLock, write_whole
 from machine.image_store import DeviceStore, ImageStore
 from machine.progress import say
 from pictures import Answer, feature_map, sheet
-from test_retrieval import NEVER, CorrectImages, chance
+from test_retrieval import NEVER, CorrectImages, chance, orders
 from text_model import spread
 from writers import WRITERS, JsonLines, Points
 
@@ -126,6 +126,19 @@ class Sightings(dict):
 
 def rows_of(features: Tensor, rows: Sequence[int]) -> Tensor:
     return features[torch.as_tensor(np.asarray(rows), device=features.device)]
+
+
+class Submission:
+    """What a benchmark's test server takes, into the run's folder: a `watch` for `evaluate`."""
+
+    def __init__(self, folder: Path, data: CompositionDataset):
+        self.folder, self.data = folder, data
+
+    def __call__(self, asked: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor, _) -> None:
+        answers = self.data.submission(ids[order] for order in orders(queries, gallery, asked.own))
+        for name, content in answers.items():
+            write_whole(self.folder / name, json.dumps(content).encode())
+            say(f"{self.folder / name}: {len(asked.texts)} answers for the test server")
 
 
 @dataclass
