@@ -95,7 +95,7 @@ def test_an_index_is_not_emptied_by_a_disk_that_is_not_there(trained, both, gone
         assert paths(out) == {"0.jpg", "a/b/new.jpg", *(f"a/new{number}.jpg" for number in range(4))}
 
 
-@pytest.mark.parametrize("how", ["gone", "empty", "linked"])
+@pytest.mark.parametrize("how", some(["gone", "empty", "linked"]))
 def test_a_folder_that_is_not_there_for_a_moment_costs_nothing(trained, both, tmp_path, how, caplog):
     folder, out = both
     before = paths(out)
@@ -205,7 +205,7 @@ def test_a_strangers_index_ends_in_one_line_or_the_right_answer(first, right, tm
         assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize(("flags", "said"), [
+@pytest.mark.parametrize(("flags", "said"), some([
     ({"text_encoder": "hf:evil.example/model", "pooling_layer": -2, "max_seq_len": 25}, "HF_HUB_OFFLINE=0"),
     ({"text_encoder": "open_clip:ViT-B-32/openai", "image_encoder": "x", "image_weights": "none"},
      "get https.* and put it at .*HF_HUB_OFFLINE=0"),
@@ -213,7 +213,7 @@ def test_a_strangers_index_ends_in_one_line_or_the_right_answer(first, right, tm
     ({"text_encoder": "service", "bert_port": "x"}, "none of this program's"),
     ({"text_encoder": "service", "bert_timeout": 1e9}, "none of this program's"),
     ({"text_encoder": "service", "bert_ip": "192.0.2.1", "bert_timeout": 1.0, "bert_port": 9, "bert_port_out": 9},
-     "localhost:9")])
+     "localhost:9")], 2))
 def test_a_strangers_index_has_no_other_host_asked(first, tmp_path, monkeypatch, flags, said):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     def change(state):
