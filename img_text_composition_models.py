@@ -178,14 +178,15 @@ class ConvMapping(nn.Module):
 
     def __init__(self, channels: int, size_in: int, image_dim: int, conv_name: str, filters: int = 64):
         super().__init__()
-        pooled = max(1, size_in // filters)                                     # 16 for 2 * 512, 20 for 512 + 768
+        self.pooled = max(1, size_in // filters)                                # 16 for 2 * 512, 20 for 512 + 768
         self.conv_name = conv_name                                              # the original's two releases of a name
         self.add_module(conv_name, nn.Conv1d(channels, filters, kernel_size=3, padding=1))
-        self.pool = nn.AdaptiveMaxPool1d(pooled)
-        self.mapping = mlp(filters * pooled, image_dim, image_dim)
+        self.mapping = mlp(filters * self.pooled, image_dim, image_dim)
 
     def forward(self, features: Tensor) -> Tensor:                              # (B, channels, length)
-        pooled = self.pool(getattr(self, self.conv_name)(features))             # (B, 64, pooled)
+        convolved = getattr(self, self.conv_name)(features)                     # (B, 64, length)
+        window, rest = divmod(convolved.shape[2], self.pooled)
+        pooled = F.adaptive_max_pool1d(convolved, self.pooled) if rest else F.max_pool1d(convolved, window)  # faster
         return self.mapping(pooled.flatten(1))                                  # (B, D)
 
 

@@ -22,7 +22,8 @@ from machine.device import send
 from machine.image_store import DeviceStore, ImageStore, prefetch
 from machine.progress import no_progress
 
-COMPOSED_AT_ONCE = 1024                 # texts encoded, or queries composed
+TEXTS_AT_ONCE = 1024
+COMPOSED_AT_ONCE = {"cpu": 128, "cuda": 1024}                               # by each of a CPU's threads, or by a GPU
 # Ranked at once by each of a CPU's threads, or by a GPU, and at most so many scores: 32 MiB a thread, or 128 in all.
 QUERIES_AT_ONCE, SCORES_AT_ONCE = {"cpu": 256, "cuda": 4096}, {"cpu": 2**23, "cuda": 2**25}
 NEVER = np.iinfo(np.int64).max          # the rank of a query without a correct image: no hit at any K
@@ -50,20 +51,22 @@ def encode_images(model, store: ImageStore | DeviceStore, ids: Sequence[int], ba
 
 def compose_queries(model, images: Tensor, texts: list[str], progress: Progress = no_progress) -> Tensor:
     """(Q, D) source features, Q texts -> (Q, D) unit query vectors; each distinct text is encoded once."""
-    def in_batches(make: Callable[[slice], Tensor], count: int, size: int, what: str) -> Tensor:
+    def in_batches(make: Callable[[slice], Tensor], count: int, at_once: int, size: int, each_part: Callable,
+                   what: str) -> Tensor:
         """(count, size), each process making its share of the batches."""
-        starts = range(0, count, COMPOSED_AT_ONCE)
-        mine = distributed.share(starts)
-        made = [make(slice(start, start + COMPOSED_AT_ONCE)) for start in progress(mine, desc=what, total=len(mine))]
-        lengths = [min(COMPOSED_AT_ONCE, count - start) for start in starts]
+        parts = [slice(start, min(start + at_once, count)) for start in range(0, count, at_once)]
+        mine = distributed.share(parts)
+        made = progress(each_part(make, mine), desc=what, total=len(mine))
+        lengths = [part.stop - part.start for part in parts]
         return distributed.collect(torch.cat([images.new_empty(0, size), *made]), lengths)
     distinct = list(dict.fromkeys(texts))
-    vectors = in_batches(lambda part: model.encode_text(distinct[part]), len(distinct), model.text_dim,
-                         "encoding texts")
+    vectors = in_batches(lambda part: model.encode_text(distinct[part]), len(distinct), TEXTS_AT_ONCE, model.text_dim,
+                         map, "encoding texts")
     row = {text: i for i, text in enumerate(distinct)}
     rows = torch.tensor([row[text] for text in texts], device=vectors.device)
-    composed = in_batches(lambda part: model.compose(images[part], vectors[rows[part]]), len(texts), model.image_dim,
-                          "composing queries")
+    kind, each_part = ("cpu", on_each_core) if images.device.type == "cpu" else ("cuda", map)
+    composed = in_batches(lambda part: model.compose(images[part], vectors[rows[part]]), len(texts),
+                          COMPOSED_AT_ONCE[kind], model.image_dim, each_part, "composing queries")
     return F.normalize(composed, dim=1)
 
 

@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from image_encoders import encoder_head, image_encoder, load_image_weights
-from img_text_composition_models import MODELS
+from img_text_composition_models import MODELS, ConvMapping
 from machine.errors import InputError
 from text_model import SimpleVocab
 from torch_function import composition_losses
@@ -127,6 +127,18 @@ def test_any_image_size_text_size_and_batch(name, image_dim, text_dim, batch):
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert dead == []
     torch.testing.assert_close(features["query"].norm(dim=1), torch.full((batch,), 4.0))
+
+
+@pytest.mark.parametrize(("size_in", "length"), [(8, 12), (8, 13), (16, 20), (1, 5)])
+def test_convolved_features_are_pooled_in_windows_of_any_size(size_in, length):
+    """As the original's AdaptiveMaxPool1d: window i is floor(i length / pooled) to ceil((i + 1) length / pooled)."""
+    mapping = ConvMapping(2, size_in, 3, "conv", filters=4).eval()
+    windows = max(1, size_in // 4)
+    features = torch.randn(2, 2, length)
+    convolved = mapping.conv(features)                                          # (2, 4, length)
+    largest = [convolved[:, :, i * length // windows:-(-(i + 1) * length // windows)].amax(2) for i in range(windows)]
+    pooled = torch.stack(largest, 2)                                            # (2, 4, windows)
+    assert torch.equal(mapping(features), mapping.mapping(pooled.flatten(1)))
 
 
 def test_turning_by_the_conjugate_undoes_the_rotation():

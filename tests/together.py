@@ -64,7 +64,7 @@ def tests(trees, cache):
     """Metrics on each benchmark's splits, in batches so small that every process has some; how many images were
     decoded, and how often a composed query was made, in all processes together."""
     sizes = test_retrieval.QUERIES_AT_ONCE, test_retrieval.COMPOSED_AT_ONCE
-    test_retrieval.QUERIES_AT_ONCE, test_retrieval.COMPOSED_AT_ONCE = {"cpu": 3}, 2
+    test_retrieval.QUERIES_AT_ONCE, test_retrieval.COMPOSED_AT_ONCE = {"cpu": 3}, {"cpu": 2}
     decoded, composed = [], []
     decode, compose = image_store.decode, MODELS["composeAE"].compose
     image_store.decode = lambda path, *size, **told: decoded.append(path) or decode(path, *size, **told)
