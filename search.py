@@ -62,6 +62,11 @@ def get_parser() -> Parser:
                 ("--bert_timeout", at_least(0.1, float, 86400), "SECONDS", "how long to wait for it")):
             service.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=help)
 
+    def takes_nearness(made: Parser) -> None:
+        made.add_argument("--nearness", type=at_least(0, float, 1), default=0.0, metavar="W", help="from 0, as the "
+                          "model was trained, to 1: how much results shall look like the picture besides; for things "
+                          "that it was not trained with")
+
     index = command("index", "make an index of a folder of images, or bring one up to date; stopped, the same command "
                     "goes on")
     computes(index)
@@ -92,6 +97,7 @@ def get_parser() -> Parser:
                        help="the query's picture, any file (required)")
     query.add_argument("--text", default="", help="what to change, as the model was trained to be told; empty: images "
                        "that look like the picture")
+    takes_nearness(query)
     query.add_argument("-k", type=at_least(1, most=MOST_RESULTS), default=20, metavar="K", help="how many results")
     query.add_argument("--qdrant", metavar="URL", default=argparse.SUPPRESS, help="search in a Qdrant database that "
                        "holds the exported vectors: http://HOST:PORT, or a folder of its local mode; its key is taken "
@@ -107,6 +113,7 @@ def get_parser() -> Parser:
                        "picture")
     serve = command("serve", "open a web page to search on, and to go on from what was found")
     opens_index(serve)
+    takes_nearness(serve)
     serve.add_argument("-k", type=at_least(1, most=100), default=20, metavar="K", help="how many results it shows")
     serve.add_argument("--host", default="127.0.0.1", help="address it listens on; no password is asked, so name "
                        "another only in a network you trust")
@@ -183,7 +190,8 @@ def index(args: argparse.Namespace) -> None:
 
 def query(args: argparse.Namespace) -> None:
     gallery = open_index(args)
-    hits = gallery.search(args.image, args.text, args.k + (not args.keep_query), where=args.where)
+    hits = gallery.search(args.image, args.text, args.k + (not args.keep_query), where=args.where,
+                          nearness=args.nearness)
     if not args.keep_query:
         own = os.path.realpath(args.image)
         hits = [hit for hit in hits if os.path.realpath(hit.path) != own][:args.k]
@@ -298,7 +306,7 @@ def serve(args: argparse.Namespace) -> None:
         from searching import page
     except ModuleNotFoundError as error:
         raise InputError(f"the page needs {error.name}: pip install -r requirements-search.txt") from None
-    page.open_page(gallery, args.k, args.host, args.port, args.allow_host, args.root_path)
+    page.open_page(gallery, args.k, args.host, args.port, args.allow_host, args.root_path, args.nearness)
 
 
 def export(args: argparse.Namespace) -> None:

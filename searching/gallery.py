@@ -172,17 +172,22 @@ class Encoder:
         return features
 
     @torch.inference_mode()
-    def query(self, image: Tensor, text: str) -> Tensor:
+    def query(self, image: Tensor, text: str, nearness: float = 0.0) -> Tensor:
         """(D,), a text -> the unit vector (D,) to search with: without a text, the image's own. Words that the model
         does not know are left out, as read they would be noise.
+
+        nearness: so much of the image's direction is added to the composed one, which things profit from that the model
+        was not trained with (docs/experiments.md).
 
         Raises InputError for a text as `unknown` does, and where the vector is not finite.
         """
         if unknown := self.unknown(text):                                       # which refuses what cannot be read
             text = " ".join(word for word in tokenize(text) if word not in unknown)
-        composed = image[None].to(self.device)
+        own = composed = image[None].to(self.device)                            # (1, D)
         if text.strip():
-            composed = self.model.compose(composed, self.model.encode_text([text]))
+            composed = self.model.compose(own, self.model.encode_text([text]))
+        if nearness:
+            composed = F.normalize(composed, dim=1) + nearness * F.normalize(own, dim=1)
         query = F.normalize(composed, dim=1)[0].cpu()
         if not query.isfinite().all():
             raise InputError("the model's answer to this query is not finite: its training diverged")
@@ -305,21 +310,22 @@ class Gallery:
         return metadata_of(self.images, [path]).get(path, {}) if path else {}
 
     def search(self, picture: str | Path | Source, text: str, k: int = 20, leave_out: bool = False,
-               where: str = "") -> list[Hit]:
+               where: str = "", nearness: float = 0.0) -> list[Hit]:
         """The k images (1 or more) nearest to the composed query, best first, equal ones by id. Without a text, those
         that look like the picture.
 
         picture: any file, or what `picture` or `own_picture` made of one. leave_out: whether one of the gallery's own
         is none of its results. where: a condition on `columns`, in SQL, which all results fulfil; whoever may search
-        may write it. Raises InputError for a picture that cannot be read, for a text as the encoder's `unknown` does,
-        which gives the words that are not known, for a condition that is none, and where the index is damaged.
+        may write it. nearness: as the encoder's `query` has it. Raises InputError for a picture that cannot be read,
+        for a text as the encoder's `unknown` does, which gives the words that are not known, for a condition that is
+        none, and where the index is damaged.
         """
         if k < 1:
             raise InputError(f"k is {k}; ask for one result or more")
         among = self.filter.images(where) if where.strip() else None
         source = picture if isinstance(picture, Source) else self.picture(picture)
         with self.lock:
-            query = self.encoder.query(source.feature, text).numpy()
+            query = self.encoder.query(source.feature, text, nearness).numpy()
         own = {source.image} if leave_out else set()
         found = [(path, number, score) for number, score in self.nearest(query, k + len(own), among)
                  if number not in own and (path := self.images.path_of(number))][:k]    # none: taken out this moment

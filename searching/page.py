@@ -52,6 +52,8 @@ class Question(BaseModel):
                       "empty: images that look like the picture")
     k: int = Field(20, ge=1, le=MOST_RESULTS, description="how many results")
     where: str = Field("", description="a condition on the gallery's columns, in SQL")
+    nearness: float | None = Field(None, ge=0, le=1, description="how much results shall look like the picture "
+                                   "besides; as the server was started with unless given")
     keep: bool = Field(False, description="whether a picture of the gallery may be among its own results")
 
 
@@ -112,6 +114,7 @@ class Model(BaseModel):
     looks_for: bool = Field(description="whether a text says what is looked for, and not what should change")
     k: int
     most: int
+    nearness: float
 
 
 class Failure(BaseModel):
@@ -120,9 +123,10 @@ class Failure(BaseModel):
 
 
 class Page:
-    """What is answered, of one gallery; k: how many results the page asks for, unless a visitor wants others."""
+    """What is answered, of one gallery; k, nearness: how many results the page asks for and how near the picture,
+    unless a visitor wants others."""
 
-    def __init__(self, gallery: Gallery, k: int):
+    def __init__(self, gallery: Gallery, k: int, nearness: float = 0.0):
         self.gallery, self.uploads = gallery, Uploads(gallery)
         self.at_work = CapacityLimiter(os.cpu_count() or 1)                     # pictures decoded at once
         self.small = lru_cache(SMALL_COPIES)(lambda file, side, version: jpeg(file, side))
@@ -130,7 +134,7 @@ class Page:
         texts = spread(encoder.examples, EXAMPLES)
         pictures = self.described(spread(gallery.images.ids(), len(texts) + 2)[1:-1])
         self.about = Model(
-            model=encoder.opt.get("model", "model"), images=gallery.size, k=k, most=MOST_RESULTS,
+            model=encoder.opt.get("model", "model"), images=gallery.size, k=k, most=MOST_RESULTS, nearness=nearness,
             columns=gallery.columns, texts=texts, looks_for=bool(encoder.opt.get("use_complete_text_query")),
             words=encoder.vocabulary and sorted(encoder.vocabulary.word2id.keys() - {UNKNOWN}),
             examples=[Example(**dict(picture), text=text) for picture, text in zip(pictures, texts, strict=False)])
@@ -183,7 +187,8 @@ class Page:
 
     def answer(self, question: Question, source: Source, image: int | str, path: str) -> Answer:
         start, text = time.perf_counter(), printable(question.text)
-        hits = self.gallery.search(source, text, question.k, not question.keep, question.where)
+        nearness = self.about.nearness if question.nearness is None else question.nearness
+        hits = self.gallery.search(source, text, question.k, not question.keep, question.where, nearness)
         unknown = self.gallery.encoder.unknown(text)
         warnings = [f"Not known to the model, so left out: {', '.join(unknown)}"] if unknown else []
         results = [Result(rank=rank, score=hit.score, image=hit.image, metadata=hit.metadata,
@@ -289,20 +294,21 @@ HANDLERS = {InputError: told, HTTPException: refused, RequestValidationError: no
 
 @contextmanager
 def serving(gallery: Gallery, k: int, host: str, port: int, allowed: Iterable[str] = (),
-            root_path: str = "") -> Iterator[str]:
+            root_path: str = "", nearness: float = 0.0) -> Iterator[str]:
     """The page, served meanwhile; yields its address. allowed: other names it goes by; root_path: where a proxy has it;
     port: 0 for any that is free. Raises InputError where the address cannot be had."""
     if not re.fullmatch(r"(/[\w.~-]+)*/?", root_path, re.ASCII):
         raise InputError(f"--root_path {root_path!r} is no path; give one such as /find")
     names = Names(host, allowed)
-    page = Page(gallery, k)
+    page = Page(gallery, k, nearness)
     with listening(host, port) as listener, running(Guard(page.app(), names, root_path.rstrip("/")), listener):
         threading.Thread(target=page.warm_up, daemon=True).start()
         yield f"http://{address(host.strip('[]'), listener.getsockname()[1])}"
 
 
-def open_page(gallery: Gallery, k: int, host: str, port: int, allowed: Iterable[str] = (), root_path: str = "") -> None:
+def open_page(gallery: Gallery, k: int, host: str, port: int, allowed: Iterable[str] = (), root_path: str = "",
+              nearness: float = 0.0) -> None:
     """Serve the page until the program is stopped."""
-    with serving(gallery, k, host, port, allowed, root_path) as url:
+    with serving(gallery, k, host, port, allowed, root_path, nearness) as url:
         print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()

@@ -342,6 +342,32 @@ def test_what_a_table_says_is_shown_and_filtered_by(tab, address):
     expect(tab.locator("#where")).not_to_be_visible()
 
 
+def test_how_near_the_picture_stands_in_the_address_and_moves_the_results(tab, address, gallery):
+    started(tab, address)
+    tab.locator(PICK).nth(3).click()
+    shows(tab, "The 8 nearest")
+    ask(tab, "wet")
+    shows(tab, "wet")
+    slider, trained = tab.locator("#nearness"), tab.url
+    def cosines():
+        return tab.locator("#grid .rank").evaluate_all("ranks => ranks.map(rank => rank.title)")
+    plain = cosines()
+    slider.focus()
+    tab.keyboard.press("End")
+    tab.wait_for_url("**nearness=1**")
+    shows(tab, "wet")
+    expect(tab.locator("#grid .rank").first).not_to_have_attribute("title", plain[0])
+    near = cosines()
+    tab.reload()
+    shows(tab, "wet")
+    assert slider.input_value() == "1" and cosines() == near != plain
+    tab.go_back()
+    tab.wait_for_url(trained)
+    shows(tab, "wet")
+    expect(tab.locator("#grid .rank").first).to_have_attribute("title", plain[0])
+    assert slider.input_value() == "0" and cosines() == plain
+
+
 def test_examples_names_and_a_pictures_ways_on(tab, address, gallery):
     started(tab, address)
     tab.locator("#examples button").nth(1).click()

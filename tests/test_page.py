@@ -16,9 +16,9 @@ from .services import free_ports
 from .test_page_security import SEARCH, answer, form
 
 
-def get(web_page, door, **asked):
+def get(web_page, door, expected=200, **asked):
     status, _, content = answer(web_page.port, "GET", f"{door}?{urlencode(asked)}")
-    assert status == 200, content
+    assert status == expected, content
     return json.loads(content)
 
 
@@ -74,6 +74,21 @@ def test_results_have_what_the_table_says_and_a_condition_leaves_some(web_page, 
         hit["image"] for hit in red["results"]]
     offered = get(web_page, "/api/images", name="/4.jpg")["images"]
     assert [image["metadata"] for image in offered] == [{"colour": "<b>red", "price": 4}]
+
+
+def test_how_near_the_picture_is_the_askers_word_or_else_the_servers(web_page, opened):
+    own = opened.images.id_of("<b>x/5.jpg")
+    expected = {nearness: [(hit.image, pytest.approx(hit.score, abs=1e-5)) for hit in opened.search(
+        opened.own_picture(own), "wet", 5, leave_out=True, nearness=nearness)] for nearness in (0, 0.5, 1)}
+    for nearness, hits in expected.items():
+        found = get(web_page, SEARCH, image=own, text="wet", k=5, nearness=nearness)["results"]
+        assert [(hit["image"], hit["score"]) for hit in found] == hits
+    question = page.OwnPicture(image=str(own), text="wet", k=5)
+    for server in (0, 0.5):
+        found = page.Page(opened, 5, server).search(question).results
+        assert [(hit.image, hit.score) for hit in found] == expected[server]
+    for wrong in ("-0.1", "1.1", "nan", "inf", "near"):
+        assert "nearness" in get(web_page, SEARCH, 400, image=own, text="wet", nearness=wrong)["error"]
 
 
 def test_words_that_are_not_known_are_left_out_and_said(web_page):
@@ -139,9 +154,9 @@ def test_the_api_is_described_and_nothing_in_it_comes_from_elsewhere(web_page):
         "/api/model": ["get"], "/api/images": ["get"], "/api/search": ["get", "post"], "/images/{image}": ["get"],
         "/thumbnails/{image}": ["get"]}
     names = {each["name"] for each in described["paths"]["/api/search"]["get"]["parameters"]}
-    assert names == {"image", "path", "text", "k", "where", "keep"}
+    assert names == {"image", "path", "text", "k", "where", "nearness", "keep"}
     fields = described["components"]["schemas"]["AnyPicture"]["properties"]
-    assert set(fields) == {"file", "text", "k", "where", "keep"}
+    assert set(fields) == {"file", "text", "k", "where", "nearness", "keep"}
     assert "multipart/form-data" in described["paths"]["/api/search"]["post"]["requestBody"]["content"]
 
 

@@ -75,27 +75,28 @@ def asked(capsys, *words):
 
 
 @torch.no_grad()
-def plain_search(source, paths, image, text):
+def plain_search(source, paths, image, text, nearness=0):
     """(path, cosine) of all, best first: one image at a time, no index."""
     model, size = checkpoint.rebuild_model(source), checkpoint.load(source)["opt"]["image_size"]
 
     def feature(path):
         pixels = torch.from_numpy(decode(str(path), size).copy()).permute(2, 0, 1)[None]
         return model.encode_image(normalize_images(pixels))[0]
-    query = feature(image)
+    own = query = feature(image)
     if text:
-        query = model.compose(query[None], model.encode_text([text]))[0]
+        query = model.compose(own[None], model.encode_text([text]))[0]
+    query = query / query.norm() + nearness * own / own.norm()
     return sorted(((str(path), F.cosine_similarity(query, feature(path), dim=0).item()) for path in paths),
                   key=lambda found: -found[1])
 
 
-@pytest.mark.parametrize("text", ["wet", "old dog wet bus", ""])
-def test_a_query_finds_what_a_plain_search_finds(trained, images, index, capsys, text):
+@pytest.mark.parametrize(("text", "nearness"), [("wet", 0), ("wet", 0.3), ("old dog wet bus", 1), ("", 0), ("", 0.3)])
+def test_a_query_finds_what_a_plain_search_finds(trained, images, index, capsys, text, nearness):
     paths = [path for path in images.rglob("*.jpg") if not path.name.startswith(".")]
     image = images / "a b" / "1.jpg"
-    expected = plain_search(trained, paths, image, text)
+    expected = plain_search(trained, paths, image, text, nearness)
     assert expected[0][1] - expected[-1][1] > 0.01
-    found = asked(capsys, "--index", index, "--image", image, "--text", text, "-k", 7)["results"]
+    found = asked(capsys, "--index", index, "--image", image, "--text", text, "-k", 7, "--nearness", nearness)["results"]
     assert [hit["rank"] for hit in found] == [1, 2, 3, 4, 5, 6, 7]
     assert [hit["score"] for hit in found] == pytest.approx([score for _, score in expected[:7]], abs=2e-6)
     assert [hit["score"] for hit in found] == pytest.approx([dict(expected)[hit["path"]] for hit in found], abs=2e-6)

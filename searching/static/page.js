@@ -9,7 +9,7 @@ const MOST_STEPS = 30, OFFERED = 60, CHIPS = 8, RESULTS = "Results";
 const known = new Map();        // image id -> {path, metadata}, of all that was shown so far
 const answers = new Map();      // address of a question -> its answer, so that going back takes no time
 let model;                      // what /api/model says
-let query = {};                 // {image, text, k, where, name, steps: [{image, text}]}, as the address has it
+let query = {};                 // {image, text, k, nearness, where, name, steps: [{image, text}]}, as the address has it
 let drawn = null;               // {address, title, said} of what the grid shows
 let current;                    // the request under way; an answer to any other is dropped
 
@@ -22,14 +22,16 @@ function read() {
         return {image: step.slice(0, colon), text: step.slice(colon + 1)};
     });
     return {image: asked.get("image") || "", text: asked.get("text") || "", where: asked.get("where") || "",
-        name: asked.get("name") || "", k: Number(asked.get("k")) || model.k, steps};
+        name: asked.get("name") || "", k: Number(asked.get("k")) || model.k,
+        nearness: Number(asked.get("nearness") ?? model.nearness), steps};
 }
 
 function address(asked) {
     const words = new URLSearchParams();
     for (const name of ["image", "text", "where", "name"])
         if (asked[name]) words.set(name, asked[name]);
-    if (asked.k !== model.k) words.set("k", asked.k);
+    for (const name of ["k", "nearness"])
+        if (asked[name] !== model[name]) words.set(name, asked[name]);
     for (const step of asked.steps) words.append("step", `${step.image}:${step.text}`);
     return `?${words}`;
 }
@@ -104,6 +106,7 @@ function date(is_asking = false) {
 function show() {
     text.value = query.text;
     find("#where").value = query.where;
+    find("#nearness").value = query.nearness;
     find("#part").value = query.name;
     typed();
     show_source();
@@ -122,9 +125,9 @@ function offer(shuffle = false) {
 }
 
 function search() {
-    const asked = address({...query, steps: []}), {image, text, k, where} = query;
+    const asked = address({...query, steps: []}), {image, text, k, nearness, where} = query;
     return only(`Searching from ${told()}…`,
-        async () => answers.get(asked) || api("api/search", {image, text, k, where}),
+        async () => answers.get(asked) || api("api/search", {image, text, k, nearness, where}),
         answer => draw_answer(asked, answer));
 }
 
@@ -266,7 +269,8 @@ function ask(event) {
 function upload(chosen) {
     if (!chosen) return;
     const waiting = text.value.trim(), wanted = waiting === query.text ? "" : waiting, body = new FormData();
-    for (const [name, value] of Object.entries({text: wanted, k: query.k, where: query.where})) body.set(name, value);
+    const {k, nearness, where} = query;
+    for (const [name, value] of Object.entries({text: wanted, k, nearness, where})) body.set(name, value);
     body.set("file", chosen, chosen.name);
     scroll_up();
     only(`Searching from ${chosen.name}…`, () => api("api/search", {}, {method: "POST", body}), answer => {
@@ -327,6 +331,7 @@ find("#options").addEventListener("submit", event => {
     event.preventDefault();
     go_to({...query, where: find("#where").value.trim()});
 });
+find("#nearness").addEventListener("change", () => go_to({...query, nearness: find("#nearness").valueAsNumber}));
 find("#k").addEventListener("change", () => go_to({...query, k: Number(find("#k").value)}));
 document.addEventListener("paste", event => upload(event.clipboardData.files[0]));
 const dragging = is => document.body.classList.toggle("dragging", is);
