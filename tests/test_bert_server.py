@@ -162,6 +162,7 @@ def test_defaults_are_the_originals():
     assert (args.port, args.pooling_layer, args.max_seq_len) == (7, -1, None)
 
 
+@pytest.mark.long("waits")
 def test_nothing_is_lost_when_more_is_asked_than_read(client):
     for _ in range(1500):
         client.encode(["a"] * 10, blocking=False)

@@ -127,7 +127,7 @@ def ask(tab, text):
     tab.keyboard.press("Enter")
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", some(SIZES))
 def test_choose_say_search_go_on_and_come_back_by_button_reload_and_link(tab, address, size):
     tab.set_viewport_size(dict(zip(("width", "height"), SIZES[size], strict=True)))
     started(tab, address)

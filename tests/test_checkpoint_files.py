@@ -124,6 +124,7 @@ def start(log_dir, comment, resume="auto"):
         return resuming.find_start(resume, "", log_dir, comment, True, lock)
 
 
+@pytest.mark.long("runs")
 def test_the_newest_run_is_told_by_its_turn_when_the_clock_went_back(tiny, tmp_path):
     older = saved(tiny, tmp_path / "a_x", "_x", turn=1)
     newer = saved(tiny, tmp_path / "b_x", "_x", turn=2)
@@ -167,6 +168,7 @@ def test_a_restarted_job_looks_only_for_what_it_began_itself(tiny, tmp_path, mon
 
 # The same data
 
+@pytest.mark.long("several runs")
 def test_resume_notices_other_images_and_texts_but_not_other_times(mitstates, tmp_path, capsys, caplog):
     how = {"model": "tirg", "learning_rate": 1e-3, "eval_frequency": 0, "num_iters": 1}
     run = run_main("mitstates", mitstates, tmp_path / "logs", **how)

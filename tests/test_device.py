@@ -103,7 +103,7 @@ def test_in_bfloat16_a_step_rounds_each_weight_once(name):
     assert seen.done.count(("_to_copy", shape)) == 1
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", some(LOSSES, 2))
 @pytest.mark.parametrize("name", some(["composeAE", "TransformerAE", "tirg", "RealSpaceConcatAE"]))
 def test_a_step_asks_nothing_of_the_device(name, loss):
     """No operation whose result the host must know, which on a GPU would wait for all that was started."""
@@ -134,6 +134,7 @@ def logged(run):
     return {name: values for name, values in run.scalars().items() if not name.startswith("speed/")}
 
 
+@pytest.mark.long("two runs")
 def test_images_on_the_device_change_nothing(mitstates, tmp_path):
     runs = [run_main("mitstates", mitstates, tmp_path / cache, image_cache=cache) for cache in ("auto", "device")]
     assert logged(runs[0]) == logged(runs[1]) and runs[0].metrics == runs[1].metrics

@@ -118,6 +118,7 @@ def halves(trees):
     return found
 
 
+@pytest.mark.long("several steps")
 def test_without_gather_each_process_has_its_own_negatives(trees, alone, two):
     expected = halves(trees)
     for each in (process["apart"] for process in two):

@@ -272,6 +272,7 @@ def test_a_checkpoint_of_the_original_loads_strictly(case, tmp_path):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.long("several runs")
 def test_a_checkpoint_says_what_it_was_trained_with(mitstates, tmp_path, capsys, caplog):
     trained = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=1)
     run_main("mitstates", mitstates, tmp_path / "logs", comment="_2", test_only=True, image_size=40,

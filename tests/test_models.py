@@ -234,9 +234,9 @@ def test_a_failed_download_says_what_to_pass_instead(tmp_path, monkeypatch):
         load_image_weights(image_encoder("resnet18", 24, 224), "imagenet")
 
 
-@pytest.mark.parametrize(("name", "head", "width", "size"), [
-    ("resnet18", "fc", 512, 40), ("resnet50", "fc", 2048, 64), ("vit_b_32", "heads.head", 768, 64),
-    ("mobilenet_v3_small", "classifier.3", 1024, 64), ("swin_t", "head", 768, 64)])
+@pytest.mark.parametrize(("name", "head", "width", "size"), some([
+    ("resnet18", "fc", 512, 40), ("mobilenet_v3_small", "classifier.3", 1024, 64), ("resnet50", "fc", 2048, 64),
+    ("vit_b_32", "heads.head", 768, 64), ("swin_t", "head", 768, 64)], 2))
 def test_encoders_by_torchvisions_name_answer_features_of_the_size_asked_for(name, head, width, size):
     encoder = image_encoder(name, 24, size)
     assert encoder_head(name) == (head, width) and encoder.training

@@ -108,6 +108,7 @@ def test_a_file_is_what_it_was_or_all_of_the_new(tmp_path):
     assert (tmp_path / "x").read_bytes() == b"old" and [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.long("two runs")
 def test_the_readmes_line_started_twice(mitstates, tmp_path, capsys, monkeypatch):
     """The second start comes while the first is in its third step, which is told of a lost terminal afterwards."""
     words = flags("mitstates", mitstates, tmp_path / "logs", resume="auto", num_iters=100, save_frequency=1, **QUICK)

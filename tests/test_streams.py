@@ -45,6 +45,7 @@ def test_a_closed_stream_ends_no_program_and_lends_no_file_its_number(closed, tm
     assert (tmp_path / "mine").read_bytes() == b""
 
 
+@pytest.mark.long("processes")
 def test_bad_input_with_a_closed_error_stream_has_its_exit_code():
     assert program("open('/nowhere/x')", "2>&-") == (2, b"", b"")
 
@@ -56,6 +57,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     assert (code, out, error) == (0, b"x" * 999 + b"\n", b"") and (tmp_path / "end").read_text() == "went on\n"
 
 
+@pytest.mark.long("a process")
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the full disk is a Linux device")
 def test_results_that_a_full_disk_does_not_take_are_said():
     code, _, error = program("print('result')", "> /dev/full")
