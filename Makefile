@@ -52,7 +52,7 @@ demo: install data/toy/complete
 	@echo "To look at the run: $(BIN)/tensorboard --logdir logs, then open http://localhost:6006"
 	@echo "To search with the model, on a web page: make page, then open http://127.0.0.1:7860"
 
-# With the newest demo's model, on all toy pictures of its kind; a third of the nouns it was not trained with, hence the
+# With the newest demo's model, on all toy pictures of its kind; a quarter of the nouns it was not trained with, hence the
 # nearness (docs/experiments.md).
 page: install data/toy/complete
 	ls logs/*_demo/best_checkpoint.pth >/dev/null 2>&1 || $(MAKE) demo

@@ -274,7 +274,6 @@ def test_save_frequency_is_iterations_or_minutes(text, mitstates, tmp_path, caps
     assert now.due(2) and not now.due(3)
 
 
-@pytest.mark.long("a process; the fast tier has full disks in test_cache_files.py")
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(mitstates, tmp_path):
     """A limit on the size of files stands for the full disk."""
     run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=2)
