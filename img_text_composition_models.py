@@ -173,20 +173,27 @@ class LinearMapping(nn.Module):
         return self.mapping(features)
 
 
+class MaxPool(nn.AdaptiveMaxPool1d):
+    """Adaptive max pooling, in even windows by the faster function, which gives the same bits."""
+
+    def forward(self, features: Tensor) -> Tensor:                              # (B, channels, length)
+        window, rest = divmod(features.shape[2], self.output_size)
+        return super().forward(features) if rest else F.max_pool1d(features, window)  # (B, channels, output_size)
+
+
 class ConvMapping(nn.Module):
     """The paper's rho_conv: a convolution along the feature axis, pooled to about `size_in` values, then a mapping."""
 
     def __init__(self, channels: int, size_in: int, image_dim: int, conv_name: str, filters: int = 64):
         super().__init__()
-        self.pooled = max(1, size_in // filters)                                # 16 for 2 * 512, 20 for 512 + 768
+        pooled = max(1, size_in // filters)                                     # 16 for 2 * 512, 20 for 512 + 768
         self.conv_name = conv_name                                              # the original's two releases of a name
         self.add_module(conv_name, nn.Conv1d(channels, filters, kernel_size=3, padding=1))
-        self.mapping = mlp(filters * self.pooled, image_dim, image_dim)
+        self.pool = MaxPool(pooled)
+        self.mapping = mlp(filters * pooled, image_dim, image_dim)
 
     def forward(self, features: Tensor) -> Tensor:                              # (B, channels, length)
-        convolved = getattr(self, self.conv_name)(features)                     # (B, 64, length)
-        window, rest = divmod(convolved.shape[2], self.pooled)
-        pooled = F.adaptive_max_pool1d(convolved, self.pooled) if rest else F.max_pool1d(convolved, window)  # faster
+        pooled = self.pool(getattr(self, self.conv_name)(features))             # (B, 64, pooled)
         return self.mapping(pooled.flatten(1))                                  # (B, D)
 
 
