@@ -414,7 +414,8 @@ def scaling_rows(folder: Path, batch: int, size: int, repetitions: int) -> list[
         return []
     cores = sorted(os.sched_getaffinity(0))[:2]
     found: dict = {}
-    for processes, queries in tqdm([(1, batch), (2, batch), (2, 2 * batch), (1, batch)], desc="several processes"):
+    ways = [(1, batch), (2, batch), (2, 2 * batch)] + [(1, batch)] * (repetitions > 1)  # the floor before and after
+    for processes, queries in tqdm(ways, desc="several processes"):
         done = subprocess.run([
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__,
             "--shared_step", folder, str(queries), str(size), str(repetitions)], check=True, stdout=subprocess.PIPE,

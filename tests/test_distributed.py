@@ -64,18 +64,16 @@ def two(trees, tmp_path_factory):
     return results(2, trees, tmp_path_factory.mktemp("two"))
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.long("a job of its own")), 2,
-                                        pytest.param(4, marks=pytest.mark.long("a job of its own"))])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long("a job of its own"))])
 def found(request, trees, tmp_path_factory):
-    """What each of one, two and four processes found."""
+    """What each of two and of four processes found."""
     if request.param == 2:
         return request.getfixturevalue("two")
     return results(request.param, trees, tmp_path_factory.mktemp("found"))
 
 
 def test_the_machines_cores_are_shared(found):
-    alone = len(found) == 1                                                     # then it is as the user says: 1, here
-    assert [each["threads"] for each in found] == [1 if alone else max(1, usable_cores() // len(found))] * len(found)
+    assert [each["threads"] for each in found] == [max(1, usable_cores() // len(found))] * len(found)
 
 
 def assert_same_step(found, expected):
@@ -151,15 +149,13 @@ def test_tests_give_exactly_one_processs_metrics_and_decode_each_image_once(tree
         assert sum(each["composed"]) == expected["composed"][0] and min(each["composed"]) > 0
 
 
-@pytest.mark.long("a job for each benchmark")
-def test_a_trained_model_is_tested_by_several_as_by_one(benchmark_tree, tmp_path):
+@pytest.mark.long("a job of its own")
+def test_a_trained_model_is_tested_by_several_as_by_one(mitstates, tmp_path):
     """Through the program, where the batch size need not suit the processes."""
-    name, path = benchmark_tree
-    trained = run_main(name, path, tmp_path / "one", num_iters=2)
-    words = flags(name, path, tmp_path / "two", test_only=True, model_checkpoint=trained.checkpoint, batch_size=5,
-                  test_batch_size=3)
-    one = run_main(name, path, tmp_path / "three", test_only=True, model_checkpoint=trained.checkpoint,
-                   test_batch_size=3)
+    trained = run_main("mitstates", mitstates, tmp_path / "one", num_iters=2)
+    how = {"test_only": True, "model_checkpoint": trained.checkpoint, "test_batch_size": 3}
+    words = flags("mitstates", mitstates, tmp_path / "two", batch_size=5, **how)
+    one = run_main("mitstates", mitstates, tmp_path / "three", **how)
     run(*torchrun(2, "main.py", *words))
     assert only_run(tmp_path / "two").metrics == one.metrics
 
@@ -301,11 +297,10 @@ def test_asked_to_stop_all_stop_in_one_step_and_one_saves(mitstates, tmp_path):
     assert f"saved at iteration {saved_at(tmp_path / 'logs')}," in lines[0]
 
 
-@pytest.mark.long("three jobs")
+@pytest.mark.long("two jobs")
 def test_bad_input_is_said_once(mitstates, tmp_path):
     words = flags("mitstates", mitstates, tmp_path / "logs", image_cache="none")
     assert len(run(*torchrun(2, "main.py", *words, "--loss=none"), code=2)) == 1
-    assert len(run(*torchrun(2, "main.py", *words, "--batch_size=6", "--gather=False"), code=2)) == 1
     (tmp_path / "empty").mkdir()
     assert len(run(*torchrun(2, "main.py", *words, f"--dataset_path={tmp_path / 'empty'}"), code=2)) == 1
 

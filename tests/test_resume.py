@@ -65,8 +65,8 @@ def stamps(log_dir):
     return [path.stat().st_mtime_ns for path in log_dir.glob(f"*/{checkpoint.LATEST}")]
 
 
-KINDS = [("composeAE", "soft_triplet"), *((model, loss) for model in MODELS for loss in LOSSES
-                                          if (model, loss) != ("composeAE", "soft_triplet"))]
+KINDS = [("composeAE", "soft_triplet"), *(("composeAE", loss) for loss in LOSSES if loss != "soft_triplet"),
+         *((model, "batch_based_classification") for model in MODELS if model != "composeAE")]  # each, not each pair
 
 
 @pytest.mark.parametrize(("model", "loss"), some(KINDS))
@@ -97,7 +97,7 @@ def stopped_after(it, words, number=signal.SIGTERM):
         training.Training.step = original
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.long("three more processes"))])
+@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.long("two more processes"))])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(mitstates, tmp_path, kills):
     settings = {"num_iters": 12 * kills, "save_frequency": 4, "eval_frequency": 3, "loader_num_workers": 2}
     whole = run_main("mitstates", mitstates, tmp_path / "whole", **settings)
