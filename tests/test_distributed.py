@@ -14,7 +14,6 @@ import torch
 import checkpoint
 import main
 import training
-from img_text_composition_models import MODELS
 from machine import distributed
 from machine.device import usable_cores
 from machine.errors import InputError
@@ -85,8 +84,8 @@ def assert_same_step(found, expected):
 
 
 def test_losses_gradients_and_samples_are_those_of_one_process(alone, found):
-    """For each composer and loss, of two processes not every pair of these, batch norm's statistics held fixed."""
-    steps, kinds = [each["steps"] for each in found], together.FEW if len(found) == 2 else together.KINDS
+    """For each composer and each loss, batch norm's statistics held fixed."""
+    steps = [each["steps"] for each in found]
     samples = [sample for each in steps for sample in each["samples"]]
     assert [text for text, *_ in samples] == [text for text, *_ in alone["samples"]]
     for (_, *ours), (_, *theirs) in zip(samples, alone["samples"], strict=True):
@@ -95,45 +94,43 @@ def test_losses_gradients_and_samples_are_those_of_one_process(alone, found):
         sources = [source for _, source, _ in each["samples"]]
         assert len(sources) == 8 // len(found)
         assert all(torch.equal(a, b) for a, b in zip(sources[::2], sources[1::2], strict=True))     # pairs are whole
-        for kind in kinds:
+        for kind in together.KINDS:
             assert_same_step(each[kind], alone[kind])
-    assert all(alone[kind]["gradients"]["img_model.features.0.0.weight"].norm() > 0 for kind in kinds)
+    assert all(alone[kind]["gradients"]["img_model.features.0.0.weight"].norm() > 0
+               for kind in together.KINDS)
 
 
-def halves(trees):
+def halves(trees, kinds):
     """The mean over two half batches of what each gives by itself, of the loss that draws no random numbers."""
     split = together.open_split(trees, "mitstates", "train")
     found = {}
-    for name in MODELS:
+    for name, loss in kinds:
         parts = []
         for half in next(training.batches(split, 5, 0, 8, 0, together.CPU, parts=2)):
             model = together.exact(together.a_model(name, split.data))
             optimizer = training.make_optimizer(model, 0, 0)
-            losses = training.train_step(model, optimizer, "batch_based_classification", [half])
+            losses = training.train_step(model, optimizer, loss, [half])
             parts.append((losses, {key: weight.grad for key, weight in model.named_parameters()}))
-        found[name] = [{key: (first[key] + second[key]) / 2 for key in first}
-                       for first, second in zip(*parts, strict=True)]
+        found[name, loss] = [{key: (first[key] + second[key]) / 2 for key in first}
+                             for first, second in zip(*parts, strict=True)]
     return found
 
 
 @pytest.mark.long("several steps")
 def test_without_gather_each_process_has_its_own_negatives(trees, alone, two):
-    expected = halves(trees)
+    expected = halves(trees, together.ONE)
     for each in (process["apart"] for process in two):
-        for name in MODELS:
-            kind = name, "batch_based_classification"
-            assert_same_step({**each[kind], "weights": {}},
-                             {"losses": expected[name][0], "gradients": expected[name][1], "weights": {}})
+        for kind, (losses, gradients) in expected.items():
+            assert_same_step({**each[kind], "weights": {}}, {"losses": losses, "gradients": gradients, "weights": {}})
             assert each[kind]["losses"]["total training loss"] < 0.9 * alone[kind]["losses"]["total training loss"]
 
 
 @pytest.mark.long("two runs")
 def test_accumulated_parts_are_as_steps_of_their_own(trees, alone):
-    expected, found = halves(trees), together.steps(trees, parts=2, kinds=together.EACH)
+    expected, found = halves(trees, together.EACH), together.steps(trees, parts=2, kinds=together.EACH)
     assert [text for text, *_ in found["samples"]] == [text for text, *_ in alone["samples"]]
-    for name in MODELS:
-        assert_same_step({**found[name, "batch_based_classification"], "weights": {}},
-                         {"losses": expected[name][0], "gradients": expected[name][1], "weights": {}})
+    for kind, (losses, gradients) in expected.items():
+        assert_same_step({**found[kind], "weights": {}}, {"losses": losses, "gradients": gradients, "weights": {}})
 
 
 def test_tests_give_exactly_one_processs_metrics_and_decode_each_image_once(trees, found, tmp_path):

@@ -19,9 +19,8 @@ from torch_function import LOSSES
 
 CPU = torch.device("cpu")
 CLASSIFICATION = "batch_based_classification"                                   # draws no random numbers
-EACH = [(name, CLASSIFICATION) for name in MODELS]
-KINDS = [(name, loss) for name in MODELS for loss in LOSSES]
-FEW = [*EACH, *(("composeAE", loss) for loss in LOSSES if loss != CLASSIFICATION)]  # each composer, and each loss
+ONE, EACH = [("composeAE", CLASSIFICATION)], [(name, CLASSIFICATION) for name in MODELS]
+KINDS = [*EACH, *(("composeAE", loss) for loss in LOSSES if loss != CLASSIFICATION)]    # each composer, and each loss
 
 
 def a_model(name, data):
@@ -100,7 +99,6 @@ if __name__ == "__main__":
     with distributed.job(CPU):
         found = {"threads": threads()}
         torch.set_num_threads(1)
-        kinds = FEW if distributed.world() == 2 else KINDS                      # of the jobs of the long tier all
-        found |= {"steps": steps(trees, kinds=kinds), "apart": steps(trees, gather=False, kinds=EACH),
+        found |= {"steps": steps(trees), "apart": steps(trees, gather=False, kinds=ONE),
                   "tests": tests(trees, out / "cache")}
     torch.save(found, out / f"{distributed.rank()}.pt")
