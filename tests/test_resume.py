@@ -97,13 +97,13 @@ def stopped_after(it, words, number=signal.SIGTERM):
         training.Training.step = original
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.long("two more processes"))])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(mitstates, tmp_path, kills):
-    settings = {"num_iters": 12 * kills, "save_frequency": 4, "eval_frequency": 3, "loader_num_workers": 2}
+@pytest.mark.long("three processes")
+def test_a_killed_run_goes_on_as_if_it_had_not_been(mitstates, tmp_path):
+    settings = {"num_iters": 24, "save_frequency": 4, "eval_frequency": 3, "loader_num_workers": 2}
     whole = run_main("mitstates", mitstates, tmp_path / "whole", **settings)
     words = flags("mitstates", mitstates, tmp_path / "parts", **settings, resume="auto")
     rng = random.Random(0)
-    for _ in range(kills):
+    for _ in range(2):
         before = stamps(tmp_path / "parts")
         process = start(words)
         wait_for(lambda before=before: stamps(tmp_path / "parts") != before, process)
