@@ -175,7 +175,7 @@ from torch_function import composition_losses
 
 torch.manual_seed(0)
 model = MODELS["composeAE"](SimpleVocab.from_texts(["a b c"]), 24, 16).double().eval()
-images, text = torch.randn(2, 4, 512, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)  # of the backbone
+images, text = torch.randn(2, 4, 3, 64, 64, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)
 found = []
 for features in (model.features, compiled(model.features)):
     model.zero_grad()
@@ -190,8 +190,7 @@ print(len(found[0]), "numbers are the same")
 
 @pytest.mark.long("compiles a step")
 def test_a_compiled_step_is_the_same_step():
-    """Losses and gradients, in float64 with batch norm's statistics held fixed, where rounding cannot grow. Of all but
-    the image encoder's frozen part, which has torchvision's own tests."""
+    """Losses and gradients, in float64 with batch norm's statistics held fixed, where rounding cannot grow."""
     done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "numbers are the same" in done.stdout, done.stderr
 

@@ -63,16 +63,18 @@ def two(trees, tmp_path_factory):
     return results(2, trees, tmp_path_factory.mktemp("two"))
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long("a job of its own"))])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.long("a job of its own")), 2,
+                                        pytest.param(4, marks=pytest.mark.long("a job of its own"))])
 def found(request, trees, tmp_path_factory):
-    """What each of two and of four processes found."""
+    """What each of one, two and four processes found."""
     if request.param == 2:
         return request.getfixturevalue("two")
     return results(request.param, trees, tmp_path_factory.mktemp("found"))
 
 
 def test_the_machines_cores_are_shared(found):
-    assert [each["threads"] for each in found] == [max(1, usable_cores() // len(found))] * len(found)
+    alone = len(found) == 1                                                     # then it is as the user says: 1, here
+    assert [each["threads"] for each in found] == [1 if alone else max(1, usable_cores() // len(found))] * len(found)
 
 
 def assert_same_step(found, expected):
@@ -96,8 +98,7 @@ def test_losses_gradients_and_samples_are_those_of_one_process(alone, found):
         assert all(torch.equal(a, b) for a, b in zip(sources[::2], sources[1::2], strict=True))     # pairs are whole
         for kind in together.KINDS:
             assert_same_step(each[kind], alone[kind])
-    assert all(alone[kind]["gradients"]["img_model.features.0.0.weight"].norm() > 0
-               for kind in together.KINDS)
+    assert all(alone[kind]["gradients"]["img_model.features.0.0.weight"].norm() > 0 for kind in together.KINDS)
 
 
 def halves(trees, kinds):
@@ -294,10 +295,11 @@ def test_asked_to_stop_all_stop_in_one_step_and_one_saves(mitstates, tmp_path):
     assert f"saved at iteration {saved_at(tmp_path / 'logs')}," in lines[0]
 
 
-@pytest.mark.long("two jobs")
+@pytest.mark.long("three jobs")
 def test_bad_input_is_said_once(mitstates, tmp_path):
     words = flags("mitstates", mitstates, tmp_path / "logs", image_cache="none")
     assert len(run(*torchrun(2, "main.py", *words, "--loss=none"), code=2)) == 1
+    assert len(run(*torchrun(2, "main.py", *words, "--batch_size=6", "--gather=False"), code=2)) == 1
     (tmp_path / "empty").mkdir()
     assert len(run(*torchrun(2, "main.py", *words, f"--dataset_path={tmp_path / 'empty'}"), code=2)) == 1
 

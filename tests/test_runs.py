@@ -48,21 +48,22 @@ def compare(*words):
     return subprocess.run([sys.executable, ROOT / "runs/compare.py", *map(str, words)], capture_output=True, text=True)
 
 
-@pytest.mark.long("two runs, each a process")
+@pytest.mark.long("four runs, each a process")
 def test_a_comparison_is_means_and_deviations_of_its_runs_and_goes_on_where_it_was(tmp_path):
     tree, out = write_mitstates(tmp_path / "tree"), tmp_path / "out"
     given = flags("mitstates", tree, "x", num_iters=3, log_frequency=1)
     more = [word for word in given if not word.startswith(("--dataset", "--log_dir", "--model="))]
-    words = ["--on", f"mitstates:{tree}", "--models", "tirg", "--seeds", 0, 1, "--out", out, "--", *more]
+    words = ["--on", f"mitstates:{tree}", "--models", "tirg", "composeAE", "--seeds", 0, 1, "--out", out, "--", *more]
     table = compare(*words)
     assert table.returncode == 0, table.stderr
-    runs = [Run(next(out.glob(f"tree_tirg_{seed}_*/*/metrics.json")).parent) for seed in (0, 1)]
+    runs = {(model, seed): Run(next(out.glob(f"tree_{model}_{seed}_*/*/metrics.json")).parent)
+            for model in ("tirg", "composeAE") for seed in (0, 1)}
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.stdout.splitlines()]
     assert rows[0] == ["data", "composer", "R@1", "R@5", "R@10", "R@50", "ms", "weights"]
-    (row,) = rows[2:]
-    found = [100 * run.metrics["test"]["recall_top5_correct_composition"] for run in runs]
-    assert row[:2] == ["tree test", "tirg"]
-    assert row[3] == f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}"
+    for row, model in zip(rows[2:], ("tirg", "composeAE"), strict=True):
+        found = [100 * runs[model, seed].metrics["test"]["recall_top5_correct_composition"] for seed in (0, 1)]
+        assert row[:2] == ["tree test", model]
+        assert row[3] == f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}"
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
     assert compare(*words).stdout == table.stdout
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
