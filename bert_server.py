@@ -416,9 +416,10 @@ class Connection:
 
     def close(self) -> None:
         """A standard client that is still there connects and subscribes again, a tenth of a second later."""
-        if self.open():
-            with socket.socket(fileno=os.dup(self.number)) as end:
-                end.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):                                      # it can close at any moment by itself
+            if self.open():
+                with socket.socket(fileno=os.dup(self.number)) as end:
+                    end.shutdown(socket.SHUT_RDWR)
 
 
 class BadRequest(Exception):

@@ -2,6 +2,8 @@
 costs nothing, so that what is asked and left unread can be large."""
 
 import json
+import socket
+import struct
 import threading
 import time
 import uuid
@@ -168,6 +170,25 @@ def test_a_connection_has_one_topic_and_floods_of_them_end_it(service):
     assert len(service.server.clients) < 20
     context.destroy(linger=0)
     eventually(lambda: not service.server.clients)
+
+
+def test_who_resets_a_connection_while_it_is_being_closed_does_no_harm(monkeypatch):
+    """A look finds it open, and a moment later it no longer is."""
+    look = bert_server.Connection.open
+
+    def look_then_reset(connection):
+        assert look(connection)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))     # closing is a reset
+        theirs.close()
+        with pytest.raises(ConnectionResetError):
+            ours.recv(1)                                                        # waits until it has come
+        return True
+    monkeypatch.setattr(bert_server.Connection, "open", look_then_reset)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        theirs = socket.create_connection(listening.getsockname())
+        ours, address = listening.accept()
+    with ours:
+        bert_server.Connection(ours.fileno(), address).close()
 
 
 # Forgers
