@@ -1,5 +1,6 @@
 """Losses over features: feature normalization, the metric losses, and their weighted sum with a composer's own."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -60,22 +61,24 @@ def caption_aware_classification_loss(query: Tensor, target: Tensor, goals: Tens
     """
     if goals is None:
         goals = torch.arange(len(query), device=query.device)
-    return choice_loss(query @ target.T, goals[:, None] == goals)               # in each row at least its own
+    return choice_losses(query @ target.T, goals[:, None] == goals).mean()      # in each row at least its own
 
 
-def choice_loss(logits: Tensor, right: Tensor) -> Tensor:
-    """Cross entropy where each row may pick any of its right columns, of which it has at least one. (B, C) twice."""
-    return (logits.logsumexp(1) - logits.masked_fill(~right, -torch.inf).logsumexp(1)).mean()
+def choice_losses(logits: Tensor, right: Tensor) -> Tensor:
+    """Cross entropy of each row, which may pick any of its right columns, at least one. (B, C) twice -> (B,)."""
+    return logits.logsumexp(1) - logits.masked_fill(~right, -torch.inf).logsumexp(1)
 
 
 def told_text_loss(told: Tensor, text: Tensor, said: Tensor) -> Tensor:
-    """Cross entropy over the batch's texts, where row i of `told` should pick text i or one that says the same; scores
-    are cosines times 10. (B, T) twice. The texts teach and are not taught: no gradient reaches them.
+    """Cross entropy over the batch's texts, where row i of `told` should pick text i or one that says the same, less
+    log 2 and at least 0; scores are cosines times 10. (B, T) twice. So a row that gives its text half of the
+    probability is done: to tell more would cost the image features what finds images (docs/experiments.md). The texts
+    teach and are not taught: no gradient reaches them.
 
     said: (B,) ints, equal for equal texts, whose vectors may differ, as an LSTM's do by dropout.
     """
     scores = 10 * F.normalize(told, dim=1) @ F.normalize(text.detach(), dim=1).T    # (B, B)
-    return choice_loss(scores, said[:, None] == said)
+    return F.relu(choice_losses(scores, said[:, None] == said) - math.log(2)).mean()
 
 
 LOSSES = {"soft_triplet": soft_triplet_loss, "batch_based_classification": batch_based_classification_loss,

@@ -82,7 +82,7 @@ def architecture() -> Image.Image:
     box(40, 620, 230, "target image", "in training", IMAGE_HUE)
     box(330, 620, 250, "image encoder", "the same", IMAGE_HUE)
     box(720, 120, 420, "TIRG", "sigmoid(gate(z, q)) z + 10 residual(z, q)", BOTH_HUE)
-    box(720, 370, 420, "the source, changed", "z + MLP(z, q), whose last layer starts at 0", BOTH_HUE)
+    box(720, 370, 420, "the source, changed", "z + 0.3 MLP(z, q), whose last layer starts at 0", BOTH_HUE)
     box(720, 620, 420, "transformer layer", "source and target as two tokens", BOTH_HUE)
     box(1250, 245, 280, "query", "the two unit vectors' sum", BOTH_HUE)
     box(1640, 245, 280, "gallery", "nearest by cosine", IMAGE_HUE)

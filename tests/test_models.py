@@ -154,8 +154,8 @@ def test_turning_by_the_conjugate_undoes_the_rotation():
 
 
 def test_ours_adds_the_directions_of_tirg_and_of_the_changed_image():
-    """By hand: a gate of 1/2 makes TIRG's 1/2 (3, 4) + 10 (1/4, -1/5) = (4, 0); the image changed by (-3, 0) is
-    (0, 4)."""
+    """By hand: a gate of 1/2 makes TIRG's 1/2 (3, 4) + 10 (1/4, -1/5) = (4, 0); the image changed by 0.3 (-10, 0) is
+    (0, 4), and changed by all of it (-7, 4), as in checkpoints of before, whose weight is 1."""
     model = MODELS["TransformerAE"](SimpleVocab(), 2, 3).eval()
     image, text = torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0, -6.0, 7.0]])
     with torch.no_grad():
@@ -163,10 +163,13 @@ def test_ours_adds_the_directions_of_tirg_and_of_the_changed_image():
             last.weight.zero_()
             last.bias.copy_(torch.tensor(bias))
         at_first = model.compose(image, text)
-        model.change[-1].bias.copy_(torch.tensor([-3, 0]))
+        model.change[-1].bias.copy_(torch.tensor([-10, 0]))
         changed = model.compose(image, text)
+        model.a[2] = 1
+        of_before = model.compose(image, text)
     torch.testing.assert_close(at_first, torch.tensor([[1 + 0.6, 0 + 0.8]]))    # near the source itself
     torch.testing.assert_close(changed, torch.tensor([[1.0, 1.0]]))
+    torch.testing.assert_close(of_before, torch.tensor([[1 - 7 / 65**0.5, 4 / 65**0.5]]))
 
 
 def test_from_the_second_step_on_the_gradient_reaches_every_weight_of_ours():
