@@ -35,6 +35,25 @@ class Concat(nn.Module):
         return torch.cat(parts, dim=1)
 
 
+class Joint(nn.Sequential):
+    """Layers of [(B, D), (B, T)] that begin with Concat, batch norm, ReLU and Linear."""
+
+    def of_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """(N, D), (M, T) -> a function of rows of the two, (B,) each, that gives what these layers give, in eval mode.
+
+        Image and text do not meet before the linear layer's sum, so until then each is taken once, not once a pair.
+        """
+        norm, relu, linear = self[1:4]
+
+        def part(values: Tensor, at: slice) -> Tensor:                          # (N, size of `at`) -> (N, hidden)
+            normed = F.batch_norm(values, norm.running_mean[at], norm.running_var[at], norm.weight[at], norm.bias[at],
+                                  eps=norm.eps)
+            return relu(normed) @ linear.weight[:, at].T
+        size, further = images.shape[1], self[4:]
+        of_image, of_text = part(images, slice(size)), part(texts, slice(size, None)) + linear.bias
+        return lambda image, text: further(of_image[image] + of_text[text])
+
+
 class ImgTextCompositionBase(nn.Module):
     """Encoders, feature normalization and the training forward that all composers share.
 
@@ -111,6 +130,11 @@ class ImgTextCompositionBase(nn.Module):
         """(B, D), (B, T) -> (B, D): where in image-feature space the query points."""
         raise NotImplementedError
 
+    def compose_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """(N, D), (M, T) -> what composes rows of the two, (B,) each: (B, D), but for rounding as `compose`. In eval
+        mode: for many pairs of few images and texts, of which it may do once what does not depend on the pair."""
+        return lambda image, text: self.compose(images[image], texts[text])
+
     def forward(self, source: Tensor, texts: list[str], target: Tensor) -> dict[str, Tensor]:
         """Features by name, as `composition_losses` reads them: query and target, (B, D), normalized and scaled."""
         return self.features(self.normalized(source), self.encode_text(texts), self.normalized(target))
@@ -135,14 +159,22 @@ class TIRG(ImgTextCompositionBase):
     def __init__(self, *args, **sizes):
         super().__init__(*args, **sizes)
         both = self.image_dim + self.text_dim
-        self.gated_feature_composer = nn.Sequential(Concat(), nn.BatchNorm1d(both), nn.ReLU(),
-                                                    nn.Linear(both, self.image_dim))
-        self.res_info_composer = nn.Sequential(Concat(), *mlp(both, both, self.image_dim))
+        self.gated_feature_composer = Joint(Concat(), nn.BatchNorm1d(both), nn.ReLU(), nn.Linear(both, self.image_dim))
+        self.res_info_composer = Joint(Concat(), *mlp(both, both, self.image_dim))
+
+    def joints(self) -> list[Joint]:
+        """All through which a text comes in; `composed` takes what they give, (B, D) each, in this order."""
+        return [self.gated_feature_composer, self.res_info_composer]
+
+    def composed(self, image: Tensor, gate: Tensor, residual: Tensor) -> Tensor:    # (B, D) each -> (B, D)
+        return torch.sigmoid(gate) * image * self.a[0] + residual * self.a[1]
 
     def compose(self, image: Tensor, text: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.gated_feature_composer([image, text]))        # (B, D)
-        residual = self.res_info_composer([image, text])                        # (B, D)
-        return gate * image * self.a[0] + residual * self.a[1]
+        return self.composed(image, *(joint([image, text]) for joint in self.joints()))
+
+    def compose_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        joints = [joint.of_pairs(images, texts) for joint in self.joints()]
+        return lambda image, text: self.composed(images[image], *(joint(image, text) for joint in joints))
 
 
 class ComplexProjection(nn.Module):
@@ -277,16 +309,19 @@ class TransformerAE(TIRG):
     def __init__(self, *args, **sizes):
         super().__init__(*args, **sizes)
         both = self.image_dim + self.text_dim
-        self.change = nn.Sequential(Concat(), *mlp(both, both, self.image_dim))
+        self.change = Joint(Concat(), *mlp(both, both, self.image_dim))
         nn.init.zeros_(self.change[-1].weight)
         nn.init.zeros_(self.change[-1].bias)
         with torch.no_grad():
             self.a[2] = 0.3
         self.change_reader = ChangeReader(self.image_dim, self.text_dim)
 
-    def compose(self, image: Tensor, text: Tensor) -> Tensor:
+    def joints(self) -> list[Joint]:
+        return [*super().joints(), self.change]
+
+    def composed(self, image: Tensor, gate: Tensor, residual: Tensor, change: Tensor) -> Tensor:   # (B, D) each
         slowly = self.a[2].detach()                                             # 1 in checkpoints of before it was 0.3
-        asked, near = super().compose(image, text), image + slowly * self.change([image, text])     # (B, D), (B, D)
+        asked, near = super().composed(image, gate, residual), image + slowly * change              # (B, D), (B, D)
         return F.normalize(asked, dim=1) + F.normalize(near, dim=1)
 
     def forward(self, source: Tensor, texts: list[str], target: Tensor) -> dict[str, Tensor]:

@@ -49,8 +49,10 @@ def encode_images(model, store: ImageStore | DeviceStore, ids: Sequence[int], ba
     return distributed.collect(torch.cat([model.a.new_empty(0, model.image_dim), *encoded]), [*map(len, batches)])
 
 
-def compose_queries(model, images: Tensor, texts: list[str], progress: Progress = no_progress) -> Tensor:
-    """(Q, D) source features, Q texts -> (Q, D) unit query vectors; each distinct text is encoded once."""
+def compose_queries(model, images: Tensor, sources: Tensor, texts: list[str],
+                    progress: Progress = no_progress) -> Tensor:
+    """(N, D) features, (Q,) rows of the source images in it, Q texts -> (Q, D) unit query vectors; each distinct text
+    is encoded once."""
     def in_batches(make: Callable[[slice], Tensor], count: int, at_once: int, size: int, each_part: Callable,
                    what: str) -> Tensor:
         """(count, size), each process making its share of the batches."""
@@ -65,7 +67,8 @@ def compose_queries(model, images: Tensor, texts: list[str], progress: Progress 
     row = {text: i for i, text in enumerate(distinct)}
     rows = torch.tensor([row[text] for text in texts], device=vectors.device)
     kind, each_part = ("cpu", on_each_core) if images.device.type == "cpu" else ("cuda", map)
-    composed = in_batches(lambda part: model.compose(images[part], vectors[rows[part]]), len(texts),
+    compose = model.compose_pairs(images, vectors)
+    composed = in_batches(lambda part: compose(sources[part], rows[part]), len(texts),
                           COMPOSED_AT_ONCE[kind], model.image_dim, each_part, "composing queries")
     return F.normalize(composed, dim=1)
 
@@ -233,17 +236,17 @@ def evaluate(model, dataset: CompositionDataset, store: ImageStore | DeviceStore
         used = np.unique(np.concatenate([task.gallery, *(queries.sources for queries in task.query_sets)]))
         features = encode_images(model, store, used, batch_size or encoder_batch(model.a.device), workers, progress)
         def rows(ids):
-            return features[torch.as_tensor(np.searchsorted(used, ids), device=features.device)]
-        gallery = rows(task.gallery)
+            return torch.as_tensor(np.searchsorted(used, ids), device=features.device)
+        gallery = features[rows(task.gallery)]
         average = gallery.mean(0, keepdim=True)
         gallery = F.normalize(gallery, dim=1)
 
-        def composed(asked: QuerySet, source: Tensor) -> Tensor:
-            return compose_queries(model, source, asked.texts, progress)
-        ways: dict[str, Callable[[QuerySet, Tensor], Tensor]] = {"model": composed}
+        ways: dict[str, Callable[[QuerySet, Tensor], Tensor]] = {
+            "model": lambda asked, sources: compose_queries(model, features, sources, asked.texts, progress)}
         if baselines:
-            ways |= {IMAGE: lambda asked, source: F.normalize(source, dim=1),
-                     TEXT: lambda asked, source: composed(asked, average.expand_as(source))}
+            ways |= {IMAGE: lambda asked, sources: F.normalize(features[sources], dim=1),
+                     TEXT: lambda asked, sources: compose_queries(model, average, torch.zeros_like(sources),
+                                                                  asked.texts, progress)}
         found, hits = {way: {} for way in ways}, {way: [] for way in ways}
         for way, ask in ways.items():
             for asked in task.query_sets:

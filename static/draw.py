@@ -31,7 +31,8 @@ def sample(model, path: Path, rows: int, size: int) -> Image.Image:
     data = MITStates(path, "test")
     features, queries = encode(model, data, size), one_query_a_noun(data, rows)
     sources, texts = [query.source for query in queries], [query.text for query in queries]
-    scores = compose_queries(model, features[sources], texts) @ F.normalize(features, dim=1).T  # (rows, N)
+    asked = compose_queries(model, features, torch.tensor(sources), texts)     # (rows, D)
+    scores = asked @ F.normalize(features, dim=1).T                             # (rows, N)
     scores[torch.arange(len(queries)), sources] = -torch.inf
     best = scores.topk(RESULTS, dim=1).indices.tolist()
 

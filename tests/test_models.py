@@ -51,6 +51,8 @@ def test_eval_features_are_the_originals(case):
     close(text, expected[f"{case}/text_features"])
     close(composed, expected[f"{case}/eval/repres"])
     close(model.normalization_layer(composed), expected[f"{case}/normalized"])
+    rows = torch.arange(len(image))
+    close(model.compose_pairs(image, text)(rows, rows), expected[f"{case}/eval/repres"])
     if case.startswith("tirg"):
         return
     features = model(golden.images("source"), TEXTS, golden.images("target"))
@@ -170,6 +172,21 @@ def test_ours_adds_the_directions_of_tirg_and_of_the_changed_image():
     torch.testing.assert_close(at_first, torch.tensor([[1 + 0.6, 0 + 0.8]]))    # near the source itself
     torch.testing.assert_close(changed, torch.tensor([[1.0, 1.0]]))
     torch.testing.assert_close(of_before, torch.tensor([[1 - 7 / 65**0.5, 4 / 65**0.5]]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_pairs_are_composed_as_one_by_one(name):
+    torch.manual_seed(0)
+    model = MODELS[name](SimpleVocab(), 24, 16)
+    for _ in range(3):                                                          # so that batch norm has seen something
+        model.compose(5 * torch.randn(8, 24) + 1, torch.randn(8, 16))
+    model.eval()
+    images, texts = torch.randn(5, 24), torch.randn(3, 16)
+    of_image, of_text = torch.tensor([4, 0, 0, 3, 1, 4]), torch.tensor([2, 2, 0, 1, 0, 1])
+    together = model.compose_pairs(images, texts)(of_image, of_text)
+    for row, (image, text) in enumerate(zip(of_image, of_text, strict=True)):
+        torch.testing.assert_close(together[row], model.compose(images[image, None], texts[text, None])[0])
 
 
 def test_from_the_second_step_on_the_gradient_reaches_every_weight_of_ours():
