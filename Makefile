@@ -59,7 +59,7 @@ page: install data/toy/complete
 	run=$$(dirname "$$(ls -t logs/*_demo/best_checkpoint.pth | head -1)") && \
 	$(BIN)/python search.py index --model_checkpoint "$$run/best_checkpoint.pth" --images data/toy/mitstates/images \
 		--out "$$run/index" && \
-	$(BIN)/python search.py serve --index "$$run/index" --nearness 0.5
+	$(BIN)/python search.py serve --index "$$run/index" --nearness 0.2
 
 # The server is stopped whichever way the training ends; the training waits until it answers.
 bert-demo: install data/toy/complete
