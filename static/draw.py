@@ -101,7 +101,7 @@ def architecture() -> Image.Image:
     arrow((1530, 300), (1638, 300), hue=GREEN)
     arrow((1140, 675), (1248, 675))
     draw.text((1390, 400), "metric loss with the target", GREEN, font(22), anchor="mm")
-    draw.text((1390, 775), "cross entropy over the batch's texts", RED, font(22), anchor="mm")
+    draw.text((1390, 775), "cross entropy over the batch's texts, until p = 1/2", RED, font(22), anchor="mm")
     draw.text((40, 40), "TransformerAE: TIRG's direction plus that of the changed source; the text has to be told from "
               "two images", INK, font(34), anchor="lm")
     draw.text((40, 850), "The upper path learns what is asked for; the lower one stays near the source, which unseen "
