@@ -130,11 +130,6 @@ class ImgTextCompositionBase(nn.Module):
         """(B, D), (B, T) -> (B, D): where in image-feature space the query points."""
         raise NotImplementedError
 
-    def compose_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """(N, D), (M, T) -> what composes rows of the two, (B,) each: (B, D), but for rounding as `compose`. In eval
-        mode: for many pairs of few images and texts, of which it may do once what does not depend on the pair."""
-        return lambda image, text: self.compose(images[image], texts[text])
-
     def forward(self, source: Tensor, texts: list[str], target: Tensor) -> dict[str, Tensor]:
         """Features by name, as `composition_losses` reads them: query and target, (B, D), normalized and scaled."""
         return self.features(self.normalized(source), self.encode_text(texts), self.normalized(target))
@@ -173,6 +168,8 @@ class TIRG(ImgTextCompositionBase):
         return self.composed(image, *(joint([image, text]) for joint in self.joints()))
 
     def compose_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """(N, D), (M, T) -> what composes rows of the two, (B,) each: (B, D), as `compose` but for rounding. In eval
+        mode: for many pairs of few images and texts."""
         joints = [joint.of_pairs(images, texts) for joint in self.joints()]
         return lambda image, text: self.composed(images[image], *(joint(image, text) for joint in joints))
 

@@ -67,7 +67,11 @@ def compose_queries(model, images: Tensor, sources: Tensor, texts: list[str],
     row = {text: i for i, text in enumerate(distinct)}
     rows = torch.tensor([row[text] for text in texts], device=vectors.device)
     kind, each_part = ("cpu", on_each_core) if images.device.type == "cpu" else ("cuda", map)
-    compose = model.compose_pairs(images, vectors)
+    if hasattr(model, "compose_pairs"):                                         # does what it can once an image or text
+        compose = model.compose_pairs(images, vectors)
+    else:
+        def compose(image: Tensor, text: Tensor) -> Tensor:
+            return model.compose(images[image], vectors[text])
     composed = in_batches(lambda part: compose(sources[part], rows[part]), len(texts),
                           COMPOSED_AT_ONCE[kind], model.image_dim, each_part, "composing queries")
     return F.normalize(composed, dim=1)

@@ -51,9 +51,9 @@ def test_eval_features_are_the_originals(case):
     close(text, expected[f"{case}/text_features"])
     close(composed, expected[f"{case}/eval/repres"])
     close(model.normalization_layer(composed), expected[f"{case}/normalized"])
-    rows = torch.arange(len(image))
-    close(model.compose_pairs(image, text)(rows, rows), expected[f"{case}/eval/repres"])
     if case.startswith("tirg"):
+        rows = torch.arange(len(image))
+        close(model.compose_pairs(image, text)(rows, rows), expected[f"{case}/eval/repres"])
         return
     features = model(golden.images("source"), TEXTS, golden.images("target"))
     close(features["decoded_image"], expected[f"{case}/eval/repr_to_compare_with_source"])
@@ -174,7 +174,7 @@ def test_ours_adds_the_directions_of_tirg_and_of_the_changed_image():
     torch.testing.assert_close(of_before, torch.tensor([[1 - 7 / 65**0.5, 4 / 65**0.5]]))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if hasattr(model, "compose_pairs")])
 @torch.no_grad()
 def test_pairs_are_composed_as_one_by_one(name):
     torch.manual_seed(0)
