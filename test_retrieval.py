@@ -68,7 +68,8 @@ def compose_queries(model, images: Tensor, sources: Tensor, texts: list[str],
     rows = torch.tensor([row[text] for text in texts], device=vectors.device)
     kind, each_part = ("cpu", on_each_core) if images.device.type == "cpu" else ("cuda", map)
     if hasattr(model, "compose_pairs"):                                         # does what it can once an image or text
-        compose = model.compose_pairs(images, vectors)
+        asked, sources = sources.unique(return_inverse=True)
+        compose = model.compose_pairs(images[asked], vectors)
     else:
         def compose(image: Tensor, text: Tensor) -> Tensor:
             return model.compose(images[image], vectors[text])
