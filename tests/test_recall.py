@@ -174,11 +174,12 @@ def test_every_image_is_encoded_exactly_once(benchmark_tree):
         assert evaluate(model, dataset, store, batch_size=4, baselines=True)["model"] == first["model"]
 
 
-def test_evaluation_equals_the_original_way_of_asking(mitstates):
+@pytest.mark.parametrize("composer", ["composeAE", "tirg"])                     # the second composes pairs
+def test_evaluation_equals_the_original_way_of_asking(composer, mitstates):
     """One query at a time: encode its source image, compose, compare with every gallery image, sort."""
     dataset = DATASETS["mitstates"](mitstates, "test")
     torch.manual_seed(0)
-    model = MODELS["composeAE"](SimpleVocab.from_texts(dataset.captions), 24, 16).eval()
+    model = MODELS[composer](SimpleVocab.from_texts(dataset.captions), 24, 16).eval()
     store = ImageStore(dataset.paths, 32)
     found = evaluate(model, dataset, store, batch_size=3)["model"]
     with torch.no_grad():
