@@ -129,7 +129,9 @@ class TensorBoard(Writer):
 
     def __init__(self, *what):
         super().__init__(*what)
-        self.writer = SummaryWriter(str(self.folder))
+        # Files are named by the second of their making: one of the same second would be written over.
+        before = len([*self.folder.glob("events.out.tfevents.*")])
+        self.writer = SummaryWriter(str(self.folder), filename_suffix=f".{before}" if before else "")
         # Written at once in this thread: tensorboardX's own would lose what waits in its queue when the process is
         # killed, and let the queue fill for ever on a full disk.
         self.events = self.writer.file_writer.event_writer

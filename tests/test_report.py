@@ -24,7 +24,7 @@ from data import check
 from flags import VERSION, Parser, add, meant
 from machine.image_store import DeviceStore
 from report import Sighting, Sightings, about_chance
-from writers import LINES, JsonLines, tag
+from writers import LINES, JsonLines, TensorBoard, tag
 
 from .conftest import flags, run_main, write_mitstates
 
@@ -125,6 +125,16 @@ def test_lines_of_json_hold_what_tensorboard_shows(stopped_and_resumed):
             found.setdefault(tag(name), []).append((line["it"], pytest.approx(value, rel=1e-6)))
     del found["loss/it"]
     assert stopped_and_resumed.scalars() == found
+
+
+def test_what_goes_on_within_a_second_writes_over_nothing(tmp_path):
+    for after in range(5):
+        writer = TensorBoard(tmp_path, {}, after or None)
+        writer.scalars({"scale": 4.0 + after}, after + 1)
+        writer.close()
+    read = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in read.Scalars(".", "model/scale")] == [
+        (after + 1, 4.0 + after) for after in range(5)]
 
 
 def test_lines_beyond_the_checkpoint_and_half_a_line_are_taken_back(tmp_path):
