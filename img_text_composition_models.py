@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from image_encoders import image_encoder, traits
 from machine.device import send
 from machine.image_store import normalize_images
+from machine.pooled_convolution import in_one_pass, pooled_convolution
 from machine.tensor_files import fingerprint
 from text_model import SimpleVocab, TextLSTMModel
 from torch_function import NormalizationLayer
@@ -202,27 +203,23 @@ class LinearMapping(nn.Module):
         return self.mapping(features)
 
 
-class MaxPool(nn.AdaptiveMaxPool1d):
-    """Adaptive max pooling, in even windows by the faster function, which gives the same bits."""
-
-    def forward(self, features: Tensor) -> Tensor:                              # (B, channels, length)
-        window, rest = divmod(features.shape[2], self.output_size)
-        return super().forward(features) if rest else F.max_pool1d(features, window)  # (B, channels, output_size)
-
-
 class ConvMapping(nn.Module):
     """The paper's rho_conv: a convolution along the feature axis, pooled to about `size_in` values, then a mapping."""
 
     def __init__(self, channels: int, size_in: int, image_dim: int, conv_name: str, filters: int = 64):
         super().__init__()
-        pooled = max(1, size_in // filters)                                     # 16 for 2 * 512, 20 for 512 + 768
+        windows = max(1, size_in // filters)                                    # 16 for 2 * 512, 20 for 512 + 768
         self.conv_name = conv_name                                              # the original's two releases of a name
         self.add_module(conv_name, nn.Conv1d(channels, filters, kernel_size=3, padding=1))
-        self.pool = MaxPool(pooled)
-        self.mapping = mlp(filters * pooled, image_dim, image_dim)
+        self.pool = nn.AdaptiveMaxPool1d(windows)
+        self.mapping = mlp(filters * windows, image_dim, image_dim)
 
     def forward(self, features: Tensor) -> Tensor:                              # (B, channels, length)
-        pooled = self.pool(getattr(self, self.conv_name)(features))             # (B, 64, pooled)
+        conv, windows = getattr(self, self.conv_name), self.pool.output_size
+        if in_one_pass(features, windows):
+            pooled = pooled_convolution(features, conv.weight, conv.bias, windows)      # (B, 64, windows)
+        else:
+            pooled = self.pool(conv(features))
         return self.mapping(pooled.flatten(1))                                  # (B, D)
 
 

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from composition_dataset import CompositionDataset, Judge, ListedJudge, QuerySet
 from machine import distributed
+from machine.compiled import compiled
 from machine.device import send
 from machine.image_store import DeviceStore, ImageStore, prefetch
 from machine.progress import no_progress
@@ -68,14 +68,14 @@ def compose_queries(model, images: Tensor, sources: Tensor, texts: list[str],
     rows = torch.tensor([row[text] for text in texts], device=vectors.device)
     kind, each_part = ("cpu", on_each_core) if images.device.type == "cpu" else ("cuda", map)
     if hasattr(model, "compose_pairs"):                                         # does what it can once an image or text
-        asked, sources = sources.unique(return_inverse=True)
+        asked = torch.zeros(len(images), dtype=torch.bool, device=images.device).index_fill_(0, sources, True)
         compose = model.compose_pairs(images[asked], vectors)
+        sources = (asked.cumsum(0) - 1)[sources]
     else:
         def compose(image: Tensor, text: Tensor) -> Tensor:
             return model.compose(images[image], vectors[text])
-    composed = in_batches(lambda part: compose(sources[part], rows[part]), len(texts),
-                          COMPOSED_AT_ONCE[kind], model.image_dim, each_part, "composing queries")
-    return F.normalize(composed, dim=1)
+    return in_batches(lambda part: F.normalize(compose(sources[part], rows[part]), dim=1), len(texts),
+                      COMPOSED_AT_ONCE[kind], model.image_dim, each_part, "composing queries")
 
 
 class CorrectImages:
@@ -87,7 +87,7 @@ class CorrectImages:
         self.candidates = judge.candidates
 
 
-@numba.njit(nogil=True)
+@compiled
 def rank_rows(scores, among, places, first, counts):
     """0-based rank of each row's best correct image, ties going to the earlier one: (q, N) -> (q,) ints.
 

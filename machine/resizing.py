@@ -10,9 +10,10 @@ and other filters.
 from functools import lru_cache
 
 import nanoarrow
-import numba
 import numpy as np
 from PIL import Image
+
+from machine.compiled import compiled
 
 BITS = 22                                   # of a weight, so that 255 times an output's weights fit into 32
 TALL = 2                                    # times as high as wide: Pillow 13 resizes higher ones down first, older
@@ -72,7 +73,7 @@ def weights(length: int, resized: int, first: int, count: int) -> tuple[np.ndarr
     return starts, (0.5 + shares * (1 << BITS)).astype(np.int32)
 
 
-@numba.njit(nogil=True)
+@compiled
 def resample(pixels, starts, across, tops, down, made):
     """Fill `made`, (S, 3 S) bytes, from `pixels`, (H, 4 W), each fourth one unused: weighted sums across, then down.
 

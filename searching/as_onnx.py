@@ -47,12 +47,12 @@ class Composer(nn.Module):
 class SlicedMax(nn.Module):
     """nn.AdaptiveMaxPool1d, bit for bit, of a length that is known: ONNX has none whose windows differ in length."""
 
-    def __init__(self, pooled: int):
+    def __init__(self, output_size: int):
         super().__init__()
-        self.pooled = pooled
+        self.output_size = output_size
 
     def forward(self, features: Tensor) -> Tensor:                              # (B, channels, length)
-        length, count = features.shape[-1], self.pooled
+        length, count = features.shape[-1], self.output_size
         windows = [features[..., i * length // count:-(-(i + 1) * length // count)] for i in range(count)]
         return torch.stack([window.amax(-1) for window in windows], dim=-1)     # (B, channels, count)
 

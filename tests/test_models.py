@@ -140,7 +140,7 @@ def test_convolved_features_are_pooled_in_windows_of_any_size(size_in, length):
     convolved = mapping.conv(features)                                          # (2, 4, length)
     largest = [convolved[:, :, i * length // windows:-(-(i + 1) * length // windows)].amax(2) for i in range(windows)]
     pooled = torch.stack(largest, 2)                                            # (2, 4, windows)
-    assert torch.equal(mapping(features), mapping.mapping(pooled.flatten(1)))
+    torch.testing.assert_close(mapping(features), mapping.mapping(pooled.flatten(1)))
 
 
 def test_turning_by_the_conjugate_undoes_the_rotation():

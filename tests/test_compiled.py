@@ -1,0 +1,64 @@
+"""Loops that are compiled once and kept: a second process finds them, and whatever is kept wrongly costs nothing but time."""
+
+import subprocess
+import sys
+
+import pytest
+
+LOOP = """
+import sys
+sys.path.insert(0, {root!r})
+import numpy as np
+from machine.compiled import compiled
+
+@compiled
+def doubled(given, made):
+    for i in range(len(given)):
+        made[i] = 2 * given[i]
+
+made = np.empty(3)
+doubled(np.arange(3.0), made)
+doubled(made.copy(), made)
+print(made.tolist(), doubled.__name__)
+"""
+
+
+@pytest.fixture
+def answer(tmp_path, pytestconfig, monkeypatch):
+    """Runs the loop in a process of its own, with what it keeps in tmp_path / "kept"."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "kept"))
+    source = tmp_path / "loop.py"
+    source.write_text(LOOP.format(root=str(pytestconfig.rootpath)))
+
+    def run() -> str:
+        done = subprocess.run([sys.executable, str(source)], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    return run
+
+
+def kept(tmp_path):
+    return sorted(file for file in (tmp_path / "kept").rglob("*") if file.suffix in (".nbc", ".nbi"))
+
+
+def test_the_next_process_finds_what_one_compiled(answer, tmp_path):
+    first = answer()
+    assert first == "[0.0, 4.0, 8.0] doubled\n"
+    files = {file: file.stat().st_mtime_ns for file in kept(tmp_path)}
+    assert len(files) == 2
+    assert answer() == first and {file: file.stat().st_mtime_ns for file in kept(tmp_path)} == files
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x80\x04junk", b"not a pickle at all"])
+@pytest.mark.parametrize("suffix", [".nbc", ".nbi"])
+def test_a_damaged_file_costs_time_only(answer, tmp_path, damage, suffix):
+    first = answer()
+    for file in kept(tmp_path):
+        if file.suffix == suffix:
+            file.write_bytes(damage)
+    assert answer() == first
+
+
+def test_where_nothing_can_be_kept(answer, tmp_path):
+    (tmp_path / "kept").write_text("a file where a folder should be")
+    assert answer() == "[0.0, 4.0, 8.0] doubled\n"
