@@ -187,9 +187,16 @@ class ComplexProjection(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, sign: float) -> Tensor:
         """(B, D), (B, T) -> (B, 5, D): v, delta, the raw image feature, real and imaginary part."""
-        magnitude, angle = self.image_features(image), self.bert_features(text)  # (B, D), (B, D)
-        real, imaginary = magnitude * angle.cos(), sign * magnitude * angle.sin()
+        return self.rotated(self.image_features(image), self.bert_features(text), image, sign)
+
+    def rotated(self, magnitude: Tensor, angle: Tensor, image: Tensor, sign: float = 1.0) -> Tensor:
+        real, imaginary = magnitude * angle.cos(), sign * magnitude * angle.sin()   # (B, D) each
         return torch.stack([magnitude, angle, image, real, imaginary], dim=1)
+
+    def of_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """(N, D), (M, T) -> a function of rows of the two, (B,) each, that gives what `forward` gives, in eval mode."""
+        magnitudes, angles = self.image_features(images), self.bert_features(texts)
+        return lambda image, text: self.rotated(magnitudes[image], angles[text], images[image])
 
 
 class LinearMapping(nn.Module):
@@ -246,10 +253,21 @@ class ComposeAE(AutoencoderComposition):
         self.encoderWithConv = nn.Sequential(ComplexProjection(dim, text_dim), ConvMapping(5, 2 * dim, dim, "conv"))
 
     def compose(self, image: Tensor, text: Tensor, sign: float = 1.0) -> Tensor:
-        project, rho = self.encoderLinear
-        project_conv, rho_conv = self.encoderWithConv                           # its own projection, not shared
-        complex_parts = project(image, text, sign)[:, 3:].flatten(1)            # (B, 2 D): real, imaginary
-        return rho(complex_parts) * self.a[1] + rho_conv(project_conv(image, text, sign)) * self.a[0]
+        return self.composed(*(project(image, text, sign) for project in self.projections()))
+
+    def projections(self) -> list[ComplexProjection]:
+        """One for each mapping, not shared."""
+        return [self.encoderLinear[0], self.encoderWithConv[0]]
+
+    def composed(self, projected: Tensor, projected_conv: Tensor) -> Tensor:    # (B, 5, D) each -> (B, D)
+        rho, rho_conv = self.encoderLinear[1], self.encoderWithConv[1]
+        complex_parts = projected[:, 3:].flatten(1)                             # (B, 2 D): real, imaginary
+        return rho(complex_parts) * self.a[1] + rho_conv(projected_conv) * self.a[0]
+
+    def compose_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """As TIRG's."""
+        projections = [project.of_pairs(images, texts) for project in self.projections()]
+        return lambda image, text: self.composed(*(project(image, text) for project in projections))
 
     def further_features(self, image: Tensor, text: Tensor, composed: Tensor, goal: Tensor) -> dict[str, Tensor]:
         """Also the target turned back by the same text, which should land on the source (rotational symmetry)."""

@@ -1,4 +1,4 @@
-"""Loops that are compiled once and kept: a second process finds them, and whatever is kept wrongly costs nothing but time."""
+"""Loops that are compiled once and kept: another process finds them, and what is kept wrongly costs time alone."""
 
 import subprocess
 import sys
