@@ -38,6 +38,11 @@ def encoder_batch(device: torch.device) -> int:
     return 256 if device.type == "cuda" else 32
 
 
+def in_parts(device: torch.device) -> tuple[str, Callable]:
+    """Which of the sizes above count there, and what makes the parts."""
+    return ("cpu", on_each_core) if device.type == "cpu" else ("cuda", map)
+
+
 def encode_images(model, store: ImageStore | DeviceStore, ids: Sequence[int], batch_size: int, workers: int,
                   progress: Progress = no_progress) -> Tensor:
     """Features of the images with these ids, each read and encoded once: (len(ids), D)."""
@@ -66,7 +71,7 @@ def compose_queries(model, images: Tensor, sources: Tensor, texts: list[str],
                          map, "encoding texts")
     row = {text: i for i, text in enumerate(distinct)}
     rows = torch.tensor([row[text] for text in texts], device=vectors.device)
-    kind, each_part = ("cpu", on_each_core) if images.device.type == "cpu" else ("cuda", map)
+    kind, each_part = in_parts(images.device)
     if hasattr(model, "compose_pairs"):                                         # does what it can once an image or text
         asked = torch.zeros(len(images), dtype=torch.bool, device=images.device).index_fill_(0, sources, True)
         compose = model.compose_pairs(images[asked], vectors)
@@ -175,11 +180,11 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
         return []
     if queries.device.type == "mps":                                            # whose memory is the CPU's
         queries, gallery = queries.cpu(), gallery.cpu()
-    kind = queries.device.type
+    kind, each_part = in_parts(queries.device)
     correct = [CorrectImages(judge) for judge in judges]
     own = torch.as_tensor(own, device=queries.device)
     step = max(1, min(QUERIES_AT_ONCE[kind], SCORES_AT_ONCE[kind] // len(gallery)))
-    at_once, each_part = (torch.get_num_threads(), on_each_core) if kind == "cpu" else (1, map)
+    at_once = torch.get_num_threads() if kind == "cpu" else 1
     tables = deque(queries.new_empty(step, len(gallery)) for _ in range(at_once))   # those not in use
 
     def rank(start: int) -> Tensor:
