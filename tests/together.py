@@ -65,9 +65,9 @@ def tests(trees, cache):
     sizes = test_retrieval.QUERIES_AT_ONCE, test_retrieval.COMPOSED_AT_ONCE
     test_retrieval.QUERIES_AT_ONCE, test_retrieval.COMPOSED_AT_ONCE = {"cpu": 3}, {"cpu": 2}
     decoded, composed = [], []
-    decode, compose = image_store.decode, MODELS["composeAE"].compose
+    decode, compose = image_store.decode, MODELS["composeAE"].composed
     image_store.decode = lambda path, *size, **told: decoded.append(path) or decode(path, *size, **told)
-    MODELS["composeAE"].compose = lambda model, image, text: composed.append(len(image)) or compose(model, image, text)
+    MODELS["composeAE"].composed = lambda model, *parts: composed.append(len(parts[0])) or compose(model, *parts)
     try:
         found = {}
         for name in sorted(tree.name for tree in trees.iterdir()):
@@ -80,7 +80,7 @@ def tests(trees, cache):
                 found[name, split, "ranks"] = [[rank.tolist() for rank in ranks] for *_, ranks in watched]
                 found[name, split, "queries"] = [queries for _, _, queries, *_ in watched]
     finally:
-        image_store.decode, MODELS["composeAE"].compose = decode, compose
+        image_store.decode, MODELS["composeAE"].composed = decode, compose
         test_retrieval.QUERIES_AT_ONCE, test_retrieval.COMPOSED_AT_ONCE = sizes
     everyone = distributed.union({distributed.rank(): (decoded, sum(composed))})
     found["decoded"] = sorted(path for paths, _ in everyone.values() for path in paths)
