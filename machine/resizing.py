@@ -28,8 +28,8 @@ def placed(width: int, height: int, size: int) -> tuple[int, int, int, int]:
 
 
 def plain_square(image: Image.Image, size: int, resampling: str = "bilinear") -> np.ndarray:
-    """(size, size, 3) uint8 of an RGB image by Pillow itself: for a single image, not worth the second `square` needs
-    to be compiled, and for Pillow's other filters, by name."""
+    """(size, size, 3) uint8 of an RGB image by Pillow itself: for a single image, not worth the time `square` needs to
+    be compiled or loaded, and for Pillow's other filters, by name."""
     width, height, left, top = placed(*image.size, size)
     return np.asarray(image.resize((width, height), Image.Resampling[resampling.upper()])
                       .crop((left, top, left + size, top + size)))
