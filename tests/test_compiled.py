@@ -30,8 +30,9 @@ def answer(tmp_path, pytestconfig, monkeypatch):
     source = tmp_path / "loop.py"
     source.write_text(LOOP.format(root=str(pytestconfig.rootpath)))
 
-    def run() -> str:
-        done = subprocess.run([sys.executable, str(source)], capture_output=True, text=True, timeout=120)
+    def run(*flags: str) -> str:
+        given = source.read_text() if flags else source
+        done = subprocess.run([sys.executable, *flags, given], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout
     return run
@@ -59,6 +60,8 @@ def test_a_damaged_file_costs_time_only(answer, tmp_path, damage, suffix):
     assert answer() == first
 
 
-def test_where_nothing_can_be_kept(answer, tmp_path):
+@pytest.mark.parametrize("command", [["-c"], []])
+def test_where_nothing_can_be_kept(answer, tmp_path, command):
+    """What a source that is no file makes has no folder to go to; else the one that was named is a file."""
     (tmp_path / "kept").write_text("a file where a folder should be")
-    assert answer() == "[0.0, 4.0, 8.0] doubled\n"
+    assert answer(*command) == "[0.0, 4.0, 8.0] doubled\n"
