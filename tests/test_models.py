@@ -134,13 +134,15 @@ def test_any_image_size_text_size_and_batch(name, image_dim, text_dim, batch):
 @pytest.mark.parametrize(("size_in", "length"), [(8, 12), (8, 13), (16, 20), (1, 5)])
 def test_convolved_features_are_pooled_in_windows_of_any_size(size_in, length):
     """As the original's AdaptiveMaxPool1d: window i is floor(i length / pooled) to ceil((i + 1) length / pooled)."""
-    mapping = ConvMapping(2, size_in, 3, "conv", filters=4).eval()
+    mapping = ConvMapping(2, size_in, 3, "conv", filters=4).eval().double()
     windows = max(1, size_in // 4)
-    features = torch.randn(2, 2, length)
+    features = torch.randn(2, 2, length, dtype=torch.float64)
     convolved = mapping.conv(features)                                          # (2, 4, length)
     largest = [convolved[:, :, i * length // windows:-(-(i + 1) * length // windows)].amax(2) for i in range(windows)]
     pooled = torch.stack(largest, 2)                                            # (2, 4, windows)
-    torch.testing.assert_close(mapping(features), mapping.mapping(pooled.flatten(1)))
+    expected = mapping.mapping(pooled.flatten(1))
+    assert torch.equal(mapping(features), expected)
+    torch.testing.assert_close(mapping.float()(features.float()), expected.float())     # where it can, in one pass
 
 
 def test_turning_by_the_conjugate_undoes_the_rotation():
