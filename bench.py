@@ -368,7 +368,7 @@ def filling_row(split: Split, folder: Path, repetitions: int) -> dict:
 
     def ours(turn: Iterator[int]) -> None:
         store = FeatureStore(split.store, model.backbone, known.width, str(next(turn)), folder)
-        store.fill(encoder_batch(CPU), 4, partial(tqdm, disable=True))
+        store.fill(encoder_batch(CPU, split.store), 4, partial(tqdm, disable=True))
     sizes = compare("batch sizes", {size: partial(floor, size, min(count, 256)) for size in (8, 16, 32, 64, 128)}, 1)
     best = min(sizes, key=sizes.get)
     times = compare("filling the feature file", {"floor": partial(floor, best),

@@ -52,7 +52,12 @@ class Joint(nn.Sequential):
             return relu(normed) @ linear.weight[:, at].T
         size, further = images.shape[1], self[4:]
         of_image, of_text = part(images, slice(size)), part(texts, slice(size, None)) + linear.bias
-        return lambda image, text: further(of_image[image] + of_text[text])
+        parts = torch.cat([of_image, of_text])                                  # (N + M, hidden)
+
+        def of_rows(image: Tensor, text: Tensor) -> Tensor:
+            pairs = torch.stack([image, text + len(images)], dim=1)             # (B, 2): the parts to be added up
+            return further(F.embedding_bag(pairs, parts, mode="sum"))           # in one pass over memory
+        return of_rows
 
 
 class ImgTextCompositionBase(nn.Module):

@@ -190,10 +190,11 @@ def place_images(args: argparse.Namespace, splits: dict[str, Split], model: ImgT
         distributed.same_weights(model.img_model)
         model.freeze_backbone()
         for split in splits.values():
+            at_once = args.test_batch_size or encoder_batch(device, split.store)
             split.store = FeatureStore(split.store, model.backbone, model.traits.width, model.backbone_fingerprint(),
                                        cache_folder(args))
             for share in (distributed.machines_share, list):                    # then what another could not keep
-                split.store.fill(args.test_batch_size or encoder_batch(device), workers, progress_bar, share)
+                split.store.fill(at_once, workers, progress_bar, share)
                 distributed.meet()
     elif args.image_cache == "device":
         hold_on_device(splits, device, workers)

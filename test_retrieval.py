@@ -19,22 +19,27 @@ from composition_dataset import CompositionDataset, Judge, ListedJudge, QuerySet
 from machine import distributed
 from machine.compiled import compiled
 from machine.device import send
+from machine.feature_store import FeatureStore
 from machine.image_store import DeviceStore, ImageStore, prefetch
 from machine.progress import no_progress
 
 TEXTS_AT_ONCE = 1024
-COMPOSED_AT_ONCE = {"cpu": 128, "cuda": 1024}                               # by each of a CPU's threads, or by a GPU
+COMPOSED_AT_ONCE = {"cpu": 256, "cuda": 1024}                               # by each of a CPU's threads, or by a GPU
 # Ranked at once by each of a CPU's threads, or by a GPU, and at most so many scores: 32 MiB a thread, or 128 in all.
 QUERIES_AT_ONCE, SCORES_AT_ONCE = {"cpu": 256, "cuda": 4096}, {"cpu": 2**23, "cuda": 2**25}
 NEVER = np.iinfo(np.int64).max          # the rank of a query without a correct image: no hit at any K
 IMAGE, TEXT, SOLVED = "source image alone", "text alone", "queries solved by"
 
+Store = ImageStore | DeviceStore | FeatureStore
 Progress = Callable
 Watch = Callable[[QuerySet, np.ndarray, Tensor, Tensor, list[np.ndarray]], None]
 
 
-def encoder_batch(device: torch.device) -> int:
-    """Images the encoder takes at once, where the user does not say: what its caches hold, or fills a GPU."""
+def encoder_batch(device: torch.device, store: Store) -> int:
+    """Images encoded at once, where the user does not say: what an encoder's caches hold, or fills a GPU; more of those
+    that only its last layer is given."""
+    if isinstance(store, FeatureStore):
+        return 1024
     return 256 if device.type == "cuda" else 32
 
 
@@ -43,7 +48,7 @@ def in_parts(device: torch.device) -> tuple[str, Callable]:
     return ("cpu", on_each_core) if device.type == "cpu" else ("cuda", map)
 
 
-def encode_images(model, store: ImageStore | DeviceStore, ids: Sequence[int], batch_size: int, workers: int,
+def encode_images(model, store: Store, ids: Sequence[int], batch_size: int, workers: int,
                   progress: Progress = no_progress) -> Tensor:
     """Features of the images with these ids, each read and encoded once: (len(ids), D)."""
     device = model.a.device
@@ -54,6 +59,7 @@ def encode_images(model, store: ImageStore | DeviceStore, ids: Sequence[int], ba
     return distributed.collect(torch.cat([model.a.new_empty(0, model.image_dim), *encoded]), [*map(len, batches)])
 
 
+@torch.inference_mode()
 def compose_queries(model, images: Tensor, sources: Tensor, texts: list[str],
                     progress: Progress = no_progress) -> Tensor:
     """(N, D) features, (Q,) rows of the source images in it, Q texts -> (Q, D) unit query vectors; each distinct text
@@ -62,10 +68,16 @@ def compose_queries(model, images: Tensor, sources: Tensor, texts: list[str],
                    what: str) -> Tensor:
         """(count, size), each process making its share of the batches."""
         parts = [slice(start, min(start + at_once, count)) for start in range(0, count, at_once)]
-        mine = distributed.share(parts)
-        made = progress(each_part(make, mine), desc=what, total=len(mine))
-        lengths = [part.stop - part.start for part in parts]
-        return distributed.collect(torch.cat([images.new_empty(0, size), *made]), lengths)
+        mine, lengths = distributed.share(parts), [part.stop - part.start for part in parts]
+        own = distributed.share(lengths)
+        made = images.new_empty(sum(own), size)                                 # put together later, it would be copied
+
+        def put(place: tuple[slice, Tensor]) -> None:
+            part, rows = place
+            rows.copy_(make(part))
+        for _ in progress(each_part(put, zip(mine, made.split(own), strict=True)), desc=what, total=len(mine)):
+            pass
+        return distributed.collect(made, lengths)
     distinct = list(dict.fromkeys(texts))
     vectors = in_batches(lambda part: model.encode_text(distinct[part]), len(distinct), TEXTS_AT_ONCE, model.text_dim,
                          map, "encoding texts")
@@ -227,7 +239,7 @@ def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[
 
 
 @torch.inference_mode()
-def evaluate(model, dataset: CompositionDataset, store: ImageStore | DeviceStore, batch_size: int = 0,
+def evaluate(model, dataset: CompositionDataset, store: Store, batch_size: int = 0,
              workers: int = 2, seed: int = 0, progress: Progress = no_progress,
              baselines: bool = False, watch: Watch | None = None) -> dict[str, dict[str, float]]:
     """Test `model` on a split: {"model": {metric: value}}, and with `baselines` what needs no composing.
@@ -244,7 +256,8 @@ def evaluate(model, dataset: CompositionDataset, store: ImageStore | DeviceStore
     try:
         task = dataset.task(seed)
         used = np.unique(np.concatenate([task.gallery, *(queries.sources for queries in task.query_sets)]))
-        features = encode_images(model, store, used, batch_size or encoder_batch(model.a.device), workers, progress)
+        batch_size = batch_size or encoder_batch(model.a.device, store)
+        features = encode_images(model, store, used, batch_size, workers, progress)
         def rows(ids):
             return torch.as_tensor(np.searchsorted(used, ids), device=features.device)
         gallery = features[rows(task.gallery)]
