@@ -53,13 +53,13 @@ demo: install data/toy/complete
 	@echo "To search with the model, on a web page: make page, then open http://127.0.0.1:7860"
 
 # With the newest demo's model, on all toy pictures of its kind; a quarter of the nouns it was not trained with, hence the
-# nearness (docs/experiments.md).
+# hubness (docs/experiments.md).
 page: install data/toy/complete
 	ls logs/*_demo/best_checkpoint.pth >/dev/null 2>&1 || $(MAKE) demo
 	run=$$(dirname "$$(ls -t logs/*_demo/best_checkpoint.pth | head -1)") && \
 	$(BIN)/python search.py index --model_checkpoint "$$run/best_checkpoint.pth" --images data/toy/mitstates/images \
 		--out "$$run/index" && \
-	$(BIN)/python search.py serve --index "$$run/index" --nearness 0.2
+	$(BIN)/python search.py serve --index "$$run/index" --hubness 0.75
 
 # The server is stopped whichever way the training ends; the training waits until it answers.
 bert-demo: install data/toy/complete

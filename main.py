@@ -56,7 +56,8 @@ def make_model(args: argparse.Namespace, data: Data, source: str | Path, state: 
         load_image_weights(model.img_model, args.image_weights, args.image_encoder)
     if data.train:
         samples = Epoch(data.train, args.seed, 0)
-        model.example_texts = list(dict.fromkeys(samples[i].text for i in spread(range(len(samples)), 8)))
+        texts = dict.fromkeys(samples[i].text for i in spread(range(len(samples)), 2048))
+        model.example_texts = spread([*texts], 256)
     return ready(model, device, args.precision, args.compile)
 
 

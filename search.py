@@ -62,10 +62,13 @@ def get_parser() -> Parser:
                 ("--bert_timeout", at_least(0.1, float, 86400), "SECONDS", "how long to wait for it")):
             service.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=help)
 
-    def takes_nearness(made: Parser) -> None:
+    def weighs(made: Parser) -> None:
         made.add_argument("--nearness", type=at_least(0, float, 1), default=0.0, metavar="W", help="from 0, as the "
                           "model was trained, to 1: how much results shall look like the picture besides; for things "
                           "that it was not trained with")
+        made.add_argument("--hubness", type=at_least(0, float, 1), default=0.0, metavar="W", help="from 0 to 1: how "
+                          "much less those images count that are near to queries of every kind; where a model's texts "
+                          "are a fixed set, as states or colours (docs/searching.md)")
 
     index = command("index", "make an index of a folder of images, or bring one up to date; stopped, the same command "
                     "goes on")
@@ -97,7 +100,7 @@ def get_parser() -> Parser:
                        help="the query's picture, any file (required)")
     query.add_argument("--text", default="", help="what to change, as the model was trained to be told; empty: images "
                        "that look like the picture")
-    takes_nearness(query)
+    weighs(query)
     query.add_argument("-k", type=at_least(1, most=MOST_RESULTS), default=20, metavar="K", help="how many results")
     query.add_argument("--qdrant", metavar="URL", default=argparse.SUPPRESS, help="search in a Qdrant database that "
                        "holds the exported vectors: http://HOST:PORT, or a folder of its local mode; its key is taken "
@@ -113,7 +116,7 @@ def get_parser() -> Parser:
                        "picture")
     serve = command("serve", "open a web page to search on, and to go on from what was found")
     opens_index(serve)
-    takes_nearness(serve)
+    weighs(serve)
     serve.add_argument("-k", type=at_least(1, most=100), default=20, metavar="K", help="how many results it shows")
     serve.add_argument("--host", default="127.0.0.1", help="address it listens on; no password is asked, so name "
                        "another only in a network you trust")
@@ -156,7 +159,8 @@ from searching.qdrant import Qdrant
 def open_index(args: argparse.Namespace) -> Gallery:
     where = {name: value for name, value in vars(args).items() if name.startswith("bert_")}
     ranking = partial(Qdrant, args.qdrant, args.collection) if "qdrant" in args else None
-    return Gallery(args.index, start_device(args), where, getattr(args, "images", None), args.follow_links, ranking)
+    return Gallery(args.index, start_device(args), where, getattr(args, "images", None), args.follow_links, ranking,
+                   args.hubness)
 
 
 def start_device(args: argparse.Namespace):

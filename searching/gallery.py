@@ -27,6 +27,7 @@ from machine.picture_files import Beyond, InMemory, decode
 from machine.progress import progress_bar
 from machine.resizing import plain_square
 from machine.tensor_files import bytes_of, fingerprint
+from searching.hubness import Hubness
 from searching.image_list import Doubtful, ImageList
 from searching.metadata import Cells, Filter, columns_of, metadata_of
 from searching.ranking import RANKING, Ranking, ranking_of, read_ranking, unit
@@ -52,7 +53,8 @@ class Source:
 @dataclass
 class Hit:
     """One of a query's results; path: whole, though only `Gallery.file` sees that it is there and leads nowhere else;
-    score: the cosine of its feature and the query's; metadata: {column: value}, empty where the index has none of it.
+    score: the cosine of its feature and the query's, less what hubness takes off; metadata: {column: value}, empty
+    where the index has none of it.
     """
     image: int
     path: Path
@@ -224,11 +226,13 @@ class Gallery:
     images: the folder of the images, where they were moved since. follow_links: whether files that links lead out of
     it to are given out; the index may be a stranger's, so that it has no say in this. columns: of the metadata.
     ranking: makes, of the features' size and the model's fingerprint, what is asked in the place of the index's own.
+    hubness: of composed queries, how much of `Hubness` is taken off the scores; computed here where it is not 0.
     One query at a time: several threads may ask.
     """
 
     def __init__(self, index: str | Path, device: str | torch.device | None = None, where: dict | None = None,
-                 images: str | Path | None = None, follow_links: bool = False, ranking: Callable | None = None):
+                 images: str | Path | None = None, follow_links: bool = False, ranking: Callable | None = None,
+                 hubness: float = 0.0):
         index = Path(index)
         if missing := [name for name in (MODEL, IMAGES, RANKING) if not (index / name).is_file()]:
             raise InputError(f"{index} is no finished index: it has no {missing[0]}; make it with search.py index, "
@@ -245,6 +249,8 @@ class Gallery:
         elif self.ranked != changes:
             log.warning("note: %s was changed after its ranking was made, and is searched as far as that goes; %s",
                         index, "export and load it again" if ranking else "search.py index brings it up to date")
+        encoder = self.encoder
+        self.hubness = Hubness(self.images, encoder.model, encoder.examples, hubness, progress_bar) if hubness else None
 
     def place(self, images: str | Path | None) -> Path:
         """The folder of the images. Raises InputError where the one that is given is none."""
@@ -327,7 +333,8 @@ class Gallery:
         with self.lock:
             query = self.encoder.query(source.feature, text, nearness).numpy()
         own = {source.image} if leave_out else set()
-        found = [(path, number, score) for number, score in self.nearest(query, k + len(own), among)
+        hubness = self.hubness if text.strip() else None
+        found = [(path, number, score) for number, score in self.nearest(query, k + len(own), among, hubness)
                  if number not in own and (path := self.images.path_of(number))][:k]    # none: taken out this moment
         metadata = metadata_of(self.images, [path for path, *_ in found]) if self.columns else {}
         return [Hit(number, self.folder / path, score, metadata.get(path, {})) for path, number, score in found]
@@ -339,9 +346,11 @@ class Gallery:
             raise InputError(f"{self.images.path} is damaged: image {numbers[0]} is gone from it; remove "
                              f"{self.images.path.parent} and make it again with search.py index")
 
-    def nearest(self, query: np.ndarray, k: int, among: list[int] | None = None) -> list[tuple[int, float]]:
+    def nearest(self, query: np.ndarray, k: int, among: list[int] | None = None,
+                hubness: Hubness | None = None) -> list[tuple[int, float]]:
         """Ids and scores of the k nearest, of all or among some. Half precision finds them, or codes, the kept features
         rank them; more are looked at while, by half precision, one that was not could be among them."""
+        doubt = ROUNDING - (hubness.least if hubness else 0)                    # others may score so much above `rough`
         most = self.ranking.ntotal if among is None else min(len(among), self.ranking.ntotal)
         k, asked = min(k, most), 0
         while k:
@@ -350,9 +359,11 @@ class Gallery:
             listed, features = self.images.features(numbers[numbers >= 0], self.ranking.d)
             self.check_missing(np.setdiff1d(numbers[numbers >= 0], listed))
             scores = unit(features) @ query if listed else np.zeros(0, np.float32)
+            if hubness:
+                scores -= hubness.of(listed)
             best = np.argsort(-scores, kind="stable")[:k]
             complete = asked == most or numbers[-1] < 0
-            if complete or (len(best) == k and rough[-1] < scores[best[-1]] - ROUNDING):
+            if complete or (len(best) == k and rough[-1] < scores[best[-1]] - doubt):
                 return [(listed[place], float(scores[place])) for place in best]
         return []
 
