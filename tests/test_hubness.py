@@ -65,7 +65,7 @@ def test_the_best_are_found_however_far_away_they_are(tmp_path, spread):
     features = (rng.normal(size=48) + spread * rng.normal(size=(3000, 48))).astype(np.float32)
     opened = features_index(tmp_path, features)
     hubness = object.__new__(Hubness)
-    hubness.numbers, hubness.taken_off = np.arange(1, 3001), rng.uniform(0, 1, 3000).astype(np.float32)
+    hubness.numbers, hubness.taken_off = np.arange(1, 3001), rng.uniform(-1, 1, 3000).astype(np.float32)
     hubness.least = float(hubness.taken_off.min())
     unit = F.normalize(torch.from_numpy(features)).numpy()
     for query in unit[:5]:
