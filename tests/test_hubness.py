@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 import checkpoint
 import search
+from datasets import MITStates
 from machine.errors import InputError
 from searching.build import build
 from searching.gallery import Gallery, load_model
@@ -39,7 +40,9 @@ def index(trained, images, tmp_path_factory):
 
 def test_what_is_near_to_many_queries_counts_less(trained, images, index, capsys):
     model = load_model(trained.checkpoint, CPU)
-    paths, texts = [str(path) for path in images.iterdir()], checkpoint.load(trained.checkpoint)["example_texts"]
+    state, paths = checkpoint.load(trained.checkpoint), [str(path) for path in images.iterdir()]
+    texts, data = state["example_texts"], MITStates(state["opt"]["dataset_path"], "train")
+    assert sorted(texts) == sorted({*data.sample_texts(0, 0)})
     asked = np.stack([model.compose(path, text) for path in paths for text in texts]).astype(float)
     rows = model.encode(paths).astype(float)
     crowd = [np.sort(asked @ row)[::-1][:NEAREST].mean() for row in rows]       # of each picture
