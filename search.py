@@ -289,7 +289,7 @@ figure {{ margin: 0 }} img {{ width: 100%; aspect-ratio: 1; object-fit: cover; b
 .query {{ max-width: 12rem }} figcaption {{ color: #52606d; overflow-wrap: anywhere }}
 </style>
 <div class="query">{figure(thumbnail(args.image), words_of(args.text), str(args.image))}</div>
-<h2>{len(hits)} results, best first, with the cosine to the query</h2>
+<h2>{len(hits)} results, best first, with their scores</h2>
 <div>
 {results}
 </div>

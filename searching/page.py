@@ -76,7 +76,7 @@ class Image(BaseModel):
 
 
 class Result(Image):
-    """score: the cosine of its feature and the query's, 1 at most."""
+    """score: the cosine of its feature and the query's, 1 at most, less what `--hubness` takes off."""
     rank: int
     score: float
 

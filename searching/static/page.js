@@ -173,7 +173,7 @@ function told() {
 
 function card(image, place, all) {
     const facts = Object.values(image.metadata).filter(value => value !== null && value !== "").slice(0, 3).join(" · ");
-    const number = image.rank ? [make("span", {class: "rank", title: `cosine ${image.score.toFixed(3)}`},
+    const number = image.rank ? [make("span", {class: "rank", title: `score ${image.score.toFixed(3)}`},
         unseen("rank "), `${image.rank}`)] : [];
     return make("li", {class: "card"},
         make("button", {type: "button", class: "pick", onclick: () => choose(image.image)},
