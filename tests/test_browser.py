@@ -72,19 +72,21 @@ def program(address, *words):
 @pytest.mark.long("TensorBoard and a run of its own")
 def test_tensorboard_shows_scalars_and_the_pictures_of_results(trained, tab):
     (port,) = free_ports(1)
+
+    def opened(part):
+        tab.goto("about:blank")                                                 # what is open sets the address back
+        tab.goto(f"http://127.0.0.1:{port}/#{part}")
     with program(port, "-m", "tensorboard.main", "--logdir", trained.folder.parent, "--port", port, "--bind_all"):
-        tab.goto(f"http://127.0.0.1:{port}/#timeseries")
+        opened("timeseries")
         sections = tab.locator("metrics-card-group-toolbar .group-title")
         expect(sections).to_have_text(["loss", "model", "optimizer", "pictures", "ranks", "recall", "speed"])
-        tab.goto(f"http://127.0.0.1:{port}/#images")
-        tab.reload()
+        opened("images")
         shown = tab.locator("img[src*='individualImage'], tf-image-loader img")
         expect(shown.first).to_be_visible()
         sizes = [shown.nth(number).evaluate("image => [image.naturalWidth, image.naturalHeight, image.clientWidth]")
                  for number in range(shown.count())]
         assert any(width > 600 and height > 500 for width, height, _ in sizes), sizes
-        tab.goto(f"http://127.0.0.1:{port}/#hparams")
-        tab.reload()
+        opened("hparams")
         cells = tab.locator("tf-hparams-main vaadin-grid-cell-content")
         expect(cells.filter(has_text=trained.folder.name)).to_have_count(1)     # one entry a run
         for title in ("batch_size", "image_encoder", "learning_rate", "loss", "model", "recall/test/composition@10"):
