@@ -8,16 +8,17 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from machine.errors import InputError
 from searching.image_list import ImageList
+from searching.ranking import unit
+from test_retrieval import compose_queries
 from text_model import spread
 
 QUERIES = 8192                          # at most, that images are compared with
 NEAREST = 10
-IMAGES_AT_ONCE = 512
+IMAGES_AT_ONCE = 512                    # whose cosines with the queries take 16 MiB
 
 
 class Hubness:
@@ -32,12 +33,13 @@ class Hubness:
         if not texts:
             raise InputError("the model names no texts that it was trained with, as --hubness needs; leave that out")
         dim, numbers, means = model.image_dim, [], []
-        asked = queries(model, sources(images, max(1, QUERIES // len(texts)), dim), texts)
+        pictures = sources(images, max(1, QUERIES // len(texts)), dim).to(model.a.device)               # (S, D)
+        each = torch.arange(len(pictures), device=pictures.device).repeat(len(texts))
+        asked = compose_queries(model, pictures, each, [text for text in texts for _ in pictures]).cpu()    # (T S, D)
         with progress(total=len(images), desc="hubness", unit="image") as bar:
             for part, features in images.all_features(dim=dim):
-                rows = F.normalize(torch.from_numpy(features.copy()), dim=1)    # (n, D)
-                means += [(few @ asked.T).topk(min(NEAREST, len(asked))).values.mean(1)
-                          for few in rows.split(IMAGES_AT_ONCE)]
+                means += [(rows @ asked.T).topk(min(NEAREST, len(asked))).values.mean(1)
+                          for rows in torch.from_numpy(unit(features)).split(IMAGES_AT_ONCE)]
                 numbers.append(part)
                 bar.update(len(part))
         self.numbers, self.taken_off = np.concatenate(numbers), weight * torch.cat(means).numpy()
@@ -53,11 +55,3 @@ def sources(images: ImageList, count: int, dim: int) -> Tensor:
     """(S, D) features of `count` of the images, or all, from first to last."""
     found = np.concatenate([features for _, features in images.all_features(max(1, len(images) // count), dim)])
     return torch.from_numpy(found[spread(range(len(found)), count)])
-
-
-@torch.inference_mode()
-def queries(model, pictures: Tensor, texts: list[str]) -> Tensor:
-    """(S, D), T texts -> (T S, D) unit vectors on the CPU: each text asked of each picture."""
-    pictures = pictures.to(model.a.device)
-    composed = [model.compose(pictures, text.expand(len(pictures), -1)) for text in model.encode_text(texts)]
-    return F.normalize(torch.cat(composed), dim=1).cpu()
