@@ -23,10 +23,21 @@ from torch_function import NormalizationLayer
 SentenceVectors = Callable[[list[str]], Tensor]
 
 
-def mlp(size_in: int, hidden: int, size_out: int) -> nn.Sequential:
+class Layers(nn.Sequential):
+    """(B, size_in) -> (B, size_out). Or of P batches, (P, B, size_in): as one after the other, for batch norm takes
+    each by itself; but a linear layer reads its weights once, and their gradients need no adding up."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        for layer in self:
+            by_itself = rows.ndim == 3 and isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            rows = torch.stack([*map(layer, rows)]) if by_itself else layer(rows)
+        return rows
+
+
+def mlp(size_in: int, hidden: int, size_out: int) -> Layers:
     """Batch norm, ReLU, linear, ReLU, linear: the shape of every mapping and decoder here."""
-    return nn.Sequential(nn.BatchNorm1d(size_in), nn.ReLU(), nn.Linear(size_in, hidden),
-                         nn.ReLU(), nn.Linear(hidden, size_out))
+    return Layers(nn.BatchNorm1d(size_in), nn.ReLU(), nn.Linear(size_in, hidden),
+                  nn.ReLU(), nn.Linear(hidden, size_out))
 
 
 class Concat(nn.Module):
@@ -145,9 +156,12 @@ class ImgTextCompositionBase(nn.Module):
         with self.rounding(source.device):
             image = self.encode_image(source)                                   # (B, D)
             goal = self.encode_image(target)                                    # (B, D): batch norm sees it apart
+        return {**self.compositions(image, text, goal), "target": self.normalization_layer(goal)}
+
+    def compositions(self, image: Tensor, text: Tensor, goal: Tensor) -> dict[str, Tensor]:
+        """The query, and what the composer's own loss terms compare, of (B, D), (B, T) and the target's (B, D)."""
         composed = self.compose(image, text)                                    # (B, D)
-        return {"query": self.normalization_layer(composed), "target": self.normalization_layer(goal),
-                **self.further_features(image, text, composed, goal)}
+        return {"query": self.normalization_layer(composed), **self.further_features(image, text, composed, goal)}
 
     def further_features(self, image: Tensor, text: Tensor, composed: Tensor, goal: Tensor) -> dict[str, Tensor]:
         """What the composer's own loss terms compare; none here."""
@@ -185,18 +199,23 @@ class ComplexProjection(nn.Module):
 
     def __init__(self, image_dim: int, text_dim: int):
         super().__init__()
-        self.bert_features = nn.Sequential(nn.BatchNorm1d(text_dim), nn.Linear(text_dim, image_dim),
-                                           nn.ReLU(), nn.Linear(image_dim, image_dim))
-        self.image_features = nn.Sequential(nn.BatchNorm1d(image_dim), nn.Linear(image_dim, image_dim),
-                                            nn.Dropout(0.5), nn.ReLU(), nn.Linear(image_dim, image_dim))
+        self.bert_features = Layers(nn.BatchNorm1d(text_dim), nn.Linear(text_dim, image_dim),
+                                    nn.ReLU(), nn.Linear(image_dim, image_dim))
+        self.image_features = Layers(nn.BatchNorm1d(image_dim), nn.Linear(image_dim, image_dim),
+                                     nn.Dropout(0.5), nn.ReLU(), nn.Linear(image_dim, image_dim))
 
-    def forward(self, image: Tensor, text: Tensor, sign: float) -> Tensor:
-        """(B, D), (B, T) -> (B, 5, D): v, delta, the raw image feature, real and imaginary part."""
-        return self.rotated(self.image_features(image), self.bert_features(text), image, sign)
+    def kept(self, images: Tensor) -> Tensor:
+        """What dropout multiplies the hidden layer of images by, drawn now: of their shape."""
+        return self.image_features[2](torch.ones_like(images))
 
-    def rotated(self, magnitude: Tensor, angle: Tensor, image: Tensor, sign: float = 1.0) -> Tensor:
-        real, imaginary = magnitude * angle.cos(), sign * magnitude * angle.sin()   # (B, D) each
-        return torch.stack([magnitude, angle, image, real, imaginary], dim=1)
+    def forward(self, image: Tensor, text: Tensor, sign: float | Tensor, kept: Tensor) -> Tensor:
+        """(..., B, D), (..., B, T) -> (..., B, 5, D): v, delta, the raw image feature, real and imaginary part."""
+        hidden = self.image_features[:2](image) * kept
+        return self.rotated(self.image_features[3:](hidden), self.bert_features(text), image, sign)
+
+    def rotated(self, magnitude: Tensor, angle: Tensor, image: Tensor, sign: float | Tensor = 1.0) -> Tensor:
+        real, imaginary = magnitude * angle.cos(), sign * magnitude * angle.sin()   # (..., B, D) each
+        return torch.stack([magnitude, angle, image, real, imaginary], dim=-2)
 
     def of_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """(N, D), (M, T) -> a function of rows of the two, (B,) each, that gives what `forward` gives, in eval mode."""
@@ -205,7 +224,7 @@ class ComplexProjection(nn.Module):
 
 
 class LinearMapping(nn.Module):
-    """The paper's rho: (B, size_in) -> (B, D)."""
+    """The paper's rho: (..., B, size_in) -> (..., B, D)."""
 
     def __init__(self, size_in: int, image_dim: int):
         super().__init__()
@@ -226,13 +245,13 @@ class ConvMapping(nn.Module):
         self.pool = nn.AdaptiveMaxPool1d(windows)
         self.mapping = mlp(filters * windows, image_dim, image_dim)
 
-    def forward(self, features: Tensor) -> Tensor:                              # (B, channels, length)
-        conv, windows = getattr(self, self.conv_name), self.pool.output_size
-        if in_one_pass(features, windows):
-            pooled = pooled_convolution(features, conv.weight, conv.bias, windows)      # (B, 64, windows)
+    def forward(self, features: Tensor) -> Tensor:                              # (..., B, channels, length)
+        conv, windows, rows = getattr(self, self.conv_name), self.pool.output_size, features.flatten(0, -3)
+        if in_one_pass(rows, windows):
+            pooled = pooled_convolution(rows, conv.weight, conv.bias, windows)  # (P * B, 64, windows)
         else:
-            pooled = self.pool(conv(features))
-        return self.mapping(pooled.flatten(1))                                  # (B, D)
+            pooled = self.pool(conv(rows))
+        return self.mapping(pooled.reshape(*features.shape[:-2], -1))           # (..., B, D)
 
 
 class AutoencoderComposition(ImgTextCompositionBase):
@@ -257,16 +276,22 @@ class ComposeAE(AutoencoderComposition):
         self.encoderLinear = nn.Sequential(ComplexProjection(dim, text_dim), LinearMapping(2 * dim, dim))
         self.encoderWithConv = nn.Sequential(ComplexProjection(dim, text_dim), ConvMapping(5, 2 * dim, dim, "conv"))
 
-    def compose(self, image: Tensor, text: Tensor, sign: float = 1.0) -> Tensor:
-        return self.composed(*(project(image, text, sign) for project in self.projections()))
+    def compose(self, image: Tensor, text: Tensor, sign: float | Tensor = 1.0) -> Tensor:
+        """(B, D), (B, T) -> (B, D). Or P batches, (P, B, D) and (P, B, T), as one after the other; sign: (P, 1, 1)."""
+        projections, batches = self.projections(), image if image.ndim == 3 else [image]
+        # In the original's order: of a batch for both projections, then of the next.
+        drawn = [[project.kept(batch) for project in projections] for batch in batches]
+        kept = [torch.stack(each).view_as(image) for each in zip(*drawn, strict=True)]
+        return self.composed(*(project(image, text, sign, own)
+                               for project, own in zip(projections, kept, strict=True)))
 
     def projections(self) -> list[ComplexProjection]:
         """One for each mapping, not shared."""
         return [self.encoderLinear[0], self.encoderWithConv[0]]
 
-    def composed(self, projected: Tensor, projected_conv: Tensor) -> Tensor:    # (B, 5, D) each -> (B, D)
+    def composed(self, projected: Tensor, projected_conv: Tensor) -> Tensor:    # (..., B, 5, D) each -> (..., B, D)
         rho, rho_conv = self.encoderLinear[1], self.encoderWithConv[1]
-        complex_parts = projected[:, 3:].flatten(1)                             # (B, 2 D): real, imaginary
+        complex_parts = projected[..., 3:, :].flatten(-2)                       # (..., B, 2 D): real, imaginary
         return rho(complex_parts) * self.a[1] + rho_conv(projected_conv) * self.a[0]
 
     def compose_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -274,10 +299,11 @@ class ComposeAE(AutoencoderComposition):
         projections = [project.of_pairs(images, texts) for project in self.projections()]
         return lambda image, text: self.composed(*(project(image, text) for project in projections))
 
-    def further_features(self, image: Tensor, text: Tensor, composed: Tensor, goal: Tensor) -> dict[str, Tensor]:
+    def compositions(self, image: Tensor, text: Tensor, goal: Tensor) -> dict[str, Tensor]:
         """Also the target turned back by the same text, which should land on the source (rotational symmetry)."""
-        rotated_back = self.compose(goal, text, sign=-1.0)                      # (B, D)
-        return {**super().further_features(image, text, composed, goal),
+        back_too = torch.linspace(1, -1, 2, device=image.device)[:, None, None]     # signs, without waiting for a GPU
+        composed, rotated_back = self.compose(torch.stack([image, goal]), text.expand(2, *text.shape), back_too)
+        return {"query": self.normalization_layer(composed), **self.further_features(image, text, composed, goal),
                 "rotated_back": self.normalization_layer(rotated_back), "source": self.normalization_layer(image)}
 
 

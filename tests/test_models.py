@@ -149,12 +149,31 @@ def test_turning_by_the_conjugate_undoes_the_rotation():
     """v exp(i d) and its conjugate differ in the imaginary part's sign alone."""
     model = MODELS["composeAE"](SimpleVocab.from_texts(["a"]), 6, 4).eval()
     image, text = torch.randn(3, 6), torch.randn(3, 4)
-    forward, back = (model.encoderLinear[0](image, text, sign) for sign in (1.0, -1.0))       # (B, 5, D)
+    forward, back = (model.encoderLinear[0](image, text, sign, 1) for sign in (1.0, -1.0))     # (B, 5, D)
     torch.testing.assert_close(back, forward * torch.tensor([1.0, 1, 1, 1, -1])[:, None])
     magnitude, angle, raw, real, imaginary = forward.unbind(1)
     torch.testing.assert_close(real.square() + imaginary.square(), magnitude.square())
     torch.testing.assert_close(torch.atan2(imaginary * magnitude, real * magnitude).cos(), angle.cos())
     assert torch.equal(raw, image)
+
+
+@pytest.mark.parametrize("number", [torch.float32, torch.float64])  # the first pools in one pass
+def test_composing_two_batches_at_once_is_composing_one_after_the_other(number):
+    """Dropout draws the same, batch norm sees each by itself, and gradients are the same."""
+    image, goal, text = torch.randn(8, 24).to(number), torch.randn(8, 24).to(number), torch.randn(8, 16).to(number)
+    found = []
+    for at_once in (True, False):
+        torch.manual_seed(0)
+        model = MODELS["composeAE"](SimpleVocab(), 24, 16).to(number)
+        if at_once:
+            signs = torch.tensor([1.0, -1.0], dtype=number)[:, None, None]
+            composed, back = model.compose(torch.stack([image, goal]), torch.stack([text, text]), signs)
+        else:
+            composed, back = model.compose(image, text), model.compose(goal, text, -1.0)
+        (composed.square().sum() + 3 * back.square().sum()).backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        found.append(({"composed": composed, "back": back}, gradients, dict(model.named_buffers())))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3 if number is torch.float32 else 1e-9)
 
 
 def test_ours_adds_the_directions_of_tirg_and_of_the_changed_image():
