@@ -209,13 +209,15 @@ class ComplexProjection(nn.Module):
         return self.image_features[2](torch.ones_like(images))
 
     def forward(self, image: Tensor, text: Tensor, sign: float | Tensor, kept: Tensor) -> Tensor:
-        """(..., B, D), (..., B, T) -> (..., B, 5, D): v, delta, the raw image feature, real and imaginary part."""
+        """(B, D) or (P, B, D), (B, T) -> (..., B, 5, D): v, delta, the raw image feature, real and imaginary part."""
         hidden = self.image_features[:2](image) * kept
+        for _ in image[1:] if image.ndim == 3 else ():
+            self.bert_features[0](text)                                         # its running statistics: once a batch
         return self.rotated(self.image_features[3:](hidden), self.bert_features(text), image, sign)
 
     def rotated(self, magnitude: Tensor, angle: Tensor, image: Tensor, sign: float | Tensor = 1.0) -> Tensor:
         real, imaginary = magnitude * angle.cos(), sign * magnitude * angle.sin()   # (..., B, D) each
-        return torch.stack([magnitude, angle, image, real, imaginary], dim=-2)
+        return torch.stack([magnitude, angle.expand_as(magnitude), image, real, imaginary], dim=-2)
 
     def of_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """(N, D), (M, T) -> a function of rows of the two, (B,) each, that gives what `forward` gives, in eval mode."""
@@ -277,7 +279,7 @@ class ComposeAE(AutoencoderComposition):
         self.encoderWithConv = nn.Sequential(ComplexProjection(dim, text_dim), ConvMapping(5, 2 * dim, dim, "conv"))
 
     def compose(self, image: Tensor, text: Tensor, sign: float | Tensor = 1.0) -> Tensor:
-        """(B, D), (B, T) -> (B, D). Or P batches, (P, B, D) and (P, B, T), as one after the other; sign: (P, 1, 1)."""
+        """(B, D), (B, T) -> (B, D). Or of P batches with one text, (P, B, D), as in turn; sign: (P, 1, 1)."""
         projections, batches = self.projections(), image if image.ndim == 3 else [image]
         # In the original's order: of a batch for both projections, then of the next.
         drawn = [[project.kept(batch) for project in projections] for batch in batches]
@@ -302,7 +304,7 @@ class ComposeAE(AutoencoderComposition):
     def compositions(self, image: Tensor, text: Tensor, goal: Tensor) -> dict[str, Tensor]:
         """Also the target turned back by the same text, which should land on the source (rotational symmetry)."""
         back_too = torch.linspace(1, -1, 2, device=image.device)[:, None, None]     # signs, without waiting for a GPU
-        composed, rotated_back = self.compose(torch.stack([image, goal]), text.expand(2, *text.shape), back_too)
+        composed, rotated_back = self.compose(torch.stack([image, goal]), text, back_too)
         return {"query": self.normalization_layer(composed), **self.further_features(image, text, composed, goal),
                 "rotated_back": self.normalization_layer(rotated_back), "source": self.normalization_layer(image)}
 

@@ -167,7 +167,7 @@ def test_composing_two_batches_at_once_is_composing_one_after_the_other(number):
         model = MODELS["composeAE"](SimpleVocab(), 24, 16).to(number)
         if at_once:
             signs = torch.tensor([1.0, -1.0], dtype=number)[:, None, None]
-            composed, back = model.compose(torch.stack([image, goal]), torch.stack([text, text]), signs)
+            composed, back = model.compose(torch.stack([image, goal]), text, signs)
         else:
             composed, back = model.compose(image, text), model.compose(goal, text, -1.0)
         (composed.square().sum() + 3 * back.square().sum()).backward()
