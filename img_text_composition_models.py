@@ -100,6 +100,13 @@ class ImgTextCompositionBase(nn.Module):
             encode = self.img_model if images.ndim == 4 else self.last_layer
             return encode(self.normalized(images)).to(self.a.dtype)
 
+    def encode_images(self, source: Tensor, target: Tensor) -> Sequence[Tensor]:
+        """Both as `encode_image`, one after the other, for batch norm sees each apart; but what is left of a frozen
+        encoder, a linear layer, takes them at once."""
+        if source.ndim == 2:
+            return self.encode_image(torch.cat([source, target])).chunk(2)
+        return self.encode_image(source), self.encode_image(target)
+
     @property
     def last_layer(self) -> nn.Module:
         """The image encoder's, Linear(W, D)."""
@@ -154,8 +161,7 @@ class ImgTextCompositionBase(nn.Module):
     def features(self, source: Tensor, text: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The same of normalized images and encoded texts, (B, T): tensors alone, so this is what can be compiled."""
         with self.rounding(source.device):
-            image = self.encode_image(source)                                   # (B, D)
-            goal = self.encode_image(target)                                    # (B, D): batch norm sees it apart
+            image, goal = self.encode_images(source, target)                    # (B, D) each
         return {**self.compositions(image, text, goal), "target": self.normalization_layer(goal)}
 
     def compositions(self, image: Tensor, text: Tensor, goal: Tensor) -> dict[str, Tensor]:
