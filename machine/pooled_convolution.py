@@ -87,15 +87,25 @@ def find_maxima(reached, weight, bias, maxima, places):
 @compiled
 def pass_back(reached, weight, places, gradient, of_reached, of_weight):
     """Add to the gradients of `reached` and `weight`, from that of the maxima, (B, K, windows)."""
-    windows = places.shape[2]
+    windows = np.uintp(places.shape[2])
+    found = np.empty(windows, np.uintp)                                         # where a maximum's left tap reaches
     for signal in range(len(reached)):
         for kernel in range(len(weight)):
+            for window in range(windows):
+                found[window] = np.uintp(places[signal, kernel, window]) * windows + window
+            from_above = gradient[signal, kernel]
             for channel in range(reached.shape[1]):
                 given, of_given = reached[signal, channel], of_reached[signal, channel]
-                for tap in range(3):
-                    total, factor = np.float32(0), weight[kernel, channel, tap]
-                    for window in range(windows):
-                        at = (places[signal, kernel, window] + tap) * windows + window
-                        total += gradient[signal, kernel, window] * given[at]
-                        of_given[at] += gradient[signal, kernel, window] * factor
-                    of_weight[kernel, channel, tap] += total
+                left, middle, right = weight[kernel, channel, 0], weight[kernel, channel, 1], weight[kernel, channel, 2]
+                of_left, of_middle, of_right = np.float32(0), np.float32(0), np.float32(0)
+                for window in range(windows):                                   # three sums, none waiting for another
+                    part, at = from_above[window], found[window]
+                    of_left += part * given[at]
+                    of_middle += part * given[at + windows]
+                    of_right += part * given[at + windows + windows]
+                    of_given[at] += part * left
+                    of_given[at + windows] += part * middle
+                    of_given[at + windows + windows] += part * right
+                of_weight[kernel, channel, 0] += of_left
+                of_weight[kernel, channel, 1] += of_middle
+                of_weight[kernel, channel, 2] += of_right
