@@ -5,7 +5,7 @@ name.
 import fnmatch
 import os
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -126,6 +126,7 @@ class MITStates(CaptionedDataset):
         for image, caption in enumerate(self.captions):
             adjective, _, noun = caption.partition(" ")
             self.states.setdefault(noun, {}).setdefault(adjective, []).append(image)
+        self.targets = lru_cache(64)(self.draw_targets)                         # its second target is asked for soon
 
     def drop_single_state_nouns(self, nouns: list[str]) -> None:
         self.refuse_or_drop("nouns with one adjective", f"the noun {nouns[0]!r} has images of one adjective only under "
@@ -143,12 +144,16 @@ class MITStates(CaptionedDataset):
     def sample(self, order: np.ndarray, position: int, key: tuple[int, ...]) -> Sample:
         """Consecutive positions form a pair: one source, two targets of its noun with different adjectives."""
         source = int(order[position - position % 2])
-        rng = np.random.default_rng((*key, 1 + position // 2))
+        target = self.targets(source, (*key, 1 + position // 2))[position % 2]
+        return Sample(source, target, self.text(self.captions[target]))
+
+    def draw_targets(self, source: int, key: tuple[int, ...]) -> list[int]:
+        """Both of a pair: each knows of the other."""
+        rng = np.random.default_rng(key)
         states = list(self.states[self.captions[source].partition(" ")[2]].values())
         first, second = rng.integers(len(states)), rng.integers(len(states) - 1)
         chosen = (states[first], states[second + (second >= first)])            # a target may have the source's state
-        target = [pick(rng, images) for images in chosen][position % 2]         # both drawn: each knows of the other
-        return Sample(source, target, self.text(self.captions[target]))
+        return [pick(rng, images) for images in chosen]
 
     def sample_texts(self, seed: int, epoch: int) -> Iterable[str]:
         return map(self.text, dict.fromkeys(self.captions))
