@@ -142,7 +142,8 @@ def rank_table(scores: Tensor, among, places, first, counts) -> Tensor:
     leader = torch.full_like(best, width, dtype=torch.long).scatter_reduce(
         0, rows, torch.where(correct == best[rows], places, width), "amin")     # of equally good ones the first
     is_before = torch.arange(width, device=device) < leader[:, None]
-    above = torch.where(is_before, scores >= best[:, None], scores > best[:, None]).sum(1)
+    higher = torch.where(is_before, scores >= best[:, None], scores > best[:, None])
+    above = higher.sum(1, dtype=torch.int32).long()                             # else int64's whole table is summed up
     return torch.where(best == -torch.inf, NEVER, above)
 
 
