@@ -214,18 +214,18 @@ class ComplexProjection(nn.Module):
         """What dropout multiplies the hidden layer of images by, drawn now: of their shape."""
         return self.image_features[2](torch.ones_like(images))
 
-    def forward(self, image: Tensor, text: Tensor, sign: float | Tensor, kept: Tensor) -> Tensor:
-        """(B, D) or (P, B, D), (B, T) -> (..., B, 5, D): v, delta, the raw image feature, real and imaginary part."""
+    def forward(self, image: Tensor, text: Tensor, sign: float | Tensor, kept: Tensor) -> list[Tensor]:
+        """(B, D) or (P, B, D), (B, T) -> v, delta, the raw image feature, real and imaginary part: (..., B, D) each."""
         hidden = self.image_features[:2](image) * kept
         for _ in image[1:] if image.ndim == 3 else ():
             self.bert_features[0](text)                                         # its running statistics: once a batch
         return self.rotated(self.image_features[3:](hidden), self.bert_features(text), image, sign)
 
-    def rotated(self, magnitude: Tensor, angle: Tensor, image: Tensor, sign: float | Tensor = 1.0) -> Tensor:
-        real, imaginary = magnitude * angle.cos(), sign * magnitude * angle.sin()   # (..., B, D) each
-        return torch.stack([magnitude, angle.expand_as(magnitude), image, real, imaginary], dim=-2)
+    def rotated(self, magnitude: Tensor, angle: Tensor, image: Tensor, sign: float | Tensor = 1.0) -> list[Tensor]:
+        real, imaginary = magnitude * angle.cos(), sign * magnitude * angle.sin()
+        return [magnitude, angle.expand_as(magnitude), image, real, imaginary]
 
-    def of_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def of_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], list[Tensor]]:
         """(N, D), (M, T) -> a function of rows of the two, (B,) each, that gives what `forward` gives, in eval mode."""
         magnitudes, angles = self.image_features(images), self.bert_features(texts)
         return lambda image, text: self.rotated(magnitudes[image], angles[text], images[image])
@@ -297,10 +297,10 @@ class ComposeAE(AutoencoderComposition):
         """One for each mapping, not shared."""
         return [self.encoderLinear[0], self.encoderWithConv[0]]
 
-    def composed(self, projected: Tensor, projected_conv: Tensor) -> Tensor:    # (..., B, 5, D) each -> (..., B, D)
+    def composed(self, projected: list[Tensor], projected_conv: list[Tensor]) -> Tensor:    # (..., B, D)
         rho, rho_conv = self.encoderLinear[1], self.encoderWithConv[1]
-        complex_parts = projected[..., 3:, :].flatten(-2)                       # (..., B, 2 D): real, imaginary
-        return rho(complex_parts) * self.a[1] + rho_conv(projected_conv) * self.a[0]
+        complex_parts, signals = torch.cat(projected[3:], -1), torch.stack(projected_conv, -2)
+        return rho(complex_parts) * self.a[1] + rho_conv(signals) * self.a[0]   # of (..., B, 2 D), (..., B, 5, D)
 
     def compose_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """As TIRG's."""
