@@ -95,7 +95,7 @@ def test_a_query_finds_what_a_plain_search_finds(trained, images, index, capsys,
     paths = [path for path in images.rglob("*.jpg") if not path.name.startswith(".")]
     image = images / "a b" / "1.jpg"
     expected = plain_search(trained, paths, image, text, nearness)
-    assert expected[0][1] - expected[-1][1] > 0.001                             # 500 times what is told apart below
+    assert expected[0][1] - expected[-1][1] > 0.1
     found = asked(capsys, "--index", index, "--image", image, "--text", text, "-k", 7, "--nearness", nearness)["results"]
     assert [hit["rank"] for hit in found] == [1, 2, 3, 4, 5, 6, 7]
     assert [hit["score"] for hit in found] == pytest.approx([score for _, score in expected[:7]], abs=2e-6)
@@ -420,7 +420,7 @@ def test_a_model_without_an_index_gives_the_vectors_that_an_index_ranks(trained,
     threads = torch.get_num_threads()
     hits, model = Gallery(index).search(images / "0.jpg", "old wet dog"), load_model(trained)
     query, gallery = model.compose(images / "0.jpg", "old wet dog"), model.encode([hit.path for hit in hits] * 3)
-    assert len(hits) == 12 and hits[0].score - hits[-1].score > 0.001 and torch.get_num_threads() == threads
+    assert len(hits) == 12 and hits[0].score - hits[-1].score > 0.1 and torch.get_num_threads() == threads
     assert (query.shape, gallery.shape, model.encode([]).shape) == ((24,), (36, 24), (0, 24))
     assert query.dtype == gallery.dtype == np.float32
     assert np.linalg.norm([query, *gallery], axis=1) == pytest.approx(np.ones(37), abs=1e-6)
