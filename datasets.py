@@ -126,7 +126,7 @@ class MITStates(CaptionedDataset):
         for image, caption in enumerate(self.captions):
             adjective, _, noun = caption.partition(" ")
             self.states.setdefault(noun, {}).setdefault(adjective, []).append(image)
-        self.targets = lru_cache(64)(self.draw_targets)                         # its second target is asked for soon
+        self.targets = lru_cache(64)(self.draw_targets)                         # a pair's other is asked for next
 
     def drop_single_state_nouns(self, nouns: list[str]) -> None:
         self.refuse_or_drop("nouns with one adjective", f"the noun {nouns[0]!r} has images of one adjective only under "

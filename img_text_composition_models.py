@@ -215,9 +215,9 @@ class ComplexProjection(nn.Module):
         return self.image_features[2](torch.ones_like(images))
 
     def forward(self, image: Tensor, text: Tensor, sign: float | Tensor, kept: Tensor) -> list[Tensor]:
-        """(B, D) or (P, B, D), (B, T) -> v, delta, the raw image feature, real and imaginary part: (..., B, D) each."""
+        """(P, B, D), (B, T) -> v, delta, the raw image feature, real and imaginary part: (P, B, D) each."""
         hidden = self.image_features[:2](image) * kept
-        for _ in image[1:] if image.ndim == 3 else ():
+        for _ in image[1:]:
             self.bert_features[0](text)                                         # its running statistics: once a batch
         return self.rotated(self.image_features[3:](hidden), self.bert_features(text), image, sign)
 
@@ -286,12 +286,12 @@ class ComposeAE(AutoencoderComposition):
 
     def compose(self, image: Tensor, text: Tensor, sign: float | Tensor = 1.0) -> Tensor:
         """(B, D), (B, T) -> (B, D). Or of P batches with one text, (P, B, D), as in turn; sign: (P, 1, 1)."""
-        projections, batches = self.projections(), image if image.ndim == 3 else [image]
+        projections, batches = self.projections(), image if image.ndim == 3 else image[None]    # (P, B, D)
         # In the original's order: of a batch for both projections, then of the next.
         drawn = [[project.kept(batch) for project in projections] for batch in batches]
-        kept = [torch.stack(each).view_as(image) for each in zip(*drawn, strict=True)]
-        return self.composed(*(project(image, text, sign, own)
-                               for project, own in zip(projections, kept, strict=True)))
+        kept = [torch.stack(each) for each in zip(*drawn, strict=True)]         # (P, B, D) each
+        return self.composed(*(project(batches, text, sign, own)
+                               for project, own in zip(projections, kept, strict=True))).view_as(image)
 
     def projections(self) -> list[ComplexProjection]:
         """One for each mapping, not shared."""

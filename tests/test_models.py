@@ -149,12 +149,12 @@ def test_turning_by_the_conjugate_undoes_the_rotation():
     """v exp(i d) and its conjugate differ in the imaginary part's sign alone."""
     model = MODELS["composeAE"](SimpleVocab.from_texts(["a"]), 6, 4).eval()
     image, text = torch.randn(3, 6), torch.randn(3, 4)
-    forward, (*same, turned_back) = (model.encoderLinear[0](image, text, sign, 1) for sign in (1.0, -1.0))
-    magnitude, angle, raw, real, imaginary = forward
+    forward, (*same, turned_back) = (model.encoderLinear[0](image[None], text, sign, 1) for sign in (1.0, -1.0))
+    magnitude, angle, raw, real, imaginary = forward                            # (1, B, D) each
     torch.testing.assert_close((same, turned_back), (forward[:4], -imaginary))
     torch.testing.assert_close(real.square() + imaginary.square(), magnitude.square())
     torch.testing.assert_close(torch.atan2(imaginary * magnitude, real * magnitude).cos(), angle.cos())
-    assert torch.equal(raw, image)
+    assert torch.equal(raw, image[None])
 
 
 @pytest.mark.parametrize("number", [torch.float32, torch.float64])  # the first pools in one pass
