@@ -1,7 +1,8 @@
 """A convolution along signals and the maxima of its windows: on a CPU in one pass.
 
-As two operations it writes many times what is kept, and passes back a gradient of zeros for all the rest. In one a row
-stays in the nearest cache until its maxima are found, and the gradient is taken at these alone: a third of the time.
+As two operations it writes many times what is kept, and passes back a gradient of zeros for all the rest. Here some
+signals at a time are convolved, as a matrix product whose outcome stays in a near cache until its maxima are found; and
+the gradient is taken at these alone.
 """
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from machine.compiled import compiled
+
+NEAR = 2**19    # numbers: what fits the caches of today's cores
 
 
 def in_one_pass(signals: Tensor, windows: int) -> bool:
@@ -28,25 +31,28 @@ class PooledConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, signals: Tensor, weight: Tensor, bias: Tensor, windows: int) -> Tensor:
-        width = signals.shape[2] // windows
-        reached = F.pad(signals, (1, 1)).unfold(2, width + 2, width)            # (B, C, windows, width + 2)
-        reached = reached.transpose(2, 3).contiguous()                          # one place of all windows side by side
-        maxima = signals.new_empty(len(signals), len(weight), windows)
+        length, kernels = signals.shape[2], len(weight)
+        reached = F.pad(signals, (1, 1))                                        # (B, C, L + 2)
+        maxima = signals.new_empty(len(signals), windows, kernels)
         places = torch.empty_like(maxima, dtype=torch.int32)
-        find_maxima(*arrays(reached.flatten(2), weight, bias, maxima, places))
+        at_once = max(1, min(NEAR // (length * kernels), len(signals)))
+        taps = weight.flatten(1).T                                              # (3 C, K)
+        near = signals.new_empty(at_once * length, kernels)
+        for some in range(0, len(signals), at_once):
+            part = reached[some:some + at_once].unfold(2, length, 1)            # (b, C, 3, L)
+            part = part.permute(1, 2, 0, 3).reshape(weight[0].numel(), -1)      # (3 C, b L)
+            convolved = torch.mm(part.T, taps, out=near[:part.shape[1]]).view(-1, length, kernels)
+            find_maxima(*arrays(convolved, bias, maxima[some:some + at_once], places[some:some + at_once]))
         ctx.save_for_backward(reached, weight, places)
-        return maxima
+        return maxima.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         reached, weight, places = ctx.saved_tensors
         of_reached, of_weight = torch.zeros_like(reached), torch.zeros_like(weight)
-        pass_back(*arrays(reached.flatten(2), weight, places, gradient.contiguous(), of_reached.flatten(2), of_weight))
-        of_signals = of_reached[:, :, 1:-1].transpose(2, 3).contiguous()        # (B, C, windows, width)
-        of_signals[:, :, :-1, -1] += of_reached[:, :, 0, 1:]                    # the ends are also the neighbours'
-        of_signals[:, :, 1:, 0] += of_reached[:, :, -1, :-1]
-        return of_signals.flatten(2), of_weight, gradient.sum((0, 2)), None
+        pass_back(*arrays(reached, weight, places, gradient.contiguous(), of_reached, of_weight))
+        return of_reached[:, :, 1:-1], of_weight, gradient.sum((0, 2)), None
 
 
 def arrays(*tensors: Tensor) -> list[np.ndarray]:
@@ -54,45 +60,37 @@ def arrays(*tensors: Tensor) -> list[np.ndarray]:
 
 
 @compiled
-def find_maxima(reached, weight, bias, maxima, places):
-    """Fill `maxima` and `places`, (B, K, windows); a place counts in its window, of equal ones it is the first.
+def find_maxima(convolved, bias, maxima, places):
+    """Fill `maxima` and `places`, (B, windows, K); a place counts in the signal, of equal ones it is the first.
 
-    reached: (B, C, (width + 2) windows), the signals with what a tap reaches on either side. Where a window ends in
-    NaN that is its maximum; NaN with numbers after it is passed over, which torch's pooling does not.
+    convolved: (B, L, K), to which the bias is yet to be added. Where a window ends in NaN that is its maximum; NaN with
+    numbers after it is passed over, which torch's pooling does not.
     """
-    windows = np.uintp(maxima.shape[2])
-    width = reached.shape[2] // maxima.shape[2] - 2
-    row = np.empty(reached.shape[2] - 2 * windows, np.float32)                  # one filter's convolution of one signal
-    for signal in range(len(reached)):
-        for kernel in range(len(weight)):
-            row[:] = bias[kernel]
-            for channel in range(reached.shape[1]):
-                left, middle, right = weight[kernel, channel, 0], weight[kernel, channel, 1], weight[kernel, channel, 2]
-                given = reached[signal, channel]
-                # Unsigned: places that might count from the end would keep vector instructions out.
-                for at in range(np.uintp(len(row))):
-                    row[at] += left * given[at] + middle * given[at + windows] + right * given[at + windows + windows]
-            top, place = maxima[signal, kernel], places[signal, kernel]
-            for window in range(windows):
-                top[window], place[window] = row[window], 0
-            for offset in range(1, width):
-                start = np.uintp(offset) * windows
-                for window in range(windows):
-                    value = row[start + window]
-                    higher = not value <= top[window]                           # NaN is
-                    top[window] = value if higher else top[window]
-                    place[window] = np.int32(offset) if higher else place[window]
+    width = convolved.shape[1] // maxima.shape[1]
+    kernels = np.uintp(len(bias))                                               # unsigned: see pass_back
+    for signal in range(len(maxima)):
+        for window in range(maxima.shape[1]):
+            top, place = maxima[signal, window], places[signal, window]
+            top[:], place[:] = convolved[signal, window * width], window * width
+            for at in range(window * width + 1, (window + 1) * width):
+                row = convolved[signal, at]
+                for kernel in range(kernels):
+                    higher = not row[kernel] <= top[kernel]                     # NaN is
+                    top[kernel] = row[kernel] if higher else top[kernel]
+                    place[kernel] = np.int32(at) if higher else place[kernel]
+            for kernel in range(kernels):
+                top[kernel] += bias[kernel]
 
 
 @compiled
 def pass_back(reached, weight, places, gradient, of_reached, of_weight):
-    """Add to the gradients of `reached` and `weight`, from that of the maxima, (B, K, windows)."""
-    windows = np.uintp(places.shape[2])
+    """Add to the gradients of `reached`, (B, C, L + 2), and `weight`, from that of the maxima, (B, K, windows)."""
+    windows = np.uintp(places.shape[1])
     found = np.empty(windows, np.uintp)                                         # where a maximum's left tap reaches
     for signal in range(len(reached)):
         for kernel in range(len(weight)):
             for window in range(windows):
-                found[window] = np.uintp(places[signal, kernel, window]) * windows + window
+                found[window] = places[signal, window, kernel]
             from_above = gradient[signal, kernel]
             for channel in range(reached.shape[1]):
                 given, of_given = reached[signal, channel], of_reached[signal, channel]
@@ -101,11 +99,11 @@ def pass_back(reached, weight, places, gradient, of_reached, of_weight):
                 for window in range(windows):                                   # three sums, none waiting for another
                     part, at = from_above[window], found[window]
                     of_left += part * given[at]
-                    of_middle += part * given[at + windows]
-                    of_right += part * given[at + windows + windows]
+                    of_middle += part * given[at + np.uintp(1)]
+                    of_right += part * given[at + np.uintp(2)]
                     of_given[at] += part * left
-                    of_given[at + windows] += part * middle
-                    of_given[at + windows + windows] += part * right
+                    of_given[at + np.uintp(1)] += part * middle
+                    of_given[at + np.uintp(2)] += part * right
                 of_weight[kernel, channel, 0] += of_left
                 of_weight[kernel, channel, 1] += of_middle
                 of_weight[kernel, channel, 2] += of_right
