@@ -32,14 +32,17 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize(("queries", "channels", "length", "kernels", "windows"), [
-    (3, 5, 512, 64, 16), (3, 1, 896, 64, 14), (2, 5, 12, 3, 4), (2, 2, 7, 3, 7), (2, 2, 7, 3, 1), (1, 1, 1, 1, 1),
+    (39, 5, 512, 64, 16), (3, 1, 896, 64, 14), (2, 5, 12, 3, 4), (2, 2, 7, 3, 7), (2, 2, 7, 3, 1), (1, 1, 1, 1, 1),
     (0, 5, 12, 3, 4)])
 def test_as_torchs_two_operations(queries, channels, length, kernels, windows):
+    """With whole numbers, whose sums no processor rounds: else of two nearly equal maxima either may be found."""
     torch.manual_seed(0)
-    inputs = torch.randn(queries, channels, length), torch.randn(kernels, channels, 3), torch.randn(kernels)
-    for ours, theirs in zip(with_gradients(pooled_convolution, windows, *inputs),
-                            with_gradients(two_passes, windows, *inputs), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4 if queries > 2 else 1e-5)
+    inputs = [torch.randint(-9, 10, shape).float() for shape in (
+        (queries, channels, length), (kernels, channels, 3), (kernels,))]
+    ours, theirs = (with_gradients(function, windows, *inputs) for function in (pooled_convolution, two_passes))
+    assert torch.equal(ours[0], theirs[0])
+    for own, torchs in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(own, torchs, rtol=1e-5, atol=1e-3)
 
 
 def test_of_equal_maxima_the_first_gets_the_gradient():
