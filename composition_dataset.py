@@ -148,6 +148,7 @@ class CompositionDataset:
         self.lenient, self.without = without is not None, without or frozenset()
         self.dropped = {"images": len(self.without)}
         self.passed_over: Counter[str] = Counter()                              # endings of what any_suffix would read
+        self.tasks: dict[int, RetrievalTask] = {}                               # by seed
         require(self.root, f"{type(self).__name__} folder")
         self.read()
 
@@ -204,8 +205,11 @@ class CompositionDataset:
         return texts_of(Epoch(self, seed, epoch))
 
     def task(self, seed: int = 0) -> RetrievalTask:
-        """What the retrieval test asks: the benchmark's queries, or for the train split random training samples."""
-        return self.training_task(seed) if self.split == "train" else self.test_task()
+        """What the retrieval test asks, the same at every test: the benchmark's queries, or for the train split random
+        training samples."""
+        if seed not in self.tasks:
+            self.tasks[seed] = self.training_task(seed) if self.split == "train" else self.test_task()
+        return self.tasks[seed]
 
     def test_task(self) -> RetrievalTask:
         """Every query against every image; the target is right."""
