@@ -192,7 +192,7 @@ def place_images(args: argparse.Namespace, splits: dict[str, Split], model: ImgT
         for split in splits.values():
             at_once = args.test_batch_size or encoder_batch(device, split.store)
             split.store = FeatureStore(split.store, model.backbone, model.traits.width, model.backbone_fingerprint(),
-                                       cache_folder(args))
+                                       cache_folder(args), distributed.local_world())
             for share in (distributed.machines_share, list):                    # then what another could not keep
                 split.store.fill(at_once, workers, progress_bar, share)
                 distributed.meet()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from machine.device import send
+from machine.device import free_memory, send
 from machine.errors import InputError
 from machine.image_store import CPU, ImageStore, RowFile, prefetch
 
@@ -22,14 +22,18 @@ class FeatureStore:
     """Features of a dataset's images by image id, from the cache folder where there is one, else held in memory.
 
     images: their pixels. encode: (B, 3, S, S) uint8 on the CPU -> (B, W) float32. made_by: names all that the features
-    depend on beside the pixels; each has its own file. cache: folder for the features, or None.
+    depend on beside the pixels; each has its own file. cache: folder for the features, or None. processes: of this
+    machine that have such stores.
+    What was read is held in memory too, as long as it takes less than a quarter of what is free: a composer's step
+    would wait for some hundred reads.
     """
 
     def __init__(self, images: ImageStore, encode: Callable[[Tensor], Tensor], width: int, made_by: str,
-                 cache: str | Path | None = None):
+                 cache: str | Path | None = None, processes: int = 1):
         self.images, self.encode, self.width = images, encode, width
-        self.held: dict[int, np.ndarray] = {}                                   # what no file keeps
-        self.file = None
+        self.held: dict[int, np.ndarray] = {}                                   # and whatever no file keeps
+        self.most_held = free_memory(CPU) // (4 * processes * width * np.dtype(np.float32).itemsize)
+        self.file, self.writable = None, True
         if cache is not None:
             try:
                 made_by += "_upright" * images.upright
@@ -66,23 +70,26 @@ class FeatureStore:
                     raise OSError("no file")
                 self.file.write(index, self.images.versions[index], row)
             except OSError as error:
-                if self.file and not self.held:
+                if self.file and self.writable:
                     log.warning("the features' cache takes no more (%s): further ones are held in memory", error)
-                self.held[index] = row
+                self.writable, self.held[index] = False, row
 
-    def load(self, index: int, row: np.ndarray) -> None:
-        """Put one image's features into `row` (W,). Raises InputError for an image that cannot be read."""
+    def row(self, index: int) -> np.ndarray:
+        """One image's features, (W,). Raises InputError for an image that cannot be read."""
         if index in self.held:
-            row[:] = self.held[index]
-        elif not self.file or not self.file.read(index, self.images.versions[index], row):
+            return self.held[index]
+        row = np.empty(self.width, np.float32)
+        if not self.file or not self.file.read(index, self.images.versions[index], row):
             row[:] = self.encode(self.images.batch([index])).numpy()[0]
-            self.keep([index], row[None].copy())
+            self.keep([index], row[None])
+        if len(self.held) < self.most_held:
+            self.held[index] = row
+        return row
 
     def batch(self, ids: Sequence[int], device: torch.device = CPU) -> Tensor:
-        """(B, W) float32 on the device."""
+        """(B, W) float32 on the device, of at least one image."""
         features = torch.empty((len(ids), self.width), pin_memory=device.type == "cuda")
-        for row, index in zip(features.numpy(), ids, strict=True):
-            self.load(int(index), row)
+        np.concatenate([self.row(int(index)) for index in ids], out=features.numpy().reshape(-1))
         return send(features, device)
 
     def picture(self, index: int) -> np.ndarray:

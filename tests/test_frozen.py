@@ -137,6 +137,21 @@ def test_a_full_disk_costs_memory_only(paths, tmp_path, monkeypatch, caplog):
     assert torch.equal(without.batch(range(7)), expected) and seen == [4, 3, 4, 3]
 
 
+@pytest.mark.parametrize(("most", "read_again"), [(None, 0), (3, 4), (0, 7)])
+def test_what_was_read_is_held_as_far_as_memory_goes(paths, tmp_path, most, read_again):
+    """Seen by what has to be encoded anew once the file has nothing left."""
+    cache, seen = tmp_path / "cache", []
+    store_of(paths, cache).fill(4, 0, Bar)
+    store = store_of(paths, cache, means(seen))
+    assert store.most_held > 7                                                  # a quarter of what any machine has
+    if most is not None:
+        store.most_held = most
+    expected = ImageStore(paths, 32).batch(range(7)).float().mean((2, 3))
+    assert torch.equal(store.batch(range(7)), expected) and not seen
+    os.truncate(cache / "features_by hand.features", 0)
+    assert torch.equal(store.batch(range(7)), expected) and sum(seen) == read_again
+
+
 def test_features_that_are_not_finite_are_refused(paths, tmp_path):
     with pytest.raises(InputError, match="not finite"):
         store_of(paths, tmp_path / "cache", lambda pixels: torch.full((len(pixels), 3), torch.nan)).fill(4, 0, Bar)
