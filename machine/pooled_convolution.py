@@ -67,7 +67,7 @@ def find_maxima(convolved, bias, maxima, places):
     numbers after it is passed over, which torch's pooling does not.
     """
     width = convolved.shape[1] // maxima.shape[1]
-    kernels = np.uintp(len(bias))                                               # unsigned: see pass_back
+    kernels = np.uintp(len(bias))       # unsigned: what might count from the end would keep vector instructions out
     for signal in range(len(maxima)):
         for window in range(maxima.shape[1]):
             top, place = maxima[signal, window], places[signal, window]
