@@ -6,6 +6,7 @@ import signal
 import zlib
 
 os.environ["OMP_NUM_THREADS"] = "1"     # before torch is loaded; for its processes too: two workers share the cores
+os.environ["CUDA_VISIBLE_DEVICES"] = ""     # what the tests show is the same on every machine; GPUs are bench.py's
 
 import numpy as np
 import pytest

@@ -126,7 +126,8 @@ CASES = {
     "no checkpoint there": ("mitstates", None, {"model_checkpoint": "nowhere.pth", "test_only": True},
                             ["nowhere.pth", "--model_checkpoint"]),
     "test without checkpoint": ("mitstates", None, {"test_only": True}, ["--model_checkpoint"]),
-    "no GPU": ("mitstates", None, {"device": "cuda"}, ["--device cuda"]),
+    "no GPU": ("mitstates", None, {"device": "cuda"}, ["--device cuda", "no usable CUDA GPU"]),
+    "no device": ("mitstates", None, {"device": "gpu"}, ["--device", "'gpu'"]),
     "resume in a test": ("mitstates", None, {"test_only": True, "model_checkpoint": "x", "resume": "auto"}, ["--resume"]),
     "no sentence service": ("mitstates", None, {"use_bert": True, "bert_port": 1, "bert_port_out": 2, "bert_timeout": 0.5},
                             ["no sentence service at localhost:1"]),
@@ -143,8 +144,6 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_one_line_and_exit_code_2(case, tmp_path, capsys):
     dataset, damage, changes, words = CASES[case]
-    if case == "no GPU" and torch.cuda.is_available():
-        changes, words = {"device": "gpu"}, ["--device"]
     path = WRITERS[dataset](tmp_path / dataset)
     if damage:
         damage(path)

@@ -148,7 +148,6 @@ MPS = torch.device("mps")
 @pytest.fixture
 def macs_gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def test_a_macs_gpu_is_taken_by_one_process_and_by_no_several(macs_gpu):
