@@ -250,15 +250,11 @@ def are_results(found) -> bool:
 
 def restore(model: ImgTextCompositionBase, state: dict, path: str | Path) -> None:
     """Put a checkpoint's weights into `model`, every one of them. Raises InputError where name or shape differs."""
-    ours, theirs = model.state_dict(), state["model_state_dict"]
-    differs = [name for name in sorted(ours.keys() | theirs.keys())
-               if getattr(ours.get(name), "shape", None) != getattr(theirs.get(name), "shape", None)]
-    if differs:
-        name = differs[0]
-        held, wanted = (f"{tuple(tensors[name].shape)}" if name in tensors else "none" for tensors in (theirs, ours))
+    ours = model.state_dict()
+    theirs = tensor_files.counted(state["model_state_dict"], ours)
+    if differing := tensor_files.difference(theirs, ours):
         raise InputError(f"the checkpoint {path} (--model {state['opt'].get('model', 'unknown')}) does not fit this "
-                         f"run: {len(differs)} weights differ, first {name}: {held} there, {wanted} here; use the "
-                         "flags and the dataset it was trained with")
+                         f"run: {differing}; use the flags and the dataset it was trained with")
     model.load_state_dict(theirs)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from machine.downloads import downloaded, hub_address, kept_at, reaching
 from machine.errors import InputError, first_line
 from machine.image_store import IMAGENET_MEAN, IMAGENET_STD
-from machine.tensor_files import read_weights
+from machine.tensor_files import counted, difference, read_weights
 
 # Of torchvision's classifiers, those that end in one linear layer and answer a tensor in training too.
 ENCODERS = [name for name in torchvision.models.list_models(module=torchvision.models)
@@ -105,9 +105,10 @@ def load_image_weights(encoder: nn.Module, weights: str, name: str = "resnet18")
     try:
         state = library.weights(model) if weights == "imagenet" else read_weights(weights)
         state = library.fitted(state, encoder, head)
-        needed = {weight: value.shape for weight, value in encoder.state_dict().items() if not weight.startswith(head)}
-        if {weight: value.shape for weight, value in state.items()} != needed:
-            raise ValueError(f"the tensors in {weights} are not those of a {model}")
+        wanted = {weight: value for weight, value in encoder.state_dict().items() if not weight.startswith(head)}
+        state = counted(state, wanted)
+        if differing := difference(state, wanted):
+            raise ValueError(f"the tensors in {weights} are not those of a {model}: {differing}")
         encoder.load_state_dict(state, strict=False)
     except Exception as error:                                                  # torch.load raises a dozen types
         raise InputError(f"cannot load the image weights {weights!r} ({first_line(error)}); {elsewhere}") from None

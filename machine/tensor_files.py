@@ -155,6 +155,28 @@ def weights(content) -> dict[str, Tensor] | None:
     return found
 
 
+def counted(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights found, and of those wanted the counters of batch norm that they lack: files of torch before 0.4.1
+    have none, nor what was saved anew from them. No statistic depends on them here."""
+    return {**{name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}, **found}
+
+
+def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
+    """In words: which tensors are not of the name, shape and kind that is wanted; None where all are."""
+    told = [{name: described(value) for name, value in tensors.items()} for tensors in (found, wanted)]
+    differs = [name for name in sorted(wanted.keys() | found.keys()) if told[0].get(name) != told[1].get(name)]
+    if not differs:
+        return None
+    there, here = (tensors.get(differs[0], "none") for tensors in told)
+    return f"{len(differs)} weights differ, first {differs[0]}: {there} there, {here} here"
+
+
+def described(value: Tensor) -> str:
+    """Its shape; and its kind of numbers, but of the floating-point ones, which are turned into each other."""
+    kind = "" if value.is_floating_point() else f" of {str(value.dtype).removeprefix('torch.')}"
+    return f"{tuple(value.shape)}{kind}"
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The weights in a file, which is as it was written if it has a checksum. Raises Unreadable."""
     try:

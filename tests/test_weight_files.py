@@ -1,0 +1,95 @@
+"""Files of weights as the world has them, not as this program or today's torch would write them."""
+
+import shlex
+
+import pytest
+import torch
+import torchvision
+
+import checkpoint
+from image_encoders import image_encoder, load_image_weights
+from img_text_composition_models import Recipe
+from machine.errors import InputError
+from machine.tensor_files import read_weights
+
+from .conftest import Run, write_fashion200k, write_mitstates
+from .services import ROOT
+from .test_commands import commands
+from .test_tutorial import type_in
+
+PUBLISHED = [command for command in commands("README.md") if command.startswith("python -W ignore main.py ")]
+
+
+def without_counters(state):
+    """As files of torch before 0.4.1 are, and what was saved anew from them."""
+    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The folder where torch keeps its downloads: an empty one."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def resnet18(hub):
+    """torchvision's file of ResNet-18 by its name: random weights, 102 tensors, as many as the published one has."""
+    torch.manual_seed(1)
+    state = without_counters(torchvision.models.resnet18().state_dict())
+    assert len(state) == 102
+    torch.save(state, hub / "resnet18-f37072fd.pth")
+    return state
+
+
+def test_weights_without_batch_norms_counters_are_taken(resnet18):
+    encoder = image_encoder("resnet18", 512, 64)
+    load_image_weights(encoder, "imagenet")
+    taken = encoder.state_dict()
+    assert all(torch.equal(taken[name], value) for name, value in resnet18.items() if not name.startswith("fc."))
+    assert encoder.bn1.num_batches_tracked == 0
+
+
+def test_a_checkpoint_without_counters_is_taken(tmp_path):
+    recipe = Recipe("tirg", "resnet18", 32, 8, "lstm", 8, {"red": 0})
+    theirs = recipe.build()
+    torch.save({"model_state_dict": without_counters(theirs.state_dict())}, tmp_path / "old.pth")
+    ours = recipe.build()
+    checkpoint.restore(ours, checkpoint.load(tmp_path / "old.pth"), "old.pth")
+    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in theirs.state_dict().items())
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    state, encoder = torchvision.models.resnet18().state_dict(), image_encoder("resnet18", 512, 64)
+    for changed, words in (({"conv1.weight": torch.zeros(64, 3, 3, 3)}, r"first conv1.weight: \(64, 3, 3, 3\) there, "
+                            r"\(64, 3, 7, 7\) here"),
+                           ({"extra.bias": torch.zeros(1)}, r"1 weights differ, first extra.bias: \(1,\) there"),
+                           ({"bn1.bias": torch.zeros(64, dtype=torch.int64)}, r"\(64,\) of int64 there, \(64,\) here"),
+                           ({"bn1.bias": torch.zeros(64, dtype=torch.complex64)}, "of complex64 there")):
+        torch.save({**state, **changed}, tmp_path / "other.pth")
+        with pytest.raises(InputError, match=words):
+            load_image_weights(encoder, str(tmp_path / "other.pth"))
+    torch.save({name: value.half() if value.is_floating_point() else value for name, value in state.items()},
+               tmp_path / "half.pth")
+    load_image_weights(encoder, str(tmp_path / "half.pth"))
+    assert torch.equal(encoder.conv1.weight, state["conv1.weight"].half().float())
+
+
+@pytest.mark.parametrize("number", [0, pytest.param(3, marks=pytest.mark.long("a sentence service, and steps at 224"))])
+def test_a_published_command_starts_from_torchvisions_own_file(number, resnet18, tmp_path, request):
+    """As printed, but for paths and ports, as far as its first step."""
+    words = [word for word in shlex.split(PUBLISHED[number]) if "path" not in word]
+    place = words.index("--log_dir")
+    del words[place:place + 2]
+    write, service = ((write_mitstates, {}), (write_fashion200k, "minilm"))[number == 3]
+    if service:
+        service = request.getfixturevalue(service).flags
+    data = write(tmp_path / "data", images=7)
+    flags = {"dataset_path": data, "log_dir": tmp_path / "logs", "num_iters": 1, **service}
+    type_in(ROOT, shlex.join([*words, *(f"--{name}={value}" for name, value in flags.items())]))
+    (folder,) = (tmp_path / "logs").iterdir()
+    weights = read_weights(Run(folder).checkpoint)
+    name = "layer1.0.conv1.weight"
+    torch.testing.assert_close(weights[f"img_model.{name}"], resnet18[name], atol=0.01, rtol=0)
