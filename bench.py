@@ -40,8 +40,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import main
-import report
-import run_data
 from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Judge, MITStates
 from flags import Parser, add, at_least, get_parser, plain
 from image_encoders import traits
@@ -58,7 +56,9 @@ from searching.image_list import ImageList
 from test_retrieval import encoder_batch, evaluate, recalls
 from text_model import SentenceService, SentenceTable, SimpleVocab
 from torch_function import LOSSES, composition_losses, draw_negatives, soft_triplet_loss
-from training import Split, Training, batches, make_optimizer, train_step
+from training import report
+from training.data import Data, open_split
+from training.loop import Split, Training, batches, make_optimizer, train_step
 
 CPU = torch.device("cpu")
 PROC = Path("/proc")                    # Linux's; what only it tells is not measured elsewhere
@@ -228,10 +228,10 @@ def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int
         data = MITStates(folder, name)
         pixels = torch.randint(0, 256, (len(data.images), size, size, 3), dtype=torch.uint8, device=device)
         splits[name] = Split(data, DeviceStore(pixels))
-    return schedule_of(args, run_data.Data(splits, None), folder, device, 25)
+    return schedule_of(args, Data(splits, None), folder, device, 25)
 
 
-def schedule_of(args: argparse.Namespace, data: run_data.Data, folder: Path, device: torch.device, goal: float) -> dict:
+def schedule_of(args: argparse.Namespace, data: Data, folder: Path, device: torch.device, goal: float) -> dict:
     """What the whole run takes, by an epoch of it and one test. goal: minutes."""
     splits = data.splits
     model = main.make_model(args, data, "", None, device)
@@ -319,7 +319,7 @@ def frozen_rows(folder: Path, pixels: Split, batch: int, repetitions: int, steps
         "--learning_rate_decay_frequency=50000", "--num_iters=160000", "--image_weights=none", f"--batch_size={batch}",
         f"--image_encoder={FROZEN}", "--image_size=128", "--freeze_image_encoder=True", "--text_encoder=service"])
     args.best_metric = MITStates.best_metric
-    return [*rows, schedule_of(args, run_data.Data(splits, sentences), folder, CPU, 60)]
+    return [*rows, schedule_of(args, Data(splits, sentences), folder, CPU, 60)]
 
 
 def composer_step(batch: int, text_dim: int) -> Callable:
@@ -613,7 +613,7 @@ def start_row(root: Path, scale: int, repetitions: int) -> dict:
                                     "--image_size=224"])
 
     def start() -> None:
-        splits = {name: run_data.open_split(args, name) for name in ("train", "test")}
+        splits = {name: open_split(args, name) for name in ("train", "test")}
         SimpleVocab.from_texts(splits["train"].data.training_texts())
         next(batches(splits["train"], 0, 0, 32, args.loader_num_workers, CPU))
 

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cirr import CIRR
-from composition_dataset import (
+from benchmarks.base import (
     TEST_EPOCH,
     TRAIN_QUERIES,
     CompositionDataset,
@@ -25,10 +24,11 @@ from composition_dataset import (
     require,
     texts_of,
 )
+from benchmarks.cirr import CIRR
+from benchmarks.triplets import Triplets
 from machine.errors import InputError
 from machine.picture_files import SUFFIXES
 from machine.text_files import read_json, read_lines
-from triplets import Triplets
 
 OWN_GALLERY_KS = (10, 50)               # what later papers report on FashionIQ
 OWN_GALLERIES = ("own_gallery", "VAL_gallery")

@@ -97,7 +97,7 @@ def first_to_say(line: str) -> bool:
 def registered(file: str, registry: str) -> list[str]:
     """The keys of a registry, a dict written out in one of our files, read from its text: importing it would load
     torch, for seconds, before a wrong flag is answered."""
-    lines = ast.parse(Path(__file__).with_name(file).read_text()).body
+    lines = ast.parse((Path(__file__).parent / file).read_text()).body
     table = next(line.value for line in lines if isinstance(line, ast.Assign) and line.targets[0].id == registry)
     return [key.value for key in table.keys]
 
@@ -276,7 +276,7 @@ def get_parser() -> TrainingParser:
         type=at_least(1), metavar="N")
     add(testing, "--report_to", "tensorboard", "where numbers and pictures go besides log.jsonl and metrics.json: "
         "tensorboard, wandb (pip install wandb; offline with WANDB_MODE=offline) or none",
-        choices=registered("writers.py", "WRITERS"))
+        choices=registered("training/writers.py", "WRITERS"))
     add(testing, "--log_dir", Path("../logs/"), "folder under which the run's own folder is made", type=a_path,
         metavar="DIR")
     add(testing, "--comment", "", "end of the run folder's name", metavar="TEXT")

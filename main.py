@@ -18,9 +18,7 @@ if __name__ == "__main__":                                                      
 
 import torch
 
-import checkpoint
-import report
-from composition_dataset import Epoch
+from benchmarks.base import Epoch
 from image_encoders import load_image_weights, traits
 from img_text_composition_models import ImgTextCompositionBase, Recipe
 from machine import distributed
@@ -29,14 +27,15 @@ from machine.downloads import stay_offline
 from machine.folder_lock import FolderLock
 from machine.progress import progress_bar, say
 from machine.streams import log_to_stderr
-from resuming import find_start
-from run_data import Data, make_data, place_images, tell_of_unread
-from sizes import check_sizes, check_test_size
 from test_retrieval import evaluate
 from text_encoders import text_encoder_of
 from text_model import SimpleVocab, spread
-from training import Training
-from writers import WRITERS
+from training import checkpoint, report
+from training.data import Data, make_data, place_images, tell_of_unread
+from training.loop import Training
+from training.resuming import find_start
+from training.sizes import check_sizes, check_test_size
+from training.writers import WRITERS
 
 # The model
 

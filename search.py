@@ -150,10 +150,10 @@ from tqdm import tqdm
 from machine import distributed
 from machine.device import choose_device, set_up
 from machine.progress import progress_bar
-from pictures import NOTE, Answer, sheet, thumbnail, wrapped
 from searching.build import build
 from searching.gallery import Gallery, Hit
 from searching.qdrant import Qdrant
+from training.pictures import NOTE, Answer, sheet, thumbnail, wrapped
 
 
 def open_index(args: argparse.Namespace) -> Gallery:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from composition_dataset import CompositionDataset, Judge, ListedJudge, QuerySet
+from benchmarks.base import CompositionDataset, Judge, ListedJudge, QuerySet
 from machine import distributed
 from machine.compiled import compiled
 from machine.device import send

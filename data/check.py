@@ -58,16 +58,16 @@ if __name__ == "__main__":                                                      
 import numpy as np
 from PIL import Image
 
-from composition_dataset import CompositionDataset, QuerySet, tell_of_passed_over
+from benchmarks.base import CompositionDataset, QuerySet, tell_of_passed_over
+from benchmarks.triplets import Triplets, images_below
 from datasets import DATASETS
 from machine.device import usable_cores
 from machine.image_store import file_version, prefetch
 from machine.picture_files import decode
 from machine.progress import progress_bar, say
 from machine.streams import log_to_stderr, shown
-from pictures import Answer, sheet
 from text_model import SimpleVocab
-from triplets import Triplets, images_below
+from training.pictures import Answer, sheet
 
 
 class Report:

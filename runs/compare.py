@@ -21,11 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint
 from datasets import DATASETS
 from flags import Parser, registered
 from machine.errors import InputError
-from writers import LINES
+from training import checkpoint
+from training.writers import LINES
 
 KS = 1, 5, 10, 50
 JUDGES = "correct_composition", "own_gallery_mean"                        # the first that a benchmark has

@@ -12,9 +12,9 @@ from machine import model_folder
 from machine.errors import InputError, first_line
 from machine.folder_lock import whole_folder
 from machine.streams import shown
-from report import recalls
 from searching import as_onnx
 from searching.gallery import Encoder
+from training.report import recalls
 
 CARD = "README.md"
 RECORDED = "it", "opt", "example_texts", "sentences", "results"                 # of a checkpoint, beside the recipe

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoint
 from machine.checksums import file_digest
 from machine.device import choose_device
 from machine.errors import InputError, first_line
@@ -33,6 +32,7 @@ from searching.metadata import Cells, Filter, columns_of, metadata_of
 from searching.ranking import RANKING, Ranking, ranking_of, read_ranking, unit
 from text_encoders import sentence_source, text_encoder_of
 from text_model import SentenceTable, spread, tokenize
+from training import checkpoint
 
 MODEL, IMAGES = "model.pth", "images.sqlite"
 LONGEST_TEXT = 1000                     # characters

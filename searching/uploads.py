@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from machine.errors import InputError
 from machine.picture_files import InMemory
-from pictures import thumbnail
 from searching.gallery import Gallery, Source
+from training.pictures import thumbnail
 
 REMEMBERED = 200                        # pictures, of some 100 kB each
 SECONDS = 3600                          # that one is remembered after it was asked about

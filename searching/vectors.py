@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoint
 from machine.errors import InputError, first_line
 from machine.folder_lock import whole_file
 from machine.tensor_files import fingerprint
@@ -11,6 +10,7 @@ from searching.gallery import IMAGES, MODEL, check_model, printable
 from searching.image_list import Entry, ImageList, unpacked
 from searching.metadata import Cells, columns_of, kept, metadata_of
 from searching.ranking import unit
+from training import checkpoint
 
 OURS = ("id", "path", "vector")         # columns; a user's of that name has an underscore behind
 

@@ -17,9 +17,9 @@ sys.path.insert(0, str(ROOT))
 from datasets import MITStates
 from flags import Parser
 from machine.image_store import ImageStore
-from pictures import GREEN, INK, PAPER, QUIET, RED, Answer, font, sheet
 from searching.gallery import Encoder
 from test_retrieval import compose_queries, encode_images
+from training.pictures import GREEN, INK, PAPER, QUIET, RED, Answer, font, sheet
 
 IMAGE_HUE, TEXT_HUE, BOTH_HUE = "#dbe9fb", "#fdebd0", "#e3f5e1"
 RESULTS = 6

@@ -15,7 +15,7 @@ from PIL import Image
 
 from data import check
 from machine.picture_files import decode
-from pictures import Answer, sheet
+from training.pictures import Answer, sheet
 
 from .conftest import DAMAGE, WRITERS, picture
 from .test_bad_input import CASES

@@ -12,17 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import checkpoint
 import image_encoders
 import main
-import resuming
-import training
 from datasets import DATASETS
 from img_text_composition_models import Recipe
 from machine import checksums, distributed, tensor_files
 from machine.errors import InputError
 from machine.folder_lock import FolderLock
 from machine.image_store import ImageStore
+from training import checkpoint, loop, resuming
 
 from .conftest import flags, run_main
 from .torture_checkpoints import bit_flips, two_savers
@@ -37,7 +35,7 @@ def tiny():
     """A model and its optimizer, with momenta."""
     torch.manual_seed(0)
     model = TINY.build()
-    optimizer = training.make_optimizer(model, 0.1, 0)
+    optimizer = loop.make_optimizer(model, 0.1, 0)
     for weight in model.parameters():
         optimizer.state[weight]["momentum_buffer"] = torch.full_like(weight, 0.5)
     return model, optimizer
@@ -197,7 +195,7 @@ def test_resume_notices_other_images_and_texts_but_not_other_times(mitstates, tm
 def test_digests_tell_texts_from_images_and_are_quick(fashion_iq, monkeypatch):
     def digests(split="train"):
         data = DATASETS["fashionIQ"](fashion_iq, split)
-        return training.Split(data, ImageStore(data.paths, 32)).digests(0)
+        return loop.Split(data, ImageStore(data.paths, 32)).digests(0)
     before = digests()
     captions = fashion_iq / "captions" / "cap.shirt.train.json"
     captions.write_text(captions.read_text().replace("is Darker by 2", "is Darker by 3"))
@@ -208,7 +206,7 @@ def test_digests_tell_texts_from_images_and_are_quick(fashion_iq, monkeypatch):
     assert digests() != after                                                   # the same, otherwise paired
     assert list(digests("test")) == ["test images", "test texts"]
     begun = time.process_time()
-    training.as_bytes([f"women/dresses/casual_dresses/{i}/{i}_0.jpeg" for i in range(172_049)])
+    loop.as_bytes([f"women/dresses/casual_dresses/{i}/{i}_0.jpeg" for i in range(172_049)])
     assert time.process_time() - begun < 30
 
 

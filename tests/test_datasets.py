@@ -6,7 +6,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from composition_dataset import tell_of_passed_over
+from benchmarks.base import tell_of_passed_over
 from datasets import (
     DATASETS,
     Epoch,
@@ -18,7 +18,7 @@ from datasets import (
 )
 from flags import get_parser
 from machine.errors import InputError
-from run_data import make_data
+from training.data import make_data
 
 from .conftest import LABEL, flags, picture, write_fashion200k, write_mitstates
 

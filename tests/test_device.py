@@ -10,12 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
-import training
 from img_text_composition_models import MODELS
 from machine import device, image_store
 from machine.image_store import DeviceStore, ImageStore
 from text_model import SimpleVocab
 from torch_function import LOSSES, composition_losses
+from training import loop
 
 from .conftest import Run, flags, run_main, some, write_mitstates
 
@@ -108,14 +108,14 @@ def test_in_bfloat16_a_step_rounds_each_weight_once(name):
 def test_a_step_asks_nothing_of_the_device(name, loss):
     """No operation whose result the host must know, which on a GPU would wait for all that was started."""
     model = MODELS[name](SimpleVocab.from_texts(TEXTS), 24, 16).train()
-    optimizer = training.make_optimizer(model, 0.01, 1e-6)
+    optimizer = loop.make_optimizer(model, 0.01, 1e-6)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    parts = [training.Part(images, TEXTS, images)]
-    training.train_step(model, optimizer, loss, parts)                              # the optimizer's state is made
-    meter = training.LossMeter()
+    parts = [loop.Part(images, TEXTS, images)]
+    loop.train_step(model, optimizer, loss, parts)                                  # the optimizer's state is made
+    meter = loop.LossMeter()
     with Operations() as seen:
         for _ in range(2):
-            meter.add(training.train_step(model, optimizer, loss, parts))
+            meter.add(loop.train_step(model, optimizer, loss, parts))
     assert {"convolution", "_fused_sgd_"} <= seen.names
     assert not {"_local_scalar_dense", "nonzero", "multinomial", "unique_dim", "_unique2"} & seen.names
 

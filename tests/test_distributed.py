@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import main
-import training
 from machine import distributed
 from machine.device import usable_cores
 from machine.errors import InputError
+from training import checkpoint, loop
 
 from . import together
 from .conftest import WRITERS, Run, flags, run_main, write_mitstates
@@ -107,10 +106,10 @@ def halves(trees, kinds):
     found = {}
     for name, loss in kinds:
         parts = []
-        for half in next(training.batches(split, 5, 0, 8, 0, together.CPU, parts=2)):
+        for half in next(loop.batches(split, 5, 0, 8, 0, together.CPU, parts=2)):
             model = together.exact(together.a_model(name, split.data))
-            optimizer = training.make_optimizer(model, 0, 0)
-            losses = training.train_step(model, optimizer, loss, [half])
+            optimizer = loop.make_optimizer(model, 0, 0)
+            losses = loop.train_step(model, optimizer, loss, [half])
             parts.append((losses, {key: weight.grad for key, weight in model.named_parameters()}))
         found[name, loss] = [{key: (first[key] + second[key]) / 2 for key in first}
                              for first, second in zip(*parts, strict=True)]
@@ -189,14 +188,14 @@ def test_several_processes_train_on_features_and_encode_each_image_once(mitstate
 
 def test_what_does_not_fall_into_equal_shares_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 4)
-    training.check_shares(32, 1, 2)
-    training.check_shares(32, 4, 2)
-    training.check_shares(12, 1, 1)
+    loop.check_shares(32, 1, 2)
+    loop.check_shares(32, 4, 2)
+    loop.check_shares(12, 1, 1)
     for batch, parts, group, fits in ((32, 3, 2, 24), (36, 2, 2, 32), (4, 1, 1, 8), (30, 1, 2, 24)):
         with pytest.raises(InputError, match=f"pass {fits} or"):
-            training.check_shares(batch, parts, group)
+            loop.check_shares(batch, parts, group)
     monkeypatch.setattr(distributed, "world", lambda: 1)
-    training.check_shares(33, 1, 2)                                                 # as ever
+    loop.check_shares(33, 1, 2)                                                 # as ever
 
 
 def workers(process):

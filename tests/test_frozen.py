@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 
-import checkpoint
 import main
 import search
 from datasets import DATASETS
@@ -18,7 +17,8 @@ from machine.feature_store import FeatureStore
 from machine.folder_lock import FolderLock
 from machine.image_store import ImageStore
 from test_retrieval import evaluate
-from training import make_optimizer, rate_at
+from training import checkpoint
+from training.loop import make_optimizer, rate_at
 
 from .conftest import DAMAGE, WRITERS, flags, picture, run_main, some
 

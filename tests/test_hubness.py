@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
 import search
 from datasets import MITStates
 from machine.errors import InputError
 from searching.build import build
 from searching.gallery import Gallery, load_model
 from searching.hubness import NEAREST, Hubness
+from training import checkpoint
 
 from .conftest import picture
 from .test_search import features_index

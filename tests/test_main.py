@@ -13,9 +13,7 @@ import pytest
 import torch
 import torchvision
 
-import checkpoint
 import main
-import training
 from datasets import DATASETS
 from img_text_composition_models import MODELS
 from machine.errors import InputError
@@ -23,7 +21,8 @@ from machine.image_store import ImageStore
 from test_retrieval import evaluate
 from text_model import SimpleVocab
 from torch_function import LOSSES
-from writers import tag
+from training import checkpoint, loop
+from training.writers import tag
 
 from . import golden
 from .conftest import WRITERS, Run, flags, run_main, some
@@ -128,7 +127,7 @@ def test_rates_fall_tenfold_after_every_multiple_of_the_decay_frequency(mitstate
 
 def test_parameter_groups_hold_every_weight_once():
     model = MODELS["composeAE"](SimpleVocab.from_texts(["a b"]), 8, 8)
-    groups = training.parameter_groups(model, 0.5)
+    groups = loop.parameter_groups(model, 0.5)
     assert [group["lr"] for group in groups] == [0.5, 0.05, 0.5]
     assert groups[0]["params"] == list(model.img_model.fc.parameters())
     ids = [id(weight) for group in groups for weight in group["params"]]
@@ -331,7 +330,7 @@ def test_other_encoders_train_and_are_rebuilt_from_the_checkpoint_alone(mitstate
     assert model.image_dim == width and checkpoint.load(run.checkpoint)["opt"]["image_embed_dim"] == width
     data = DATASETS["mitstates"](mitstates, "test")
     assert evaluate(model, data, ImageStore(data.paths, 64))["model"] == pytest.approx(run.metrics["test"])
-    groups = training.parameter_groups(model, 1.0)
+    groups = loop.parameter_groups(model, 1.0)
     assert [weight.shape[0] for weight in groups[0]["params"]] == [width, width]
     again = flags("mitstates", mitstates, tmp_path / "logs", resume=run.checkpoint, image_embed_dim=0, image_size=64)
     assert main.main(again) == 2

@@ -10,7 +10,7 @@ from img_text_composition_models import MODELS, ConvMapping
 from machine.errors import InputError
 from text_model import SimpleVocab
 from torch_function import composition_losses
-from training import parameter_groups
+from training.loop import parameter_groups
 
 from . import golden
 from .conftest import some

@@ -14,8 +14,8 @@ from machine.errors import InputError
 from machine.image_store import ImageStore
 from machine.picture_files import LARGEST_FILE, Beyond, decode
 from machine.resizing import plain_square
-from pictures import thumbnail
 from searching.gallery import read_picture
+from training.pictures import thumbnail
 
 from .torture_images import (
     chunk,

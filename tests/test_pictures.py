@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-import pictures
 from datasets import Judge, QuerySet
 from machine.image_store import DeviceStore
-from pictures import GAP, GREEN, LINE, QUIET, RED, TILE, Answer, feature_map, sheet, wrapped
-from report import Sightings
 from test_retrieval import NEVER
+from training import pictures
+from training.pictures import GAP, GREEN, LINE, QUIET, RED, TILE, Answer, feature_map, sheet, wrapped
+from training.report import Sightings
 
 from .conftest import run_main
 

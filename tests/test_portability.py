@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import bench
-import checkpoint
 from machine import device, distributed, image_store, stopping
 from machine.errors import InputError
+from training import checkpoint
 
 from .conftest import flags, picture
 from .services import ROOT

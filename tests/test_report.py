@@ -17,14 +17,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 import main
-import report
 import search
-from composition_dataset import Judge, QuerySet
+from benchmarks.base import Judge, QuerySet
 from data import check
 from flags import VERSION, Parser, add, meant
 from machine.image_store import DeviceStore
-from report import Sighting, Sightings, about_chance
-from writers import LINES, JsonLines, TensorBoard, tag
+from training import report
+from training.report import Sighting, Sightings, about_chance
+from training.writers import LINES, JsonLines, TensorBoard, tag
 
 from .conftest import flags, run_main, write_mitstates
 

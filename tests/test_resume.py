@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import main
-import training
 from img_text_composition_models import MODELS
 from machine.errors import InputError
 from machine.stopping import Stopped, Stopping, ending
 from torch_function import LOSSES
-from writers import tag
+from training import checkpoint, loop
+from training.writers import tag
 
 from .conftest import Run, flags, run_main, some
 
@@ -89,12 +88,12 @@ def stopped_after(it, words, number=signal.SIGTERM):
         original(run, batch, bar)
         if run.it == it < run.args.num_iters:
             os.kill(os.getpid(), number)
-    original = training.Training.step
-    training.Training.step = step
+    original = loop.Training.step
+    loop.Training.step = step
     try:
         return main.main(words)
     finally:
-        training.Training.step = original
+        loop.Training.step = original
 
 
 @pytest.mark.long("three processes")

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
 import main
-import training
 from flags import get_parser
 from machine import folder_lock
 from machine.errors import InputError
 from machine.folder_lock import FolderLock, write_whole
 from machine.stopping import EXIT_CODES, Stopped, Stopping
+from training import checkpoint, loop
 
 from .conftest import flags
 
@@ -121,8 +120,8 @@ def test_the_readmes_line_started_twice(mitstates, tmp_path, capsys, monkeypatch
                                   check=False, timeout=300)
             second.append(done)
             os.kill(os.getpid(), signal.SIGHUP)
-    original = training.Training.step
-    monkeypatch.setattr(training.Training, "step", step)
+    original = loop.Training.step
+    monkeypatch.setattr(loop.Training, "step", step)
     assert main.main(words) == EXIT_CODES[signal.SIGHUP] == 129
     (folder,) = (tmp_path / "logs").iterdir()
     said = capsys.readouterr().err.splitlines()[-1]

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import checkpoint
 import search
 from machine.errors import InputError
 from machine.image_store import decode, normalize_images
@@ -28,6 +27,7 @@ from searching.build import build
 from searching.gallery import Gallery, load_model, read_picture
 from searching.image_list import ImageList
 from searching.ranking import Ranking, rank
+from training import checkpoint
 
 from .conftest import picture, run_main, write_mitstates
 from .services import ROOT, serving, write_bert

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import main
 from datasets import DATASETS, Epoch
 from machine.errors import InputError
 from machine.image_store import ImageStore
 from test_retrieval import evaluate
 from text_model import SentenceFile, SentenceService, SentenceTable
+from training import checkpoint
 
 from . import golden
 from .conftest import WRITERS, Run, flags, run_main, some

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import main
-from composition_dataset import CompositionDataset
+from benchmarks.base import CompositionDataset
 from datasets import Epoch, Sample, Triplets
 from machine.errors import InputError
 from machine.image_store import ImageStore

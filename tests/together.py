@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 import test_retrieval
-import training
 from datasets import DATASETS
 from img_text_composition_models import MODELS
 from machine import distributed, image_store
 from machine.device import set_up
 from text_model import SimpleVocab
 from torch_function import LOSSES
+from training import loop
 
 CPU = torch.device("cpu")
 CLASSIFICATION = "batch_based_classification"                                   # draws no random numbers
@@ -38,21 +38,21 @@ def exact(model):
 
 def open_split(trees, name, split, cache=None):
     data = DATASETS[name](trees / name, split)
-    return training.Split(data, image_store.ImageStore(data.paths, 32, cache))
+    return loop.Split(data, image_store.ImageStore(data.paths, 32, cache))
 
 
 def steps(trees, gather=True, parts=1, kinds=KINDS):
     """For composers and losses the losses, gradients and weights of one step, batch norm's statistics held fixed; and
     the samples it was made on."""
     split = open_split(trees, "mitstates", "train")
-    batch = next(training.batches(split, 5, 0, 8, 0, CPU, parts=parts))
+    batch = next(loop.batches(split, 5, 0, 8, 0, CPU, parts=parts))
     found = {"samples": [(text, part.source[i], part.target[i])
                          for part in batch for i, text in enumerate(part.texts)]}
     for name, loss in kinds:
         model = exact(a_model(name, split.data))
-        optimizer = training.make_optimizer(model, 0.1, 1e-3)
+        optimizer = loop.make_optimizer(model, 0.1, 1e-3)
         torch.manual_seed(7 + 100 * distributed.rank())                         # of the negatives: the first's count
-        found_losses = training.train_step(distributed.averaging(model, False), optimizer, loss, batch, gather)
+        found_losses = loop.train_step(distributed.averaging(model, False), optimizer, loss, batch, gather)
         found[name, loss] = {
             "losses": found_losses, "weights": model.state_dict(),
             "gradients": {key: weight.grad for key, weight in model.named_parameters()}}

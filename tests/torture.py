@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from tqdm import tqdm
 
-import checkpoint
 import main
 from datasets import DATASETS
 from img_text_composition_models import MODELS
 from machine.errors import InputError
 from machine.image_store import ImageStore
 from torch_function import LOSSES
+from training import checkpoint
 
 from .conftest import WRITERS, Run, flags, run_main, write_fashion200k, write_fashion_iq, write_mitstates
 from .test_bad_input import CASES

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 from img_text_composition_models import Recipe
 from machine.errors import InputError
 from machine.folder_lock import FolderLock
-from training import make_optimizer
+from training import checkpoint
+from training.loop import make_optimizer
 
 TINY = Recipe("tirg", "shufflenet_v2_x0_5", 32, 8, "lstm", 8, {"red": 0, "dress": 1})
 PROGRESS = {"best": 0.5, "samples": 3, "steps": 0, "sums": {}, "tested": False}

@@ -21,7 +21,7 @@ from PIL import Image
 from machine.errors import InputError
 from machine.picture_files import decode
 from machine.resizing import plain_square
-from pictures import thumbnail
+from training.pictures import thumbnail
 
 SECONDS, BYTES = 2.0, 10**9             # a picture may take; seconds of processor time
 HANG = 60                               # seconds after which one is stopped

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import checkpoint
 from machine import distributed, tensor_files
 from machine.errors import InputError
 from machine.folder_lock import FolderLock
+from training import checkpoint
 
 PATIENCE = 60                           # seconds for a process that torchrun has replaced and that is still ending
 

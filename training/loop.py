@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-import checkpoint
-import report
-from composition_dataset import CompositionDataset, Epoch
+from benchmarks.base import CompositionDataset, Epoch
 from flags import plain
 from img_text_composition_models import ImgTextCompositionBase
 from machine import distributed
@@ -29,6 +27,7 @@ from machine.progress import lasting, note, on_terminal, progress_bar
 from machine.stopping import Stopped, Stopping
 from text_model import SentenceTable, spread
 from torch_function import composition_losses
+from training import checkpoint, report
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from composition_dataset import (
+from benchmarks.base import (
     RECALL_KS,
     AnnotatedDataset,
     Judge,

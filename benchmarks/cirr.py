@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from composition_dataset import (
+from benchmarks.base import (
     AnnotatedDataset,
     Line,
     ListedJudge,

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-from composition_dataset import CompositionDataset, tell_of_passed_over
+from benchmarks.base import CompositionDataset, tell_of_passed_over
 from datasets import DATASETS
 from flags import plain
 from image_encoders import traits
@@ -23,7 +22,8 @@ from machine.progress import progress_bar, say
 from test_retrieval import encoder_batch
 from text_encoders import InProcess, sentence_source
 from text_model import SentenceService, SentenceTable, SimpleVocab, tokenize
-from training import Split, check_shares, prepare
+from training import checkpoint
+from training.loop import Split, check_shares, prepare
 
 
 @dataclass

@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from composition_dataset import CompositionDataset, Judge, QuerySet
+from benchmarks.base import CompositionDataset, Judge, QuerySet
 from machine.errors import InputError
 from machine.folder_lock import FolderLock, write_whole
 from machine.image_store import DeviceStore, ImageStore
 from machine.progress import say
-from pictures import Answer, feature_map, sheet
 from test_retrieval import NEVER, CorrectImages, chance, orders
 from text_model import spread
-from writers import WRITERS, JsonLines, Points
+from training.pictures import Answer, feature_map, sheet
+from training.writers import WRITERS, JsonLines, Points
 
 BENCHMARKS = "correct_"                 # begins the names of what a benchmark asks; others ask of groups, or of few
 
