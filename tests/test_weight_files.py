@@ -6,11 +6,11 @@ import pytest
 import torch
 import torchvision
 
-import checkpoint
 from image_encoders import image_encoder, load_image_weights
 from img_text_composition_models import Recipe
 from machine.errors import InputError
 from machine.tensor_files import read_weights
+from training import checkpoint
 
 from .conftest import Run, write_fashion200k, write_mitstates
 from .services import ROOT
