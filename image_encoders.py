@@ -11,26 +11,33 @@ timm and open_clip are imported where such a name is used.
 import difflib
 import importlib
 import logging
-import sys
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from machine.downloads import downloaded, hub_address, kept_at, reaching
+from machine.downloads import fetched, from_hub
 from machine.errors import InputError, first_line
 from machine.image_store import IMAGENET_MEAN, IMAGENET_STD
 from machine.tensor_files import counted, difference, read_weights
+
+log = logging.getLogger(__name__)
 
 # Of torchvision's classifiers, those that end in one linear layer and answer a tensor in training too.
 ENCODERS = [name for name in torchvision.models.list_models(module=torchvision.models)
             if not name.startswith(("squeezenet", "inception", "googlenet"))]
 OURS = "fc"                             # the last layer of what has none: see Headed
+
+
+LEAST_TEXT = {"context_length": 1, "vocab_size": 1, "width": 64, "heads": 1, "layers": 1}   # a tower for open_clip
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,9 @@ class Traits:
 class Headed(nn.Module):
     """An encoder without a last linear layer, (B, 3, S, S) -> (B, W), and a layer of ours after it: -> (B, D)."""
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: nn.Module, size: int):
         super().__init__()
-        self.backbone, self.fc = backbone, nn.Identity()
+        self.backbone, self.fc, self.size = backbone, nn.Identity(), size
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.backbone(images))
@@ -83,11 +90,13 @@ def image_encoder(name: str, image_dim: int, image_size: int) -> nn.Module:
     try:
         with quiet():
             encoder = library.encoder(model, image_size)
-        encoder.set_submodule(known.head, nn.Sequential(nn.Linear(known.width, image_dim)))
         if name != "resnet18":                                                  # which takes any
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                encoder.eval()(torch.zeros(1, 3, image_size, image_size))
-    except (ValueError, RuntimeError, AssertionError, TypeError) as error:
+                made = tuple(encoder.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
+            if len(made) != 2 or (known.head == OURS and made[1] != known.width):
+                raise InputError(f"--image_encoder {name} makes {made} of an image, not one vector; choose another")
+        encoder.set_submodule(known.head, nn.Sequential(nn.Linear(known.width, image_dim)))
+    except (ValueError, RuntimeError, AssertionError, TypeError, IndexError) as error:
         raise InputError(f"--image_encoder {name} takes no images of {image_size} pixels "
                          f"({first_line(error)}); pass another --image_size") from None
     return encoder.train()
@@ -103,42 +112,85 @@ def load_image_weights(encoder: nn.Module, weights: str, name: str = "resnet18")
     head, (library, model) = f"{traits(name).head}.", found(name)
     elsewhere = f"pass --image_weights PATH (a file saved from {library.name}'s {model}) or --image_weights none"
     try:
-        state = library.weights(model) if weights == "imagenet" else read_weights(weights)
-        state = library.fitted(state, encoder, head)
+        path = library.fetched(model) if weights == "imagenet" else Path(weights)
+        with quiet(), torch.random.fork_rng(devices=[]):
+            state = library.fitted(path, model, encoder)
+        state = {weight: value for weight, value in state.items() if not weight.startswith(head)}
         wanted = {weight: value for weight, value in encoder.state_dict().items() if not weight.startswith(head)}
-        state = counted(state, wanted)
-        if differing := difference(state, wanted):
-            raise ValueError(f"the tensors in {weights} are not those of a {model}: {differing}")
-        encoder.load_state_dict(state, strict=False)
+        put(encoder, state, wanted, model)
     except Exception as error:                                                  # torch.load raises a dozen types
-        raise InputError(f"cannot load the image weights {weights!r} ({first_line(error)}); {elsewhere}") from None
+        raise InputError(f"cannot load the image weights {weights!r} ({told(error)}); {elsewhere}") from None
+    if weights != "imagenet" and (remark := library.remark(model)):
+        log.warning("note: %s", remark)
 
 
-# Each library: what it knows of a model, the model with random weights, its weights, and how they fit
+def put(module: nn.Module, state: dict[str, Tensor], wanted: dict[str, Tensor], model: str) -> None:
+    """The weights that are wanted, into the module; counters of batch norm may be missing. Raises ValueError."""
+    state = counted(state, wanted)
+    if differing := difference(state, wanted):
+        raise ValueError(f"its tensors are not those of a {model}: {differing}")
+    whole = module.state_dict()                                                 # knows its version, as MNASNet wants
+    whole.update(state)
+    module.load_state_dict(whole)
+
+
+def told(error: Exception) -> str:
+    """What an error says; of those that torch collects, the first."""
+    lines = str(error).strip().splitlines()
+    return lines[1].strip() if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else first_line(error)
+
+
+# Each library: what it knows of a model, the model with random weights, its weights' file, and how these fit
 
 class Torchvision:
     name = "torchvision"
+    V1 = "IMAGENET1K_V1"                # the published weights, of most the only ones
 
     def traits(self, model: str) -> Traits:
         if model not in ENCODERS:
             raise InputError(f"--image_encoder {model}: torchvision has no classifier of this name that ends in one "
                              f"linear layer; the nearest are {nearest(model, ENCODERS, 'resnet18')}. timm's models are "
                              "named timm:NAME, open_clip's open_clip:MODEL/TAG")
-        layers = list(torchvision.models.get_model(model, weights=None).named_modules())
-        return next(Traits(layer, module.in_features) for layer, module in reversed(layers)
-                    if isinstance(module, nn.Linear))
+        with torch.device("cpu"), Sketched():                                   # in place of `traits`' meta device
+            layers = list(torchvision.models.get_model(model, weights=None).named_modules())
+        of = torchvision.models.get_model_weights(model)
+        wants = next((weights for weights in of if weights.name == self.V1), [*of][-1]).transforms()
+        return next(Traits(layer, module.in_features, wants.crop_size[0], wants.interpolation.value, tuple(wants.mean),
+                           tuple(wants.std))
+                    for layer, module in reversed(layers) if isinstance(module, nn.Linear))
 
     def encoder(self, model: str, size: int) -> nn.Module:
         sized = {"image_size": size} if model.startswith("vit_") else {}
         return torchvision.models.get_model(model, weights=None, **sized)
 
-    def weights(self, model: str) -> dict[str, Tensor]:
-        there = torchvision.models.get_model_weights(model)["IMAGENET1K_V1"]
-        with reaching(there.url, kept_at(there.url)):
-            return there.get_state_dict(progress=True)
+    def fetched(self, model: str) -> Path:
+        of = torchvision.models.get_model_weights(model)
+        if self.V1 not in of.__members__:
+            ways = "; ".join(f"{weights.url} for --image_size {weights.transforms().crop_size[0]}" for weights in of)
+            raise ValueError(f"torchvision has none of this kind, but others: get one and pass it as a file: {ways}")
+        return fetched(of[self.V1].url, hashed=True)
 
-    def fitted(self, state: dict[str, Tensor], _encoder: nn.Module, head: str) -> dict[str, Tensor]:
-        return {weight: value for weight, value in state.items() if not weight.startswith(head)}
+    def fitted(self, path: Path, model: str, encoder: nn.Module) -> dict[str, Tensor]:
+        """As torchvision would load them: DenseNets of its first years renamed, a ViT's positions resized."""
+        state = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", weight): value
+                 for weight, value in read_weights(path).items()}
+        if model.startswith("vit_"):
+            state = torchvision.models.vision_transformer.interpolate_embeddings(
+                encoder.image_size, encoder.patch_size, state)
+        return state
+
+    def remark(self, _model: str) -> None:
+        """What a user should know who gives a file."""
+
+
+class Sketched(TorchFunctionMode):
+    """Modules made in here have weights without memory. Tensors of other origin are real, unlike on the meta device:
+    RegNet's constructor reads some."""
+
+    MADE = torch.empty, torch.zeros, torch.ones                                 # what weights are made by
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **{**(kwargs or {}), **({"device": "meta"} if function in self.MADE else {})})
 
 
 class Timm:
@@ -160,29 +212,68 @@ class Timm:
         made = self.timm.create_model(model, num_classes=0)
         wants = self.timm.data.resolve_data_config({}, model=made)
         resampling = wants["interpolation"] if wants["interpolation"] in self.FILTERS else "bicubic"
-        return Traits(OURS, made.head_hidden_size, wants["input_size"][-1], resampling, wants["mean"], wants["std"])
+        return Traits(OURS, getattr(made, "head_hidden_size", made.num_features), wants["input_size"][-1], resampling,
+                      wants["mean"], wants["std"])
 
     def encoder(self, model: str, size: int) -> nn.Module:
-        known = self.timm.get_pretrained_cfg(model)
-        sized = {"img_size": size} if known and known.fixed_input_size else {}
-        return Headed(self.timm.create_model(model, num_classes=0, **sized))
+        return Headed(self.timm.create_model(model, num_classes=0, **self.sized(model, size)), size)
 
-    def weights(self, model: str) -> dict[str, Tensor]:
+    def sized(self, model: str, size: int) -> dict[str, int]:
+        """What the model must be told to take images of this size: nothing, if it resizes them itself, as CrossViT."""
         known = self.timm.get_pretrained_cfg(model)
-        if not known or known.custom_load or not (known.hf_hub_id or known.url):
+        if not known or not known.fixed_input_size or size == known.input_size[-1]:
+            return {}
+        try:
+            with torch.device("meta"), torch.no_grad():
+                self.timm.create_model(model, num_classes=0).eval()(torch.zeros(1, 3, size, size))
+        except (ValueError, RuntimeError, AssertionError, TypeError, IndexError):
+            return {"img_size": size}
+        return {}
+
+    def fetched(self, model: str) -> Path:
+        """The file that timm's own loading would take: of a repository, the safe one first."""
+        known = self.timm.get_pretrained_cfg(model)
+        if not known or not (known.hf_hub_id or known.url):
             raise ValueError("timm has none of this model; name it with a tag")
-        return downloaded(hub_address(known.hf_hub_id, known.hf_hub_filename or "model.safetensors")
-                          if known.hf_hub_id else known.url)
+        if not known.hf_hub_id:
+            return fetched(known.url)
+        name = known.hf_hub_filename or "pytorch_model.bin"
+        safe = {"pytorch_model.bin": "model.safetensors"}.get(name, re.sub(r"\.bin$", ".safetensors", name))
+        return from_hub(known.hf_hub_id, [*dict.fromkeys([safe, name])])
 
-    def fitted(self, state: dict[str, Tensor], encoder: nn.Module, _head: str) -> dict[str, Tensor]:
-        """As timm would load them: renamed where its model was, positions resized, without the classifier."""
-        backbone = encoder.backbone
-        as_now = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-        state = as_now(state, backbone) if as_now else state
-        classifier, kept = backbone.pretrained_cfg.get("classifier") or (), backbone.state_dict()
-        dropped = tuple(f"{layer}." for layer in ((classifier,) if isinstance(classifier, str) else classifier))
+    def fitted(self, path: Path, model: str, encoder: Headed) -> dict[str, Tensor]:
+        """As timm would load them: renamed where its model was, positions resized, without the classifier and what
+        else goes with it."""
+        own = {"file": str(path), "custom_load": True} if path.suffix == ".npz" else {
+            "state_dict": read_weights(path), "num_classes": -1}                # never its own number: all may differ
+        with nothing_loaded() as states:
+            made = self.timm.create_model(model, num_classes=0, pretrained=True, pretrained_cfg_overlay=own,
+                                          **self.sized(model, encoder.size))
+        state, kept = (states or [made.state_dict()])[-1], encoder.backbone.state_dict()
+        classifier = made.pretrained_cfg.get("classifier") or ()
+        dropped = tuple({f"{layer.partition('.')[0]}." for layer in
+                         ((classifier,) if isinstance(classifier, str) else classifier)})
         return {f"backbone.{weight}": value for weight, value in state.items()
                 if weight in kept or not weight.startswith(dropped)}
+
+    def remark(self, _model: str) -> None:
+        """What a user should know who gives a file."""
+
+
+@contextmanager
+def nothing_loaded() -> Iterator[list[dict[str, Tensor]]]:
+    """What modules are given to load in here, which they do not: timm converts files on their way into its models, and
+    does not say what did not fit."""
+    states, loading = [], nn.Module.load_state_dict
+
+    def note(_module: nn.Module, state: dict[str, Tensor], *_, **__):
+        states.append(state)
+        return nn.modules.module._IncompatibleKeys([], [])
+    nn.Module.load_state_dict = note
+    try:
+        yield states
+    finally:
+        nn.Module.load_state_dict = loading
 
 
 class OpenClip:
@@ -190,6 +281,7 @@ class OpenClip:
 
     name = "open_clip"
     ELSEWHERE = "hf-hub:", "local-dir:"
+    FILES = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 
     @property
     def open_clip(self) -> ModuleType:
@@ -209,47 +301,92 @@ class OpenClip:
                              f"{', '.join(self.open_clip.list_pretrained_tags_by_model(plain)) or 'none'}")
         return plain, known
 
-    def whole(self, model: str, size: int | None = None) -> nn.Module:
-        """Both towers with random weights, on the device that is set. Raises InputError."""
+    def whole(self, model: str, size: int | None = None, text: bool = True) -> nn.Module:
+        """Both towers with random weights, on the device that is set; of the text's, if not `text`, the least. Raises
+        InputError."""
         plain, known = self.parts(model)
-        return self.open_clip.create_model(
+        made = self.open_clip.create_model(
             plain, load_weights=False, pretrained_text=False, device=torch.get_default_device(), force_image_size=size,
-            force_quick_gelu=known.get("quick_gelu", False))
+            force_quick_gelu=known.get("quick_gelu", False), **({} if text else {"text_cfg": dict(LEAST_TEXT)}))
+        if hasattr(made.visual, "output_tokens"):
+            made.visual.output_tokens = False                                   # CoCa's, for its captions
+        return made
+
+    def config(self, model: str) -> dict:
+        return self.open_clip.get_model_config(self.parts(model)[0])
 
     def traits(self, model: str) -> Traits:
         try:
-            tower = self.whole(model).visual
+            tower, width = self.whole(model, text=False).visual, self.config(model)["embed_dim"]
         except (OSError, RuntimeError, ValueError) as error:                    # of another place's
             raise InputError(f"open_clip:{model}: {first_line(error)}") from None
         wants = {**tower.preprocess_cfg, **self.parts(model)[1], "size": tower.preprocess_cfg["size"]}
         size = wants["size"] if isinstance(wants["size"], int) else wants["size"][-1]
-        return Traits(OURS, tower.output_dim, size, wants["interpolation"], tuple(wants["mean"]), tuple(wants["std"]))
+        return Traits(OURS, width, size, wants["interpolation"], tuple(wants["mean"]), tuple(wants["std"]))
 
     def encoder(self, model: str, size: int) -> nn.Module:
-        return Headed(self.whole(model, size).visual)
+        return Headed(self.whole(model, size, text=False).visual, size)
 
-    def weights(self, model: str) -> dict[str, Tensor]:
+    def fetched(self, model: str) -> Path:
+        """The file that open_clip's own loading would take: of a repository, the safe one first."""
         plain, known = self.parts(model)
-        if model.startswith(self.ELSEWHERE):
-            with quiet():
-                return self.open_clip.create_model(model).state_dict()
+        place, _, name = plain.partition(":")
+        if place == "local-dir":
+            if here := next((file for file in self.FILES if (Path(name) / file).exists()), None):
+                return Path(name) / here
+            raise ValueError(f"{name} has none of {', '.join(self.FILES)}")
+        if place == "hf-hub":
+            return from_hub(name, self.FILES)
         if not known:
             tags = self.open_clip.list_pretrained_tags_by_model(plain)
             raise ValueError(f"the name says none: give it a tag, as in open_clip:{plain}/{(tags or ['TAG'])[0]}")
-        repository, _, file = known.get("hf_hub", "").rpartition("/")
-        return downloaded(hub_address(repository, file or "open_clip_model.safetensors")
-                          if repository else known["url"])
+        repository, _, file = known["hf_hub"].rpartition("/")
+        return from_hub(repository, [*dict.fromkeys([re.sub(r"\.(bin|pth)$", ".safetensors", file), file])]
+                        if file else self.FILES)
 
-    def fitted(self, state: dict[str, Tensor], encoder: nn.Module, _head: str) -> dict[str, Tensor]:
-        """The image tower's, of a whole model's or of its own, positions resized."""
-        whole = any(weight.startswith("visual.") for weight in state)
-        named = {weight if whole else f"visual.{weight}": value for weight, value in state.items()}
-        tower = nn.Module()
-        tower.visual = encoder.backbone
-        with quiet():
-            imported("open_clip.model", "open_clip_torch").resize_pos_embed(named, tower)
-        return {weight.replace("visual.", "backbone.", 1): value for weight, value in named.items()
-                if weight.startswith("visual.")}
+    def state(self, path: Path, whole: nn.Module) -> dict[str, Tensor]:
+        """The weights in a file as open_clip would load them into the whole model: other programs' converted, of its
+        first years renamed, positions resized. A file of an image tower alone is one."""
+        conversions, models = (imported(f"open_clip.{part}", "open_clip_torch") for part in ("convert", "model"))
+        if path.suffix == ".npz":                                               # SigLIP's, of big_vision
+            conversions.load_big_vision_weights(whole, str(path))
+            return whole.state_dict()
+        state = conversions.convert_state_dict(whole, read_weights(path))
+        if not any(weight.startswith("visual.") for weight in state):
+            state = {f"visual.{weight}": value for weight, value in state.items()}
+        if "positional_embedding" in state and hasattr(whole, "text"):
+            state = models.convert_to_custom_text_state_dict(state)
+        models.resize_pos_embed(state, whole)
+        for name, value in whole.named_parameters():
+            if name in state and value.numel() == state[name].numel() == 1:     # a scale, which some files have as (1,)
+                state[name] = state[name].reshape(value.shape)
+        return state
+
+    def fitted(self, path: Path, model: str, encoder: Headed) -> dict[str, Tensor]:
+        """The image tower's, of a whole model's or of its own. timm's towers are resized after they were loaded."""
+        of_timm = "timm_model_name" in self.config(model)["vision_cfg"]
+        whole = self.whole(model, None if of_timm else encoder.size, text=path.suffix == ".npz")
+        state = self.state(path, whole)
+        tower = {weight.removeprefix("visual."): value for weight, value in state.items()
+                 if weight.startswith("visual.")}
+        if of_timm:
+            put(whole.visual, tower, whole.visual.state_dict(), model)
+            if encoder.size != self.traits(model).size:
+                whole.visual.set_input_size(encoder.size)
+            tower = whole.visual.state_dict()
+        return {f"backbone.{weight}": value for weight, value in tower.items()}
+
+    def remark(self, model: str) -> str | None:
+        """What a user should know who gives a file: its weights may want other statistics than a name without a tag."""
+        plain, known = self.parts(model)
+        if known or model.startswith(self.ELSEWHERE):
+            return None
+        usual = self.traits(model)
+        others = [tag for tag in self.open_clip.list_pretrained_tags_by_model(plain)
+                  if (of := self.traits(f"{plain}/{tag}")).mean != usual.mean or of.std != usual.std]
+        return others and (f"open_clip:{plain} names no weights, so its images get OpenAI's mean and deviation; "
+                           f"{', '.join(others[:5])} want others: if the file is one of these, say so in the name, as "
+                           f"open_clip:{plain}/{others[0]}")
 
 
 LIBRARIES = {"timm": Timm(), "open_clip": OpenClip()}

@@ -8,6 +8,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch
 from image_encoders import LIBRARIES, quiet
 from machine.downloads import offline
 from machine.errors import InputError, first_line
-from machine.tensor_files import fingerprint, read_weights
+from machine.tensor_files import fingerprint
 from text_model import SentenceService
 
 AT_ONCE = 64                            # texts a model in this process encodes
@@ -118,13 +119,14 @@ class ClipTower(InProcess):
         try:
             with quiet(), torch.random.fork_rng(devices=[]):
                 self.tower = library.whole(model).eval()
-                state = library.weights(model) if weights == "imagenet" else read_weights(weights)
+                path = library.fetched(model) if weights == "imagenet" else Path(weights)
+                state = library.state(path, self.tower)
                 missing, _ = self.tower.load_state_dict(state, strict=False)
                 self.tokenizer = library.open_clip.get_tokenizer(plain)
         except Exception as error:                                              # torch.load raises a dozen types
             raise InputError(f"--text_encoder open_clip:{model}: cannot load its weights {weights!r} "
                              f"({first_line(error)})") from None
-        if missing := [name for name in missing if not name.startswith("visual.")]:
+        if missing := [name for name in missing if not name.startswith(("visual.", "logit_"))]:
             raise InputError(f"--text_encoder open_clip:{model}: {weights} lacks its text tower's weights, first "
                              f"{missing[0]}")
         kept = {name: value for name, value in self.tower.state_dict().items() if not name.startswith("visual.")}

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from machine.checksums import Damaged, digest, seal_zip, zip_is_sealed
+from machine.errors import InputError
 from machine.streams import shown
+from machine.text_files import read_json
 
-WRAPPERS = ("model_state_dict", "state_dict", "model")                          # keys under which weights are found
+# Keys under which weights are found. The first two are what timm's training takes of its own checkpoints.
+WRAPPERS = "state_dict_ema", "model_ema", "model_state_dict", "state_dict", "model"
+SHARDS = ".index.json"                  # ends the name of a list of the files that weights are divided into
 BEGINNINGS = {b"<": "a web page", b"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull",
               b"\x89HDF": "an HDF5 file, as Keras writes", b"\x93NUMPY": "a NumPy array", b"\x1f\x8b": "a gzip archive"}
 
@@ -83,7 +87,10 @@ def read(path: str | Path, glance: bool = False):
     try:
         with torch.serialization.safe_globals(NAMES), warnings.catch_warnings(action="ignore"):
             in_file = glance and zipped and shown(path) == str(path)            # torch maps no name that is not text
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=in_file)
+            if path.suffix != ".safetensors":                                   # by which torch goes, whatever it is
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=in_file)
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Unreadable:
         raise
     except Exception as error:                                                  # torch.load raises a dozen types
@@ -142,14 +149,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def weights(content) -> dict[str, Tensor] | None:
-    """Name -> tensor of what a file holds: bare, or under a name customary for it, and without what DataParallel and
-    torch.compile put before every name; None where there are none."""
+    """Name -> tensor of what a file holds: bare, or under a name customary for it, and without what DataParallel,
+    torch.compile, a moving average and Lightning put before every name; None where there are none."""
     if not isinstance(content, dict):
         return None
     found = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
     if not found or not all(isinstance(name, str) and is_plain(value) for name, value in found.items()):
         return None
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+    if "n_averaged" in found:                                                   # torch's AveragedModel counts
+        found = {name: value for name, value in found.items() if name != "n_averaged"}
+    for prefix in ("_orig_mod.", "module.", "_orig_mod.", "model."):
         if all(name.startswith(prefix) for name in found):
             found = {name.removeprefix(prefix): value for name, value in found.items()}
     return found
@@ -178,7 +187,10 @@ def described(value: Tensor) -> str:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a file, which is as it was written if it has a checksum. Raises Unreadable."""
+    """The weights in a file, which is as it was written if it has a checksum; or in the files of a list of them. Raises
+    Unreadable."""
+    if str(path).endswith(SHARDS):
+        return {name: value for part in parts(path) for name, value in read_weights(Path(path).parent / part).items()}
     try:
         is_whole(path)
         if found := weights(read(path)):
@@ -186,6 +198,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise Unreadable("there is no such file") from None
     raise Unreadable("it holds no tensors by name")
+
+
+def parts(path: str | Path) -> list[str]:
+    """The names of the files that a list of weights divides them into, all of its folder. Raises Unreadable."""
+    try:
+        named = sorted(set(read_json(path)["weight_map"].values()))
+    except (InputError, KeyError, TypeError, AttributeError):
+        named = []
+    if not named or not all(isinstance(name, str) and Path(name).name == name for name in named):
+        raise Unreadable("it is no list of the files that weights are divided into")
+    return named
 
 
 def fingerprint(tensors: dict[str, Tensor], *facts: object) -> str:

@@ -17,7 +17,7 @@ from torchvision import transforms
 
 import main
 import search
-from image_encoders import image_encoder, load_image_weights, traits
+from image_encoders import image_encoder, load_image_weights, quiet, traits
 from img_text_composition_models import MODELS
 from machine.errors import InputError
 from machine.image_store import ImageStore
@@ -50,6 +50,32 @@ def test_each_encoder_brings_its_size_filter_and_statistics():
     assert clip.mean == (0.48145466, 0.4578275, 0.40821073) and clip.std == (0.26862954, 0.26130258, 0.27577711)
     assert traits("timm:mobilenetv3_small_100").width == 1024                   # not its last convolution's 576
     assert traits("open_clip:tiny-tower").size == 48
+    v2, swin, bare = traits("efficientnet_v2_l"), traits("swin_v2_t"), traits("regnet_y_400mf")
+    assert (v2.size, v2.resampling, v2.mean, v2.std) == (480, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    assert (swin.size, swin.resampling, swin.mean) == (256, "bicubic", resnet.mean)
+    assert (bare.width, bare.size, bare.resampling) == (440, 224, "bilinear")
+    siglip, mobile = traits("open_clip:ViT-B-16-SigLIP/webli"), traits("open_clip:MobileCLIP-S1")
+    assert (siglip.width, siglip.mean, siglip.std, mobile.width) == (768, (0.5,) * 3, (0.5,) * 3, 512)
+    assert traits("open_clip:roberta-ViT-B-32").width == 512                    # its text tower is not asked for
+
+
+@pytest.mark.parametrize("name", ["timm:qwen3_vit_88m_enc", "timm:mobilenetv5_300m_enc"])
+def test_an_encoder_that_makes_no_vector_is_refused_with_its_shape(name):
+    with torch.device("meta"), pytest.raises(InputError, match=r"makes \(1, .*\) of an image, not one vector"):
+        image_encoder(name, 8, 768)
+
+
+@pytest.mark.long("two towers of a real size")
+def test_a_clip_models_file_without_a_tag_may_want_other_statistics(tmp_path, caplog):
+    with quiet():
+        tower = open_clip.create_model("ViT-B-16-SigLIP").visual
+    torch.save(tower.state_dict(), tmp_path / "siglip.pth")
+    for name, said in (("open_clip:ViT-B-16-SigLIP", True), ("open_clip:ViT-B-16-SigLIP/webli", False)):
+        encoder = image_encoder(name, 8, 224)
+        caplog.clear()
+        load_image_weights(encoder, str(tmp_path / "siglip.pth"), name)
+        assert ("as open_clip:ViT-B-16-SigLIP/webli" in caplog.text) == said
+        assert torch.equal(encoder.backbone.trunk.pos_embed, tower.trunk.pos_embed)
 
 
 @pytest.mark.parametrize("name", ["timm:test_vit", "open_clip:tiny-tower"])

@@ -1,19 +1,22 @@
 """Files of weights as the world has them, not as this program or today's torch would write them."""
 
+import re
 import shlex
 
 import pytest
+import timm
 import torch
 import torchvision
 
-from image_encoders import image_encoder, load_image_weights
+from image_encoders import Torchvision, image_encoder, load_image_weights
 from img_text_composition_models import Recipe
 from machine.errors import InputError
 from machine.tensor_files import read_weights
 from training import checkpoint
 
-from .conftest import Run, write_fashion200k, write_mitstates
+from .conftest import Run, some, write_fashion200k, write_mitstates
 from .services import ROOT
+from .sweep_encoders import judge
 from .test_commands import commands
 from .test_tutorial import type_in
 
@@ -75,6 +78,75 @@ def test_what_does_not_fit_is_named(tmp_path):
                tmp_path / "half.pth")
     load_image_weights(encoder, str(tmp_path / "half.pth"))
     assert torch.equal(encoder.conv1.weight, state["conv1.weight"].half().float())
+
+
+FAMILIES = ("mnasnet0_5", "regnet_y_400mf", "timm:test_vit", "timm:levit_128s", "open_clip:ViT-B-16-SigLIP",
+            "densenet121", "vit_b_16", "swin_v2_t", "timm:crossvit_9_240", "timm:caformer_s18", "open_clip:RN50",
+            "open_clip:coca_ViT-B-32", "open_clip:MobileCLIP-S1", "open_clip:roberta-ViT-B-32")
+
+
+@pytest.mark.parametrize("name", some(FAMILIES, 5, "seconds each"))
+def test_some_of_each_family_are_right(name):
+    """python -m tests.sweep_encoders does all."""
+    assert judge(name).startswith("right")
+
+
+@pytest.mark.parametrize("name", some(["densenet121", "densenet161"]))
+def test_densenets_of_torchvisions_first_years(name, hub):
+    encoder, theirs = image_encoder(name, 8, 64), getattr(torchvision.models, name)()
+    address = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+    old = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))([12])", r"\1.\2", weight): value
+           for weight, value in without_counters(theirs.state_dict()).items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    torch.save(old, hub / address.rpartition("/")[2], _use_new_zipfile_serialization=False)
+    load_image_weights(encoder, "imagenet", name)
+    assert same_images(encoder.features, theirs.features, 64)
+
+
+def same_images(ours, theirs, size):
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return torch.allclose(ours.eval()(images), theirs.eval()(images), atol=1e-5)
+
+
+WRAPPED = {
+    "legacy": (".pth", lambda state: state),
+    "named otherwise": (".safetensors", lambda state: state),                   # a torch file, whatever its name says
+    "in training": (".pth.tar", lambda state: {"state_dict": {name: value * 0 for name, value in state.items()},
+                                               "state_dict_ema": state, "epoch": 3, "arch": "test_resnet"}),
+    "averaged": (".pth", lambda state: {"model": {}, "model_ema": {
+        "n_averaged": torch.tensor(7), **{f"module.{name}": value for name, value in state.items()}}}),
+    "Lightning's": (".ckpt", lambda state: {"state_dict": {f"model.{name}": value for name, value in state.items()},
+                                            "pytorch-lightning_version": "2.5.0"}),
+    "no counters": (".pt", without_counters)}
+
+
+@pytest.mark.parametrize("way", WRAPPED)
+def test_files_of_other_programs_are_taken(way, tmp_path):
+    suffix, wrap = WRAPPED[way]
+    theirs = timm.create_model("test_resnet")
+    torch.save(wrap(theirs.state_dict()), tmp_path / f"w{suffix}", _use_new_zipfile_serialization=way != "legacy")
+    encoder = image_encoder("timm:test_resnet", 8, 64)
+    load_image_weights(encoder, str(tmp_path / f"w{suffix}"), "timm:test_resnet")
+    theirs.reset_classifier(0)
+    assert same_images(encoder.backbone, theirs, 64)
+
+
+@pytest.mark.parametrize(("model", "size"), [
+    ("levit_128s", 224), ("repvit_m0_9", 64), ("caformer_s18", 64), ("efficientvit_m0", 224), ("shvit_s1", 64),
+    ("crossvit_9_240", 120), ("vit_tiny_patch16_224", 64)])
+def test_timms_own_state_is_taken_whatever_goes_with_its_classifier(model, size, tmp_path):
+    torch.save(timm.create_model(model).state_dict(), tmp_path / "weights.pth")
+    encoder = image_encoder(f"timm:{model}", 8, size)
+    load_image_weights(encoder, str(tmp_path / "weights.pth"), f"timm:{model}")
+    theirs = timm.create_model(model, pretrained=True, num_classes=0, pretrained_cfg_overlay={
+        "file": str(tmp_path / "weights.pth")}, **({"img_size": size} if model == "vit_tiny_patch16_224" else {}))
+    assert same_images(encoder.backbone, theirs, size)
+
+
+def test_a_name_of_several_forms_of_weights_says_which_there_are(hub):
+    with pytest.raises(ValueError, match=r"vit_h_14_swag-\w+\.pth for --image_size 518; .* for --image_size 224"):
+        Torchvision().fetched("vit_h_14")
 
 
 @pytest.mark.parametrize("number", [0, pytest.param(3, marks=pytest.mark.long("a sentence service, and steps at 224"))])

@@ -255,7 +255,8 @@ def restore(model: ImgTextCompositionBase, state: dict, path: str | Path) -> Non
     if differing := tensor_files.difference(theirs, ours):
         raise InputError(f"the checkpoint {path} (--model {state['opt'].get('model', 'unknown')}) does not fit this "
                          f"run: {differing}; use the flags and the dataset it was trained with")
-    model.load_state_dict(theirs)
+    ours.update(theirs)                                                         # `ours` knows its version, too
+    model.load_state_dict(ours)
 
 
 def image_size(state: dict | None) -> int | None:
