@@ -3,6 +3,7 @@
 import re
 import shlex
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -142,6 +143,43 @@ def test_timms_own_state_is_taken_whatever_goes_with_its_classifier(model, size,
     theirs = timm.create_model(model, pretrained=True, num_classes=0, pretrained_cfg_overlay={
         "file": str(tmp_path / "weights.pth")}, **({"img_size": size} if model == "vit_tiny_patch16_224" else {}))
     assert same_images(encoder.backbone, theirs, size)
+
+
+def as_augreg(model):
+    """A ViT's weights as the files of its first training in JAX have them."""
+    def flax(weight):                                                           # (out, in) -> (in, out)
+        return weight.detach().numpy().T
+    heads, state = model.blocks[0].attn.num_heads, model.state_dict()
+    width = model.embed_dim
+    found = {"embedding/kernel": model.patch_embed.proj.weight.permute(2, 3, 1, 0), "embedding/bias":
+             model.patch_embed.proj.bias, "cls": model.cls_token, "Transformer/posembed_input/pos_embedding":
+             model.pos_embed, "Transformer/encoder_norm/scale": model.norm.weight, "Transformer/encoder_norm/bias":
+             model.norm.bias, "head/kernel": flax(model.head.weight), "head/bias": model.head.bias}
+    for number in range(len(model.blocks)):
+        place, ours = f"Transformer/encoderblock_{number}/", f"blocks.{number}."
+        for there, here in (("LayerNorm_0", "norm1"), ("LayerNorm_2", "norm2")):
+            found |= {f"{place}{there}/scale": state[f"{ours}{here}.weight"],
+                      f"{place}{there}/bias": state[f"{ours}{here}.bias"]}
+        attention = f"{place}MultiHeadDotProductAttention_1/"
+        for part, name in enumerate(("query", "key", "value")):
+            weight, bias = (state[f"{ours}attn.qkv.{kind}"].chunk(3)[part] for kind in ("weight", "bias"))
+            found |= {f"{attention}{name}/kernel": flax(weight).reshape(width, heads, -1),
+                      f"{attention}{name}/bias": bias.reshape(heads, -1)}
+        found |= {f"{attention}out/kernel": flax(state[f"{ours}attn.proj.weight"]).reshape(heads, -1, width),
+                  f"{attention}out/bias": state[f"{ours}attn.proj.bias"]}
+        for dense in (0, 1):
+            found |= {f"{place}MlpBlock_3/Dense_{dense}/kernel": flax(state[f"{ours}mlp.fc{dense + 1}.weight"]),
+                      f"{place}MlpBlock_3/Dense_{dense}/bias": state[f"{ours}mlp.fc{dense + 1}.bias"]}
+    return {name: np.asarray(torch.as_tensor(value).detach()) for name, value in found.items()}
+
+
+def test_a_vit_of_jax_is_taken(tmp_path):
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=64)
+    np.savez(tmp_path / "Ti_16.npz", **as_augreg(theirs))
+    encoder = image_encoder("timm:vit_tiny_patch16_224", 8, 64)
+    load_image_weights(encoder, str(tmp_path / "Ti_16.npz"), "timm:vit_tiny_patch16_224")
+    theirs.reset_classifier(0)
+    assert same_images(encoder.backbone, theirs, 64)
 
 
 def test_a_name_of_several_forms_of_weights_says_which_there_are(hub):
