@@ -59,6 +59,7 @@ from torch_function import LOSSES, composition_losses, draw_negatives, soft_trip
 from training import report
 from training.data import Data, open_split
 from training.loop import Split, Training, batches, make_optimizer, train_step
+from training.settings import filled
 
 CPU = torch.device("cpu")
 PROC = Path("/proc")                    # Linux's; what only it tells is not measured elsewhere
@@ -215,13 +216,12 @@ def schedule_row(folder: Path, device: torch.device, nouns: int, adjectives: int
                  fast: bool) -> dict:
     """The published MIT-States schedule, from one epoch and one test on random pixels of MIT-States' real sizes."""
     mitstates_tree(folder, nouns, adjectives, images)
-    args = get_parser().parse_args([
+    args = filled(get_parser().parse_args([
         "--dataset=mitstates", f"--dataset_path={folder}", "--model=tirg", "--loss=soft_triplet", "--weight_decay=5e-5",
         "--learning_rate_decay_frequency=50000", "--num_iters=160000", "--image_weights=none", "--image_cache=device",
         "--precision=bf16", f"--compile={fast}", f"--image_size={size}",
         "--learning_rate=1e-4",                                                 # noise in place of images can diverge
-        *([] if images > 1000 else ["--batch_size=4"])])
-    args.best_metric = MITStates.best_metric
+        *([] if images > 1000 else ["--batch_size=4"])]))
     set_up(device, args.precision)
     splits = {}
     for name in ("train", "test"):
@@ -314,11 +314,10 @@ def frozen_rows(folder: Path, pixels: Split, batch: int, repetitions: int, steps
                     "MB"))
     for kind in ("tirg", "composeAE"):
         rows.append(frozen_test_row(splits["test"], kind, sentences, repetitions))
-    args = get_parser().parse_args([
+    args = filled(get_parser().parse_args([
         "--dataset=mitstates", f"--dataset_path={tree}", "--model=tirg", "--loss=soft_triplet", "--weight_decay=5e-5",
         "--learning_rate_decay_frequency=50000", "--num_iters=160000", "--image_weights=none", f"--batch_size={batch}",
-        f"--image_encoder={FROZEN}", "--image_size=128", "--freeze_image_encoder=True", "--text_encoder=service"])
-    args.best_metric = MITStates.best_metric
+        f"--image_encoder={FROZEN}", "--image_size=128", "--freeze_image_encoder=True", "--text_encoder=service"]))
     return [*rows, schedule_of(args, Data(splits, sentences), folder, CPU, 60)]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from datasets import DATASETS, FashionIQ
+from machine.errors import InputError
 from machine.stopping import one_of_several
 from machine.streams import shown
 
@@ -78,14 +79,30 @@ def meant(word: str, names: Iterable[str]) -> str:
 
 
 class TrainingParser(Parser):
-    """Of main.py: which dataset is asked for, unless a checkpoint may say it."""
+    """Of main.py. Which dataset must be given, unless a checkpoint may say it. Raises InputError for flags that do not
+    go together."""
 
     def parse_args(self, *given):
-        args = super().parse_args(*given)
-        args.dataset = getattr(args, "dataset", "")
+        args = argparse.Namespace(**{"dataset": "", **vars(super().parse_args(*given))})
         if not args.dataset and not args.test_only:
             self.error("the following arguments are required: --dataset")
+        refuse(args, args.device)
         return args
+
+
+def refuse(args: argparse.Namespace, device: str) -> None:
+    """Raise InputError for flags of main.py that do not go together. device: as asked for, or the kind that it is."""
+    if args.test_only and not args.model_checkpoint:
+        raise InputError("--test_only needs the checkpoint to test: pass --model_checkpoint PATH")
+    if args.test_only and args.resume:
+        raise InputError("--test_only tests --model_checkpoint and resumes nothing: drop --resume")
+    if args.sync_bn and device not in ("auto", "cuda"):
+        raise InputError("--sync_bn True: torch's synchronized batch norm is for CUDA GPUs alone; drop it")
+    if args.write_submission and args.dataset and not DATASETS[args.dataset].served:
+        having = ", ".join(name for name, kind in DATASETS.items() if kind.served)
+        raise InputError(f"--write_submission: {args.dataset} has no test server, as {having} has; drop it")
+    if os.sep in args.comment:
+        raise InputError(f"--comment {args.comment!r} ends a folder's name and cannot hold a {os.sep!r}")
 
 
 def first_to_say(line: str) -> bool:

@@ -103,7 +103,10 @@ def starting(parser: ArgumentParser) -> None:
         os._exit(EXIT_CODES[number])                                            # half-loaded libraries end badly
     for number in signals():
         signal.signal(number, leave)
-    parser.parse_args()
+    try:
+        parser.parse_args()
+    except InputError as error:                                                 # good ones, that do not go together
+        parser.error(str(error))
     if sys.stderr.isatty():
         print("loading torch ...", end="\r", file=sys.stderr, flush=True)       # the next line takes its place
 

@@ -111,7 +111,8 @@ def measured(results: dict, it: int, dataset: str) -> list[str]:
 
 def command(opt: dict) -> str:
     """What main.py was told, typed anew: each flag whose value is not the default."""
-    defaults = plain(get_parser().parse_args(["--test_only", "--dataset_path", "."])) | {"dataset_path": None}
+    defaults = plain(get_parser().parse_args(["--dataset", "mitstates", "--dataset_path", "."]))
+    defaults |= {"dataset": None, "dataset_path": None}
     told = [f"--{name}={value}" for name, value in opt.items()
             if name in defaults and name not in NOT_TYPED_ANEW and value != defaults[name]]
     return shlex.join(["python", "main.py", *told])

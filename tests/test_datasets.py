@@ -19,6 +19,8 @@ from datasets import (
 from flags import get_parser
 from machine.errors import InputError
 from training.data import make_data
+from training.resuming import Start
+from training.settings import filled
 
 from .conftest import LABEL, flags, picture, write_fashion200k, write_mitstates
 
@@ -265,7 +267,7 @@ def test_a_run_says_once_what_any_suffix_would_read(mitstates, tmp_path, caplog)
     def notes(**given):
         caplog.clear()
         args = get_parser().parse_args(flags("mitstates", mitstates, tmp_path, image_cache="none", **given))
-        return make_data(args, None, "", None, False), caplog.messages
+        return make_data(filled(args), Start(None, None, None, 1)), caplog.messages
     data, said = notes()
     assert len(data.train.images) == 10 and said == [
         "note: 3 files end in .JPG or .png, which the published protocol does not read; --any_suffix True reads them"]

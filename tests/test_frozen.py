@@ -214,9 +214,8 @@ def test_a_resumed_frozen_run_ends_as_one_that_was_not_stopped(mitstates, tmp_pa
             raise OSError("stopped here")
     monkeypatch.setattr(checkpoint, "save", stop)
     with FolderLock() as lock, pytest.raises(OSError, match="stopped here"):
-        main.run(main.get_parser().parse_args(flags("mitstates", mitstates, tmp_path / "logs", comment="_stopped",
-                                                    save_frequency=3, **changes)), main.Stopping(),
-                 torch.device("cpu"), lock)
+        words = flags("mitstates", mitstates, tmp_path / "logs", comment="_stopped", save_frequency=3, **changes)
+        main.run(*main.settle(words, torch.device("cpu"), lock), main.Stopping(), torch.device("cpu"), lock)
     monkeypatch.undo()
     (stopped,) = (tmp_path / "logs").glob("*_stopped")
     assert main.main(flags("mitstates", mitstates, tmp_path / "logs", comment="_stopped", resume="auto",

@@ -128,16 +128,9 @@ def check_flags(flags: dict, source: str | Path, opt: dict) -> None:
             log.warning("note: the checkpoint was trained with --%s %s, this run has %s", name, opt[name], flags[name])
 
 
-def flags_of(path: str | Path) -> list[str]:
-    """What main.py was told of all that a test depends on, when it wrote this checkpoint: ["--dataset=mitstates", ...].
-    Nothing where the file cannot be read: what is wrong with it is for `load` to say."""
-    try:
-        content = content_of(path, glance=True)
-    except (tensor_files.Unreadable, OSError):
-        return []
-    opt = content.get("opt", {}) if isinstance(content, dict) else {}
-    opt = vars(opt) if isinstance(opt, argparse.Namespace) else opt
-    told = {name: opt.get(name) for name in TESTED_FLAGS + WHERE_TEXTS_ARE_READ} if isinstance(opt, dict) else {}
+def flags_to_test(opt: dict) -> list[str]:
+    """What main.py was told of all that a test depends on, when it wrote a checkpoint: ["--dataset=mitstates", ...]."""
+    told = {name: opt.get(name) for name in TESTED_FLAGS + WHERE_TEXTS_ARE_READ}
     return [f"--{name}={value}" for name, value in told.items() if isinstance(value, bool | int | float | str)]
 
 
@@ -257,11 +250,6 @@ def restore(model: ImgTextCompositionBase, state: dict, path: str | Path) -> Non
                          f"run: {differing}; use the flags and the dataset it was trained with")
     ours.update(theirs)                                                         # `ours` knows its version, too
     model.load_state_dict(ours)
-
-
-def image_size(state: dict | None) -> int | None:
-    """In pixels, of the images a checkpoint was trained with."""
-    return state["opt"].get("image_size") if state else None
 
 
 def text_dim(state: dict) -> int | None:

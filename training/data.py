@@ -24,6 +24,7 @@ from text_encoders import InProcess, sentence_source
 from text_model import SentenceService, SentenceTable, SimpleVocab, tokenize
 from training import checkpoint
 from training.loop import Split, check_shares, prepare
+from training.resuming import Start
 
 
 @dataclass
@@ -51,10 +52,9 @@ class Data:
         return self.splits[list(self.splits)[-1]].data
 
 
-def make_data(args: argparse.Namespace, device: torch.device, source: str | Path, state: dict | None,
-              resumed: bool) -> Data:
-    """Both splits, their images and sentence vectors; source, state: a checkpoint's that they must go with."""
-    service = find_source(args, source, state)                                  # before anything that takes long
+def make_data(args: argparse.Namespace, start: Start) -> Data:
+    """Both splits, their images and sentence vectors; start: whose checkpoint they must go with."""
+    service = find_source(args, start.source, start.state)                      # before anything that takes long
     names = DATASETS[args.dataset].splits(args.dataset_path, args.validation)
     splits = {name: split for name in names if (split := open_split(args, name))}
     if told := tell_of_passed_over(split.data for split in splits.values()):
@@ -66,9 +66,10 @@ def make_data(args: argparse.Namespace, device: torch.device, source: str | Path
         if samples < args.batch_size:
             raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; lower it")
         check_shares(args.batch_size, args.accumulate, data.train.together)
-    args.best_metric = choose_metric(args.best_metric, data.test)
-    if resumed:
-        checkpoint.check_same_run(state, source, plain(args), samples, service and service.features,
+    if args.best_metric not in data.test.metrics():
+        raise InputError(f"--best_metric {args.best_metric}: choose one of {', '.join(data.test.metrics())}")
+    if start.resumed:
+        checkpoint.check_same_run(start.state, start.source, plain(args), samples, service and service.features,
                                   data.digests)
     if service:
         data.sentences = learn_texts(args, service, data)
@@ -77,13 +78,8 @@ def make_data(args: argparse.Namespace, device: torch.device, source: str | Path
 
 def open_served(args: argparse.Namespace) -> dict[str, Split]:
     """The split that a test server judges, if it is to be answered."""
-    if not args.write_submission:
-        return {}
     name = DATASETS[args.dataset].served
-    if not name:
-        having = ", ".join(name for name, kind in DATASETS.items() if kind.served)
-        raise InputError(f"--write_submission: {args.dataset} has no test server, as {having} has; drop it")
-    return {name: read_split(args, name)}
+    return {name: read_split(args, name)} if args.write_submission else {}
 
 
 def cache_folder(args: argparse.Namespace) -> Path | None:
@@ -135,13 +131,6 @@ def hold_on_device(splits: dict[str, Split], device: torch.device, workers: int)
         return
     for split in splits.values():
         split.store = DeviceStore.of(split.store, device, workers, progress_bar)
-
-
-def choose_metric(name: str, data: CompositionDataset) -> str:
-    chosen = data.best_metric if name == "auto" else name
-    if chosen not in data.metrics():
-        raise InputError(f"--best_metric {chosen}: choose one of {', '.join(data.metrics())}")
-    return chosen
 
 
 def find_source(args: argparse.Namespace, source: str | Path, state: dict | None) -> SentenceService | InProcess | None:

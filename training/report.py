@@ -27,10 +27,8 @@ from training.writers import WRITERS, JsonLines, Points
 BENCHMARKS = "correct_"                 # begins the names of what a benchmark asks; others ask of groups, or of few
 
 
-def check_log_dir(log_dir: str | Path, comment: str) -> None:
+def check_log_dir(log_dir: str | Path) -> None:
     """Raise InputError now, not after the data are read, where no run folder could be made."""
-    if os.sep in comment:
-        raise InputError(f"--comment {comment!r} ends a folder's name and cannot hold a {os.sep!r}")
     try:
         Path(log_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

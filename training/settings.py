@@ -1,0 +1,54 @@
+"""What a run's flags come to, with what its checkpoint says and what this machine has: settled once, here."""
+
+import argparse
+from functools import partial
+
+import torch
+
+from datasets import DATASETS
+from flags import get_parser, plain, refuse
+from image_encoders import traits
+from machine import distributed
+from machine.downloads import stay_offline
+from machine.errors import InputError
+from machine.folder_lock import FolderLock
+from text_encoders import text_encoder_of
+from training import checkpoint, report
+from training.resuming import Start, find_start
+from training.writers import WRITERS
+
+
+def settle(words: list[str], device: torch.device, lock: FolderLock) -> tuple[argparse.Namespace, Start]:
+    """The flags as the whole run takes them, nothing left open, and where it begins. Nothing assigns to them later.
+
+    With --test_only, what is not given is as the checkpoint's training was told. lock: takes the folder of a run that
+    goes on. Raises InputError for flags that do not go together, or not with the checkpoint or the device.
+    """
+    args = get_parser().parse_args(words)
+    if args.test_only:
+        stay_offline()                                                          # the checkpoint may be a stranger's
+    if distributed.first():
+        report.check_log_dir(args.log_dir)
+        WRITERS[args.report_to].check()
+    start = distributed.from_first(partial(
+        find_start, args.resume, args.model_checkpoint, args.log_dir, args.comment, not args.test_only, lock))
+    opt = start.state["opt"] if start.state else {}
+    if args.test_only:
+        args = get_parser().parse_args([*checkpoint.flags_to_test(opt), *words])
+    if not args.dataset:
+        raise InputError(f"{args.model_checkpoint} does not say what it was trained on: pass --dataset NAME")
+    refuse(args, device.type)
+    settled = filled(args, opt)
+    if start.state and not start.resumed:
+        checkpoint.check_flags(plain(settled), start.source, opt)
+    return settled, start
+
+
+def filled(args: argparse.Namespace, opt: dict | None = None) -> argparse.Namespace:
+    """The flags with values in place of 0 and auto: a checkpoint's, `opt`, or the encoder's and the dataset's own."""
+    known, text_encoder = traits(args.image_encoder), text_encoder_of(plain(args))
+    return argparse.Namespace(**{
+        **vars(args), "text_encoder": text_encoder, "use_bert": text_encoder == "service",
+        "image_embed_dim": args.image_embed_dim or known.width,
+        "image_size": args.image_size or (opt or {}).get("image_size") or known.size,
+        "best_metric": DATASETS[args.dataset].best_metric if args.best_metric == "auto" else args.best_metric})
