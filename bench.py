@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -48,14 +47,14 @@ from machine import distributed
 from machine.device import choose_device, compiled, set_up, usable_cores
 from machine.errors import InputError
 from machine.feature_store import FeatureStore
-from machine.image_store import DeviceStore, ImageStore, normalize_images
+from machine.image_store import DeviceStore, ImageStore
 from machine.stopping import Stopping
 from searching import gallery, page, ranking
 from searching.build import build
 from searching.image_list import ImageList
 from test_retrieval import encoder_batch, evaluate, recalls
 from text_model import SentenceService, SentenceTable, SimpleVocab
-from torch_function import LOSSES, composition_losses, draw_negatives, soft_triplet_loss
+from torch_function import LOSSES, composition_losses
 from training import report
 from training.data import Data, open_split
 from training.loop import Split, Training, batches, make_optimizer, train_step
@@ -825,115 +824,6 @@ def both_clocks(call: Callable) -> tuple[float, float]:
     return taken, time.process_time() - start
 
 
-# As the original does it, written from its specification
-
-def original_pixels(path: str, size: int) -> torch.Tensor:
-    transform = torchvision.transforms.Compose([
-        torchvision.transforms.Resize(size), torchvision.transforms.CenterCrop(size), torchvision.transforms.ToTensor(),
-        torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
-    with Image.open(path) as image:
-        return transform(image.convert("RGB"))
-
-
-def original_triplet_loss(query: torch.Tensor, target: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
-    """One triplet after the other; value and half gradient as in soft_triplet_loss."""
-    rows, count = torch.cat([query, target]), len(query)
-    triplets = [(anchor, (anchor + count) % (2 * count), negative)
-                for anchor in range(2 * count) for negative in negatives[anchor].tolist()]
-    losses = [F.softplus((rows[a] - rows[p]).square().sum() - (rows[a] - rows[n]).square().sum())
-              for a, p, n in triplets]
-    half = 0.5 * torch.stack(losses).mean()
-    return half + half.detach()
-
-
-def original_rows(split: Split, test: Split, batch: int, repetitions: int, size: int) -> list[dict]:
-    """TIRG with the soft-triplet loss: images decoded at each use, python triplets, anomaly detection, torch's default
-    layout; in the test the source encoded again for each query, and all similarities sorted. Ours beside it, on the
-    same images, samples, negatives and weights; both must give the same before a time is taken."""
-    words = SimpleVocab.from_texts(split.data.training_texts())
-    models = {name: MODELS["tirg"](words) for name in ("original", "ours")}
-    models["ours"].load_state_dict(models["original"].state_dict())
-    models["ours"].to(memory_format=torch.channels_last)
-    for model in models.values():
-        model.text_model.fc_output[0].p = 0.0                                   # dropout draws apart in the two
-    optimizers = {name: make_optimizer(model, 1e-3, 5e-5) for name, model in models.items()}
-    samples = [split.data.sample(np.arange(len(split.data)), i, (0, 0)) for i in range(batch)]
-    sources, targets, texts = zip(*samples, strict=True)
-    negatives = draw_negatives(batch)
-    split.store.batch([*sources, *targets])                                     # in the store
-
-    def original_step() -> torch.Tensor:
-        with warnings.catch_warnings(action="ignore"), torch.autograd.detect_anomaly():
-            source, target = (torch.stack([original_pixels(split.data.paths[i], size) for i in ids])
-                              for ids in (sources, targets))
-            number = models["original"].a.dtype
-            features = models["original"](source.to(number), list(texts), target.to(number))
-            loss = original_triplet_loss(features["query"], features["target"], negatives)
-            optimizers["original"].zero_grad()
-            loss.backward()
-            optimizers["original"].step()
-        return loss.detach()
-
-    def our_way() -> torch.Tensor:
-        source, target = (normalize_images(split.store.batch(ids)).to(models["ours"].a.dtype)
-                          for ids in (sources, targets))
-        features = models["ours"](source, list(texts), target)
-        loss = soft_triplet_loss(features["query"], features["target"], negatives)
-        optimizers["ours"].zero_grad()
-        loss.backward()
-        optimizers["ours"].step()
-        return loss.detach()
-    for model in models.values():
-        model.double().train()                                                  # in float32 rounding grows by itself
-    for _ in range(2):                                                          # the second has been through an update
-        torch.testing.assert_close(our_way(), original_step(), rtol=1e-5, atol=1e-7)
-    for name, model in models.items():
-        optimizers[name] = make_optimizer(model.float(), 1e-3, 5e-5)
-    step = compare("steps, the original's way", {"floor": original_step, "ours": our_way}, repetitions)
-
-    models["original"].load_state_dict(models["ours"].state_dict())
-    for model in models.values():
-        model.eval()
-    (asked,) = test.data.task().query_sets
-    gallery_ids = test.data.task().gallery
-    test.store.batch(range(len(test.store)))
-
-    @torch.inference_mode()
-    def original_test() -> tuple[dict, torch.Tensor, torch.Tensor]:
-        model = models["original"]
-
-        def encode(ids):
-            return torch.cat([model.encode_image(torch.stack([original_pixels(test.data.paths[i], size) for i in part]))
-                              for part in np.array_split(ids, max(1, len(ids) // 32))])
-        queries = F.normalize(model.compose(encode(asked.sources), model.encode_text(asked.texts)), dim=1)
-        gallery = F.normalize(encode(gallery_ids), dim=1)
-        scores = queries @ gallery.T
-        scores[torch.arange(len(queries)), torch.as_tensor(asked.own)] = -10
-        order = scores.argsort(dim=1, descending=True, stable=True).numpy()
-        found = {}
-        for judge in asked.judges:
-            for k in judge.ks:
-                hits = 0
-                for query, best in enumerate(order):
-                    hits += judge.query_labels[query] in judge.gallery_labels[best[:min(k, len(best) - 1)]].tolist()
-                found[f"recall_top{k}_{judge.name}"] = hits / len(order)
-        return found, queries, gallery
-
-    expected, queries, gallery = original_test()
-    if recalls(queries, gallery, asked.own, asked.judges) != expected:
-        raise RuntimeError("the original's way of counting and ours give different recalls")
-
-    def same_features(asked, ids, our_queries, our_gallery, ranks) -> None:
-        torch.testing.assert_close(our_queries, queries, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(our_gallery, gallery, rtol=1e-3, atol=1e-4)
-    evaluate(models["ours"], test.data, test.store, watch=same_features)
-    full = compare("test, the original's way", {"floor": original_test, "ours": lambda: evaluate(
-        models["ours"], test.data, test.store)}, 1)
-    return [row("training step, tirg, soft_triplet (floor: as the original does it)", step["ours"], step["floor"], 1.0),
-            row(f"full test, {len(gallery_ids)} images, {len(asked.texts)} queries (floor: as the original does it)",
-                full["ours"], full["floor"], 1.0)]
-
-
 # The whole table
 
 def toy_splits(folder: Path, size: int) -> dict[str, Split]:
@@ -951,18 +841,6 @@ def toy_split(folder: Path, name: str, size: int, resampling: str = "bilinear") 
     return Split(data, store)
 
 
-def some_nouns(folder: Path, nouns: int, images: int, size: int) -> Split:
-    """A test split of a few nouns and a few images a folder, out of the toy's."""
-    chosen = sorted({path.name.split()[1] for path in (folder / "mitstates/images").iterdir()} & MITSTATES_TEST_NOUNS)
-    for path in (folder / "mitstates/images").iterdir():
-        if path.name.split()[1] in chosen[:nouns]:
-            for file in sorted(path.iterdir())[:images]:
-                (folder / "few/images" / path.name).mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, folder / "few/images" / path.name)
-    data = MITStates(folder / "few", "test")
-    return Split(data, ImageStore(data.paths, size, folder / "cache"))
-
-
 def cpu_rows(folder: Path, quick: bool) -> list[dict]:
     batch, size, repetitions = (4, 32, 1) if quick else (32, 224, 3)
     splits = toy_splits(folder, size)
@@ -970,8 +848,6 @@ def cpu_rows(folder: Path, quick: bool) -> list[dict]:
     rows += scaling_rows(folder, batch, size, repetitions)
     rows.append(sentence_step_row(splits["train"], folder / "bert", min(batch, 8), repetitions))
     rows.append(test_row(splits["test"], min(repetitions, 2), CPU, 16 if quick else 64))
-    few = some_nouns(folder, 1, 1 if quick else 2, size)
-    rows += original_rows(splits["train"], few, batch, min(repetitions, 2), size)
     rows += retrieval_rows(100 if quick else 1, min(repetitions, 2), CPU)
     rows += growth_rows(*((64, 50) if quick else (2048, 2500)), CPU)
     (folder / "pictures").mkdir()

@@ -101,8 +101,8 @@ def open_log(args: argparse.Namespace, start: Start, data: Data, lock: FolderLoc
     """In the folder of the run that goes on, or in a new one; of all processes the first alone logs."""
     folder = start.resumed.parent if start.resumed else distributed.from_first(
         partial(report.run_folder, args.log_dir, args.comment, lock))
-    return (report.Report if distributed.first() else report.Silence)(
-        folder, plain(args), start.state["it"] if start.resumed else None, data.test.headline)
+    return report.Report(folder, plain(args), start.state["it"] if start.resumed else None, data.test.headline,
+                         silent=not distributed.first())
 
 
 def introduce(args: argparse.Namespace, start: Start, data: Data, device: torch.device, folder: Path) -> None:

@@ -109,7 +109,8 @@ def rank_rows(scores, among, places, first, counts):
     """0-based rank of each row's best correct image, ties going to the earlier one: (q, N) -> (q,) ints.
 
     Of row q it looks at `among`, or at all; its correct images are places[first[q]:][:counts[q]] there, ascending.
-    A row with none, or with none but masked ones, gets NEVER.
+    A row with none, or with none but masked ones, gets NEVER. It reads each score once: beside the product that made
+    them it takes a tenth of its time, `rank_table` on a CPU one and a half times as long as the product.
     """
     found = np.full(len(scores), NEVER)
     for q in range(len(scores)):

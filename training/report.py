@@ -150,12 +150,14 @@ class Report:
     """Logs one run. Results are {"train": {metric: value}, "test": {metric: value}}.
 
     after: the iteration after which a resumed run goes on; what was logged beyond it is taken back. headline: the
-    metrics that say most.
+    metrics that say most. silent: nothing is logged, as by every process but the first.
     """
 
-    def __init__(self, folder: Path, flags: dict, after: int | None = None, headline: Sequence[str] = ()):
+    def __init__(self, folder: Path, flags: dict, after: int | None = None, headline: Sequence[str] = (),
+                 silent: bool = False):
         self.folder, self.headline, self.results, self.seen = folder, headline, {}, {}
-        self.writers = [kind(folder, flags, after) for kind in (JsonLines, WRITERS[flags["report_to"]])]
+        kinds = () if silent else (JsonLines, WRITERS[flags["report_to"]])
+        self.writers = [kind(folder, flags, after) for kind in kinds]
 
     def scalars(self, values: dict[str, float], it: int) -> None:
         for writer in self.writers:
@@ -167,6 +169,8 @@ class Report:
 
         baselines: {"test NAME": {metric: value}} of other ways to answer, and numbers of queries.
         """
+        if not self.writers:
+            return ""
         if not self.results:
             headline = [f"{list(results)[-1]} {name}" for name in self.headline]
             for writer in self.writers:
@@ -204,28 +208,6 @@ class Report:
                 if sighting.points:
                     writer.points(name.removeprefix(BENCHMARKS), sighting.points)
             writer.close()
-
-
-class Silence(Report):
-    """Logs nothing: the report of every process but the first."""
-
-    def __init__(self, folder: Path, *_):
-        self.folder = folder
-
-    def scalars(self, *_) -> None:
-        pass
-
-    def metrics(self, *_) -> str:
-        return ""
-
-    def sightings(self, *_) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def show_results(log: Report, tested: dict[str, Tested], it: int) -> dict[str, dict[str, float]]:
