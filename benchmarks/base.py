@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from machine.errors import InputError
+from machine.picture_folder import is_passed_over, tell_of_unread
 
 RECALL_KS = (1, 5, 10, 50, 100)
 TEST_EPOCH = 2**32 - 1
@@ -132,6 +133,7 @@ class CompositionDataset:
 
     images: list[str]                   # paths below `root`, by image id
     upright = False                     # whether pictures are turned as the camera noted; the published are not
+    is_ones_own = False                 # whether who runs it can change it; the published are as they are
     about = ""                          # what is tested, where the benchmark's name does not say it
     served = ""                         # the split, where there is one, whose answers a test server alone knows
     together = 1                        # consecutive samples of an epoch that belong in one batch
@@ -148,6 +150,7 @@ class CompositionDataset:
         self.lenient, self.without = without is not None, without or frozenset()
         self.dropped = {"images": len(self.without)}
         self.passed_over: Counter[str] = Counter()                              # endings of what any_suffix would read
+        self.unread: dict[Path, Counter[str]] = {}                              # of what nothing here reads, by folder
         self.tasks: dict[int, RetrievalTask] = {}                               # by seed
         require(self.root, f"{type(self).__name__} folder")
         self.read()
@@ -247,11 +250,14 @@ class CompositionDataset:
         raise NotImplementedError
 
     def visible(self, names: Iterable[str]) -> list[str]:
-        """The names in order, but hidden ones, as the `._0.jpg` that a Mac puts beside 0.jpg: those are counted."""
+        """The names in order, but those that are passed over, as the `._0.jpg` that a Mac puts beside 0.jpg and a
+        NAS's `@eaDir`: those are counted."""
         names = sorted(names)
-        shown = [name for name in names if not name.startswith(".")]
-        if len(shown) < len(names):
-            self.drop("hidden files", len(names) - len(shown))
+        shown = [name for name in names if not is_passed_over(name)]
+        if hidden := sum(name.startswith(".") for name in names):
+            self.drop("hidden files", hidden)
+        if len(shown) + hidden < len(names):
+            self.drop("folders of the system's own", len(names) - len(shown) - hidden)
         return shown
 
     def drop(self, what: str, count: int = 1) -> None:
@@ -292,9 +298,12 @@ class AnnotatedDataset(CompositionDataset):
 
 def tell_of_passed_over(splits: Iterable[CompositionDataset]) -> str:
     """What to say of pictures that these splits' benchmark does not read; nothing where there are none."""
+    splits = list(splits)
     endings = sum((data.passed_over for data in splits), Counter())
-    return (f"{endings.total()} files end in {' or '.join(sorted(endings))}, which the published protocol does not "
+    told = (f"{endings.total()} files end in {' or '.join(sorted(endings))}, which the published protocol does not "
             "read; --any_suffix True reads them") if endings else ""
+    unread = {folder: found for data in splits for folder, found in data.unread.items()}    # several have one folder
+    return "; ".join(filter(None, (told, tell_of_unread(sum(unread.values(), Counter())))))
 
 
 def texts_of(queries) -> list[str]:

@@ -24,7 +24,8 @@ from benchmarks.base import (
     texts_of,
 )
 from machine.errors import InputError
-from machine.picture_files import SUFFIXES
+from machine.file_names import Named, told_apart
+from machine.picture_folder import Kind, Walk, why_not_listed
 from machine.text_files import read_lines, read_table
 
 
@@ -34,12 +35,13 @@ class Triplets(AnnotatedDataset):
 
     A line has source_file_name, text, and target_file_name or target_file_names, several being right; it may have
     negative_file_names, group and target_caption. File names count from the table's folder; in a .csv several stand
-    in one value with | between them. Gallery: every image of the folder, or those that its gallery.txt lists.
+    in one value with | between them. Gallery: every image of the folder, also behind links, or those that its
+    gallery.txt lists.
     """
 
-    upright = True
+    upright = is_ones_own = True
     SPLITS, TABLES = ("train", "validation", "test"), ("metadata.jsonl", "metadata.csv")
-    CACHE, MOST_GROUPS = "image_cache", 50
+    MOST_GROUPS = 50
 
     @classmethod
     def table(cls, folder: Path) -> Path | None:
@@ -97,7 +99,9 @@ class Triplets(AnnotatedDataset):
             raise InputError(f"{self.root} has no {own} split, neither a folder {own} with a table nor lines of it")
         self.below = "" if "" in self.tables(self.root) else f"{own}/"
         folder = self.root / self.below
-        self.there = images_below(folder, self.CACHE)
+        self.walk = Walk(folder, follow_links=True)
+        self.there = self.walk.names()
+        self.named, self.unread = Named((name, name) for name in self.there), {folder: self.walk.unread}
         known, parsed = set(self.there), []
         for where, row in rows:
             entry = self.parse(row, where)
@@ -126,7 +130,8 @@ class Triplets(AnnotatedDataset):
             several = found.split("|") if isinstance(found, str) else found
             if not isinstance(several, list) or not all(isinstance(file, str) for file in several):
                 raise InputError(f"{where}: {name}s is {str(found)[:40]!r}; expected a list of file names")
-            return [inside(os.path.normpath(file.strip()), where) for file in several if file.strip()]
+            return [self.meant(inside(os.path.normpath(file.strip()), where), where)
+                    for file in several if file.strip()]
         sources, targets, text = files("source_file_name"), files("target_file_name"), value("text")
         if self.complete_text and not value("target_caption"):
             raise InputError(f"{where}: no target_caption, which --use_complete_text_query asks with; add it, or drop "
@@ -146,9 +151,23 @@ class Triplets(AnnotatedDataset):
         return Entry(sources[0], targets, value("target_caption") if self.complete_text else text, negatives,
                      value("group"), value("target_caption"))
 
+    def meant(self, name: str, where: str) -> str:
+        """The picture of this name; else of one that looks the same; else the same file by way of another link."""
+        alike = self.named.find(name)
+        if len(alike) > 1:
+            raise InputError(f"{where}: {name} is not in {self.walk.folder}, but {len(alike)} names that look the same "
+                             f"({told_apart(alike)}); rename one")
+        if not alike and os.path.isfile(self.walk.folder / name):
+            return self.by_file.get(os.path.realpath(self.walk.folder / name), name)
+        return alike[0] if alike else name
+
+    @cached_property
+    def by_file(self) -> dict[str, str]:
+        return {os.path.realpath(self.walk.folder / name): name for name in reversed(self.there)}
+
     def not_there(self, folder: Path, name: str, where: str) -> str:
         if os.path.exists(folder / name):
-            return (f"{where}: {name} does not end as a picture does ({', '.join(SUFFIXES)}); save it as one of these")
+            return f"{where}: {name} {why_not_listed(folder, name)}"
         alike = [other for other in self.there if other.lower() == name.lower()]    # as IMG_1.JPG and img_1.jpg
         close = alike or difflib.get_close_matches(name, self.there, 1)
         nearest = f"; is {close[0]} meant?" if close else ""
@@ -162,7 +181,7 @@ class Triplets(AnnotatedDataset):
             return names
         for number, line in read_lines(file):
             where = f"{file}, line {number}"
-            name = inside(os.path.normpath(line.strip()), where)
+            name = self.meant(inside(os.path.normpath(line.strip()), where), where)
             if name in known:
                 names.append(name)
             else:
@@ -206,6 +225,8 @@ class Triplets(AnnotatedDataset):
         self.about = (f"{self.split} split: {len(self.lines)} queries with {span} right of {self.gallery} images in "
                       f"the gallery, {'those of gallery.txt' if listed else f'all of {folder}'}; a query's "
                       f"source {'stays in' if self.keep_source else 'is left out of'} its ranking")
+        if passed := self.walk.counted(Kind.PASSED_OVER, Kind.UNREADABLE_FOLDER, Kind.LINKED_FOLDER, Kind.HIDDEN):
+            self.about += f"; passed over: {', '.join(passed)}"
         if self.split == "validation" and self.held_out:
             self.about += (f"; these are the lines of a share of {self.held_out:g} of the source images, held out, "
                            "whose targets may be training's too")
@@ -246,14 +267,3 @@ class Entry(NamedTuple):
     negatives: list[str]
     group: str
     caption: str
-
-
-def images_below(folder: Path, but: str) -> list[str]:
-    """Names, below the folder, of all files that end as pictures do, in order; not hidden ones, nor a folder `but`."""
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != but)
-        start = os.path.relpath(place, folder)
-        found += [os.path.normpath(os.path.join(start, name)) for name in sorted(files)
-                  if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
-    return found

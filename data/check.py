@@ -59,11 +59,11 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.base import CompositionDataset, QuerySet, tell_of_passed_over
-from benchmarks.triplets import Triplets, images_below
 from datasets import DATASETS
 from machine.device import usable_cores
 from machine.image_store import file_version, prefetch
 from machine.picture_files import decode
+from machine.picture_folder import Kind, Walk
 from machine.progress import progress_bar, say
 from machine.streams import log_to_stderr, shown
 from text_model import SimpleVocab
@@ -132,7 +132,7 @@ def check(args: argparse.Namespace, report: Report) -> None:
             except (InputError, OSError) as error:
                 del splits[name]
                 report.complain(str(error))
-    report.say(f"{len(report.wrong)} wrong, see above: a run would stop there or leave something out"
+    report.say(f"{len(report.wrong)} wrong, see above: a run would stop there, leave something out or count it wrongly"
                if report.wrong else "nothing is wrong")
     if "out" not in args:
         report.say("--out check.html draws ten of its queries")
@@ -205,7 +205,8 @@ def look_at_files(root: Path, upright: bool, splits: dict[str, CompositionDatase
         for image in data.images:
             users.setdefault(image, set()).add(name)
     used = set(map(os.path.normpath, users))
-    unused = [image for image in images_below(root, Triplets.CACHE) if image not in used]
+    walk = Walk(root, follow_links=True)
+    unused = [image for image in walk.names() if image not in used]
     there = {image: file_version(f"{root}/{image}")[0] > 0 for image in users}
     missing = [image for image in users if not there[image]]
     looked = [image for image in users if there[image]] + ([] if whole else unused)
@@ -219,6 +220,8 @@ def look_at_files(root: Path, upright: bool, splits: dict[str, CompositionDatase
         else:
             same.setdefault(digest, []).append(image)
     report.say("files")
+    if passed := walk.counted(Kind.PASSED_OVER, Kind.UNREADABLE_FOLDER):
+        report.row("passed over", ", ".join(passed))
     report.count("missing or empty", missing)
     report.count("broken", list(broken.values()))
     report.count("duplicates", [" = ".join(images) for images in same.values() if len(images) > 1])
@@ -226,6 +229,7 @@ def look_at_files(root: Path, upright: bool, splits: dict[str, CompositionDatase
     leaks = [[next((image for image in images if image in about), None) for about in named.values()]
              for images in same.values()]
     report.count("in train and test", [" = ".join(dict.fromkeys(pair)) for pair in leaks if None not in pair])
+    look_at_doubles(splits, same, report)
     if whole:
         report.count("never used", unused)
     else:
@@ -235,6 +239,27 @@ def look_at_files(root: Path, upright: bool, splits: dict[str, CompositionDatase
             report.complain(f"{len(images)} images are {what}: put them back, or pass --skip_bad_images True to leave "
                             "such images out")
     return {*missing, *broken}
+
+
+def look_at_doubles(splits: dict[str, CompositionDataset], same: dict[bytes, list[str]], report: Report) -> None:
+    """Say which images of a gallery are the same picture as a right answer, and yet not right. same: by digest."""
+    for name, data in splits.items():
+        if name == "train":
+            continue
+        gallery = [data.images[image] for image in data.task().gallery]
+        places = {image: place for place, image in enumerate(gallery)}
+        twins = {places[image]: [places[other] for other in images if other in places]
+                 for images in same.values() if len(images) > 1 for image in images if image in places}
+        found = {place: answer for asked in asked_by(data)
+                 for own, right in zip(asked.own, map(np.ndarray.tolist, right_answers(asked)), strict=True)
+                 for answer in right if answer in twins
+                 for place in twins[answer] if place != own and place not in right}
+        lines = [f"{gallery[place]} = {gallery[answer]}" for place, answer in found.items()]
+        if lines:
+            report.count(f"{name} doubles", lines)
+        if lines and data.is_ones_own:
+            report.complain(f"{len(lines)} images of the {name} gallery are copies of right answers that count as "
+                            f"wrong ones, first {lines[0]}: remove them, or name them as targets too")
 
 
 def asked_about(data: CompositionDataset) -> set[str]:

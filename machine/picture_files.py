@@ -20,12 +20,24 @@ from machine.errors import InputError
 from machine.regular_files import open_regular
 from machine.resizing import square
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF")   # JPEG is also MPO
+try:
+    import pillow_heif  # not of ours: phones' pictures are read where it is installed
+    pillow_heif.register_heif_opener()
+    EXTRA = ("HEIF",)
+except ImportError:
+    EXTRA = ()
+
+HEIF = (".heic", ".heif", ".hif")
+ALWAYS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
+          ".ppm", ".pgm", ".pbm", ".pnm", ".avif")
+SUFFIXES = ALWAYS + HEIF * bool(EXTRA)
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", *EXTRA)   # JPEG is also MPO
+BEGINNING = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftyp(avi[fs]|hei[cfmsx]|mif1)",
+                       re.DOTALL)
 MEGA = 10**6
 LARGEST_FILE = 256 * MEGA               # bytes: 40 megapixels of three times 16 bits have 240 million
 LARGEST_PICTURE = 40 * MEGA             # pixels; those of a page's formats are slower, and take 20 bytes each:
-LARGEST_OF_PAGES = {"WEBP": 25 * MEGA, "AVIF": 25 * MEGA}
+LARGEST_OF_PAGES = {"WEBP": 25 * MEGA, "AVIF": 25 * MEGA, "HEIF": 25 * MEGA}
 LARGEST_WITH_ALPHA = 25 * MEGA          # pixels of four bytes, which are painted on white besides
 LARGEST_OF_MEASUREMENTS = 20 * MEGA     # pixels of 32-bit integers and floats, which are looked through for their range
 LARGEST_JPEG = 80 * MEGA                # pixels that are decoded, of 12 bytes at most; where a picture is only looked
@@ -86,6 +98,7 @@ def opened(path: str | os.PathLike | InMemory, halved: bool = False) -> Iterator
 
     halved: a huge JPEG may be decoded at a half or a quarter of its size. Raises as `decode` does, now and within.
     """
+    content = b""
     try:
         content = read(path)
         scans = scans_of(content) if content.startswith(b"\xff\xd8") else 0
@@ -101,13 +114,24 @@ def opened(path: str | os.PathLike | InMemory, halved: bool = False) -> Iterator
     except Exception as error:                                                  # PIL's plugins raise anything at all
         if getattr(error, "errno", None) in NOT_THE_IMAGES_FAULT:
             raise
-        raise InputError(f"cannot read the image {path} ({reason(error)})") from None
+        raise InputError(f"cannot read the image {path} ({reason(error, content)})") from None
 
 
-def reason(error: Exception) -> str:
+def reason(error: Exception, content: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):                               # Pillow's text names no file
+        if content[4:8] == b"ftyp" and content[8:11] in (b"hei", b"mif") and not EXTRA:
+            return "a HEIC picture, whatever its name says: pip install pillow-heif, and it is read"
         return "no picture of a kind that is read: JPEG, PNG, WebP, BMP, GIF, TIFF, PPM, AVIF"
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+
+
+def begins_as_one(path: str | os.PathLike) -> bool:
+    """Whether a regular file begins as a picture does; a pipe or a device is not waited for."""
+    try:
+        with open_regular(path) as file:
+            return bool(BEGINNING.match(file.read(16)))
+    except OSError:
+        return False
 
 
 def read(path: str | os.PathLike | InMemory) -> bytes:
@@ -223,7 +247,8 @@ def seen(image: Image.Image) -> Image.Image:
 
 def orientation(image: Image.Image) -> int | None:
     """Exif's number of how the camera was held; None where none is noted, or the block is no camera's."""
-    noted = max(len(image.info.get("exif", b"")), len(image.info.get("Raw profile type exif", "")) // 2)  # hexadecimal
+    hexadecimal = image.info.get("Raw profile type exif", "")
+    noted = max(len(image.info.get("exif") or b""), len(hexadecimal) // 2)
     try:
         return image.getexif().get(ORIENTATION) if noted <= LARGEST_EXIF else None
     except Exception:                                                           # damaged: PIL raises anything at all

@@ -19,9 +19,9 @@ from machine.folder_lock import NAME as LOCK
 from machine.folder_lock import FolderLock
 from machine.image_store import prefetch
 from machine.picture_files import LARGEST_FILE, decode
+from machine.picture_folder import Kind, Walk, tell_of_unread
 from machine.regular_files import open_regular
 from machine.tensor_files import packed
-from searching.folder import Kind, Walk
 from searching.gallery import IMAGES, MODEL, Encoder, check_model
 from searching.image_list import Held, ImageList
 from searching.metadata import Cells, keep, placed, read_metadata
@@ -104,9 +104,12 @@ def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, kind: str, bat
             add(images, part, made)
             bar.update(len(part))
     broken = {path: why for path, (kind, why) in walk.left_out.items() if kind.is_image()}
+    unread = tell_of_unread(walk.unread)
     if not len(images):
-        raise InputError(f"no image that can be read below {folder}"
+        raise InputError(f"no image that can be read below {folder}" + f"; {unread}" * bool(unread)
                          + "".join(f"; {path}: {why}" for path, why in list(broken.items())[:1]))
+    if unread:
+        log.warning("note: %s", unread)
     if update.gone:
         images.remove(update.gone)
     rank(images, out, encoder.model.image_dim, kind, progress)
@@ -192,7 +195,8 @@ def compare(images: ImageList, walk: Walk, progress: Callable, prune: bool) -> U
     missing = [path for path in held if path not in found]
     gone = [path for path in missing if walk.is_gone(path) or (prune and not walk.is_out_of_sight(path))]
     if len(gone) > (max(HANDFUL, SHARE * len(held)) if last == walk.folder else 0) and not prune:
-        raise InputError(f"{len(gone)} of the {len(held)} images of {out} are no more in {walk.folder}; if that is "
+        raise InputError(f"{len(gone)} of the {len(held)} images of {out} are no more in {walk.folder}"
+                         f"{', or in folders that are passed over' * bool(walk.passed_over)}; if that is "
                          "meant, pass --prune to take them out: nothing was changed")
     if damaged:
         log.warning("note: %d entries of %s are damaged, and made again", len(damaged), images.path)
@@ -229,7 +233,8 @@ def is_same(file: Path, version: tuple[int, int], held: Held) -> bool:
 def why_nothing(walk: Walk) -> str:
     if "." in walk.left_out:
         return f"{walk.folder} cannot be read"
-    return f"{walk.folder} {'holds no image' if walk.filled else 'is empty'}"
+    unread = tell_of_unread(walk.unread)
+    return f"{walk.folder} {'holds no image' if walk.filled else 'is empty'}" + f" ({unread})" * bool(unread)
 
 
 def prepare(out: Path, encoder: Encoder, source: Path, lock: FolderLock) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 
 from machine.checksums import digest
 from machine.errors import InputError
-from machine.picture_files import SUFFIXES
+from machine.file_names import looks
+from machine.picture_files import ALWAYS, HEIF
 from machine.streams import shown
 
 ROWS_AT_ONCE = 10_000                   # of features, in reading them all
@@ -95,7 +96,7 @@ def folder_checksum(path: bytes, changes: int, beside: bytes | None = None) -> s
 def lies_below(path: bytes) -> bool:
     """Whether it could be an image's below a folder: neither absolute nor leading out, with an image's ending."""
     return (not path.startswith(b"/") and b"\0" not in path and b".." not in path.split(b"/")
-            and path.lower().endswith(tuple(map(str.encode, SUFFIXES))))
+            and path.lower().endswith(tuple(map(str.encode, ALWAYS + HEIF))))
 
 
 def checked(row: tuple) -> Entry:
@@ -375,16 +376,20 @@ class ImageList:
         return {entry.number: entry.path for entry in found}
 
     def id_of(self, path: str) -> int | None:
-        """Of the image of this path; one that is no text has none that a program could ask for."""
-        found = self.entries("path = ?", (path.encode("utf-8", "surrogatepass"),))
-        return found[0].number if found else None
+        """Of the image of this path, else of the one whose path looks the same; one that is no text has none that a
+        program could ask for."""
+        if found := self.entries("path = ?", (path.encode("utf-8", "surrogatepass"),)):
+            return found[0].number
+        alike = [number for number, other in self.paths(self.ids(path)).items() if looks(other) == looks(path)]
+        return alike[0] if len(alike) == 1 else None
 
     def ids(self, part: str = "") -> list[int]:
-        """Of the images whose paths hold this text, in capitals or not; in the order of their paths."""
+        """Of the images whose paths hold this text, or what looks the same, in capitals or not; in the order of their
+        paths."""
         with self.opened() as (database, _):
-            asked, part = "SELECT id FROM images ORDER BY path LIMIT ?", part.casefold()
+            asked, part = "SELECT id FROM images ORDER BY path LIMIT ?", looks(part).casefold()
             if part:
-                database.create_function("fits", 1, lambda path: part in os.fsdecode(path).casefold())
+                database.create_function("fits", 1, lambda path: part in looks(os.fsdecode(path)).casefold())
                 asked = "SELECT id FROM (SELECT id, path FROM images ORDER BY path LIMIT ?) WHERE fits(path)"
             return [number for number, in database.execute(asked, (self.most(),))]
 

@@ -9,13 +9,13 @@ import os
 import re
 import sqlite3
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 
 from machine.checksums import digest
 from machine.errors import InputError, first_line
+from machine.file_names import Named, told_apart
 from machine.streams import shown
 from machine.text_files import read_table
 from searching.image_list import ROWS_AT_ONCE, Doubtful, ImageList
@@ -92,20 +92,19 @@ def wrong_column(columns: Iterable[str]) -> str:
 
 
 def placed(rows: dict[str, Cells], paths: Iterable[str]) -> tuple[dict[str, Cells], dict[str, str]]:
-    """Of a gallery's paths, those that a row names: by the path, or by the bare name where one image alone has it; and
-    the other rows' names, with why they are left out."""
-    named = defaultdict(list)
-    for path in paths:
-        named[os.path.basename(path)].append(path)
-    found = {path: rows[path] for several in named.values() for path in several if path in rows}
+    """Of a gallery's paths, those that a row names: by the path, or by the bare name where one image alone has it, or
+    by what looks the same as either; and the other rows' names, with why they are left out."""
+    paths = list(paths)
+    whole, bare = (Named((name(path), path) for path in paths) for name in (str, os.path.basename))
+    found = {path: rows[path] for path in paths if path in rows}
     left_out = {}
     for name in [name for name in rows if name not in found]:
-        meant = named.get(name, ())
+        meant = whole.find(name) or bare.find(name)
         if len(meant) == 1 and meant[0] not in found:
             found[meant[0]] = rows[name]
         else:
-            left_out[name] = ("no image has this name" if not meant else "several images have this name"
-                              if len(meant) > 1 else f"another row is of {meant[0]}")
+            left_out[name] = ("no image has this name" if not meant else f"another row is of {meant[0]}"
+                              if len(meant) == 1 else f"several images have this name ({told_apart(meant[:2])})")
     return found, left_out
 
 

@@ -154,7 +154,7 @@ def test_every_trouble_of_one_tree_is_seen_in_one_run(mitstates, checked):
         "--skip_bad_images True leaves out of the train split: 1 images, 1 empty folders, 1 hidden files, 1 files that "
         "do not end in .jpg, 1 nouns with one adjective, 1 images of those nouns",
         "--skip_bad_images True leaves out of the test split: 1 images, 2 files that do not end in .jpg",
-        "4 wrong, see above: a run would stop there or leave something out", HOW_TO_DRAW]
+        "4 wrong, see above: a run would stop there, leave something out or count it wrongly", HOW_TO_DRAW]
 
 
 def test_what_any_suffix_reads_is_nothing_wrong(mitstates, checked):
@@ -174,7 +174,7 @@ def test_where_a_split_cannot_be_read_the_other_and_all_pictures_are_looked_at(f
     assert "  never used        not known, as not every split can be read" in lines
     assert any("women/train/0/0_0.jpeg (" in line for line in lines) and "    women/test/0/0_0.jpeg" in lines
     assert "--skip_bad_images True leaves out of the test split: 1 images, 1 queries" in lines
-    assert lines[-2] == "3 wrong, see above: a run would stop there or leave something out"
+    assert lines[-2] == "3 wrong, see above: a run would stop there, leave something out or count it wrongly"
 
 
 def test_a_split_of_which_nothing_is_left_is_said(fashion200k, checked, tmp_path):
