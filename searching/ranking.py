@@ -93,18 +93,23 @@ class Ranking:
         self.spare = 512 if hasattr(made, "pq") else 16
 
     def search(self, query: np.ndarray, k: int, among: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(D,) -> scores and ids (k,) of the nearest, best first, of all or among these ids, also in cells far away;
-        where there are fewer, ids of -1."""
-        params = None if among is None else self.selection(among)
-        scores, numbers = self.made.search(query[None], k, params=params)
+        """(D,) -> scores and ids (k,) of the nearest, best first, of all or among these ids; where there are fewer, ids
+        of -1. Cells far away are looked at, too, among ids, and where the nearest hold less than k."""
+        cells = getattr(self.made, "nlist", 1)
+        looked_at = getattr(self.made, "nprobe", 1) if among is None else cells
+        scores, numbers = self.made.search(query[None], k, params=self.within(looked_at, among))
+        while numbers[0, -1] < 0 and looked_at < cells:
+            looked_at = min(4 * looked_at, cells)
+            scores, numbers = self.made.search(query[None], k, params=self.within(looked_at, among))
         return scores[0], numbers[0]
 
-    def selection(self, among: Sequence[int]):
+    def within(self, cells: int, among: Sequence[int] | None):
+        """What FAISS is told of how many cells to look at, and among which ids."""
         library = faiss()
-        chosen = library.IDSelectorBatch(np.array(among, np.int64))
+        chosen = {} if among is None else {"sel": library.IDSelectorBatch(np.array(among, np.int64))}
         if isinstance(self.made, library.IndexIVF):
-            return library.SearchParametersIVF(sel=chosen, nprobe=self.made.nlist)
-        return library.SearchParameters(sel=chosen)
+            return library.SearchParametersIVF(nprobe=cells, **chosen)
+        return library.SearchParameters(**chosen)
 
 
 def read_ranking(path: Path, dim: int):

@@ -159,6 +159,20 @@ def test_ivf_looks_at_some_cells_and_finds_nearly_all(tmp_path):
     assert np.mean(recalls) > 0.9
 
 
+@pytest.mark.parametrize(("count", "kind"), [(1537, "ivf"), (1537, "pq"), (200, "ivf"), (12_000, "pq")])
+def test_cells_give_as_many_results_as_are_asked_for(tmp_path, count, kind):
+    """Where the nearest cells run out, further ones are looked at, up to all: then the best are exactly the best."""
+    features = np.random.default_rng(0).normal(size=(count, 16)).astype(np.float32)
+    opened = features_index(tmp_path, features, kind)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    for k in (100, 200, 500, count - 1, count, count + 5):
+        found = opened.nearest(unit[7], k)
+        assert len({number for number, _ in found}) == len(found) == min(k, count)
+        assert found[0][0] == 8 and [score for _, score in found] == sorted((score for _, score in found), reverse=True)
+    assert [number - 1 for number, _ in found] == list(np.argsort(-(unit @ unit[7]), kind="stable"))
+    assert len(opened.nearest(unit[7], 150, list(range(1, 161)))) == 150        # as among ids it always did
+
+
 def test_indexing_goes_on_where_it_was_stopped(trained, images, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     made(trained, images, whole)
