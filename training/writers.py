@@ -3,17 +3,17 @@
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.summary import hparams
+from tensorboardX.summary import custom_scalars, histogram, hparams, image, text
 
 from machine.errors import InputError
 from machine.folder_lock import write_whole
@@ -90,12 +90,8 @@ class Writer:
         try:
             write(*content)
         except OSError as error:
-            self.give_up()
             raise InputError(f"cannot write the log in {self.folder} ({error.strerror or error}); make room, then pass "
                              "--resume auto") from None
-
-    def give_up(self) -> None:
-        pass
 
 
 class JsonLines(Writer):
@@ -126,36 +122,42 @@ class TensorBoard(Writer):
     """Event files in the run's folder, for one entry under HPARAMS, and files of the embedding projector."""
 
     SIDE = 32                           # pixels of a point's picture
+    STEPS = 1e-12 * 1.1 ** np.arange(775)                                       # of a histogram, up to 1e20
+    BINS = np.concatenate([-STEPS[::-1], [0], STEPS])
 
     def __init__(self, *what):
         super().__init__(*what)
         # Files are named by the second of their making: one of the same second would be written over.
         before = len([*self.folder.glob("events.out.tfevents.*")])
-        self.writer = SummaryWriter(str(self.folder), filename_suffix=f".{before}" if before else "")
         # Written at once in this thread: tensorboardX's own would lose what waits in its queue when the process is
-        # killed, and let the queue fill for ever on a full disk.
-        self.events = self.writer.file_writer.event_writer
-        self.events._worker.stop()                                              # at exit it cannot, from Python 3.12 on
-        self.events.add_event = partial(self.on_disk, self.events._ev_writer.write_event)
+        # killed, let the queue fill for ever on a full disk, and needs shared memory for it.
+        self.events: EventsWriter | None = None
+        self.on_disk(self.open, f".{before}" if before else "")
         self.ending: Summary | None = None
         self.projected = ""                                                     # what the projector is told
-        if self.after is not None:
-            restart = SessionLog(status=SessionLog.START)                       # TensorBoard drops steps from here on
-            self.writer.file_writer.add_event(Event(step=self.after + 1, session_log=restart))
+        if self.after is not None:                                              # TensorBoard drops steps from here on
+            self.add(self.after + 1, session_log=SessionLog(status=SessionLog.START))
             return
         rows = "\n".join(f"| {name} | {shown(value)} |" for name, value in sorted(self.flags.items()))
-        self.writer.add_text("flags", f"| flag | value |\n| --- | --- |\n{rows}", 0)
+        self.add(0, summary=text("flags", f"| flag | value |\n| --- | --- |\n{rows}"))
+
+    def open(self, suffix: str) -> None:
+        self.events = EventsWriter(str(self.folder / "events"), suffix)
+
+    def add(self, it: int = 0, **what) -> None:
+        """An event of this content."""
+        self.on_disk(self.events.write_event, Event(wall_time=time.time(), step=it, **what))
 
     def scalars(self, values: dict[str, float], it: int) -> None:
-        """Not by add_scalar, which would make a _ of the @."""
+        """Not by tensorboardX's, which would make a _ of the @."""
         found = [Summary.Value(tag=tag(name), simple_value=value) for name, value in values.items()]
-        self.writer.file_writer.add_summary(Summary(value=found), it)
+        self.add(it, summary=Summary(value=found))
 
     def picture(self, name: str, picture: Image.Image, it: int) -> None:
-        self.writer.add_image(tag(name), np.asarray(picture), it, dataformats="HWC")
+        self.add(it, summary=image(tag(name), np.asarray(picture), dataformats="HWC"))
 
     def histogram(self, name: str, values: np.ndarray, it: int) -> None:
-        self.writer.add_histogram(tag(name), values, it)
+        self.add(it, summary=histogram(tag(name), values, self.BINS))
 
     def points(self, name: str, points: Points) -> None:
         """Some 7 bytes for a number and 3 KB for a picture. Not by add_embedding, whose sheet of pictures ends in
@@ -183,24 +185,20 @@ class TensorBoard(Writer):
     def tested(self, splits: Sequence[str], headline: Sequence[str]) -> None:
         """A chart for the recalls of each split; one entry under HPARAMS, with the last recalls that are logged."""
         charts = {split: ["Multiline", [f"recall/{split}/"]] for split in splits}
-        self.writer.add_custom_scalars({"recall": charts, "loss": {"all parts": ["Multiline", ["loss/"]]}})
+        self.add(summary=custom_scalars({"recall": charts, "loss": {"all parts": ["Multiline", ["loss/"]]}}))
         # Not by add_hparams, which would make a run of its own of them.
         told = {name: self.flags[name] for name in HEADLINE_FLAGS}
         experiment, start, self.ending = hparams(told, dict.fromkeys(map(tag, headline)))
         for summary in (experiment, start):
-            self.writer.file_writer.add_summary(summary)
+            self.add(summary=summary)
 
     def flush(self) -> None:
-        self.on_disk(self.writer.flush)
+        self.on_disk(self.events.flush)
 
     def close(self) -> None:
         if self.ending:
-            self.writer.file_writer.add_summary(self.ending)
-        self.flush()
-        self.writer.close()
-
-    def give_up(self) -> None:
-        self.events._closed = True                                              # else tensorboardX tries again at exit
+            self.add(summary=self.ending)
+        self.on_disk(self.events.close)
 
 
 class WandB(Writer):
