@@ -67,30 +67,89 @@ def sequence_length(text: str) -> int | None:
     return None if text.upper() == "NONE" else at_least(3)(text)
 
 
+class WithoutEffect(argparse.Action):
+    """What old command lines have and this server does not need: noted in `needless`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.needless = [*getattr(namespace, "needless", []), option_string]
+
+
+class Refused(argparse.Action):
+    """What would give other vectors than these, or nothing, without a word: `metavar` says why. `const`, its old
+    default, is well."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.const is None or values != self.const:
+            raise argparse.ArgumentError(self, self.metavar)
+
+
+class OneLayer(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 1:
+            raise argparse.ArgumentError(self, f"expected one layer, got {len(values)}: vectors of several, one behind "
+                                               "the other, are not served")
+        setattr(namespace, self.dest, values[0])
+
+
+class FirstGpu(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if namespace.device != "cpu":                                           # -cpu said so
+            namespace.device = f"cuda:{values[0]}"
+
+
+def pooling(text: str) -> str:
+    return "CLS_TOKEN" if text == "FIRST_TOKEN" else text                       # another name of it
+
+
+# Of bert-serving-server 1.10.0: flag -> how it is written; flag -> why it is refused, and what of it is not.
+NEEDLESS = {"num_worker": {"type": at_least(1)}, "prefetch_size": {"type": at_least(0)},
+            "priority_batch_size": {"type": at_least(0)}, "gpu_memory_fraction": {"type": float},
+            "graph_tmp_dir": {}, "cors": {}, "http_max_connect": {"type": at_least(1)}, "xla": {"nargs": 0},
+            "verbose": {"nargs": 0}, "fixed_embed_length": {"nargs": 0}}
+WEIGHTS = "the weights and config.json of --model_dir are served; make what you mean a folder of its own, and drop it"
+REFUSED = {"fp16": ("vectors are float32; drop it", 0), "tuned_model_dir": (WEIGHTS, None),
+           "ckpt_name": (WEIGHTS, "bert_model.ckpt"), "config_name": (WEIGHTS, "bert_config.json"),
+           "cased_tokenization": ("whether capitals are kept is said by the model's own files (do_lower_case in "
+                                  "tokenizer_config.json); drop it", 0),
+           "mask_cls_sep": ("[CLS] and [SEP] are among what is pooled, as in the published features; drop it", 0),
+           "no_special_token": ("every text has its [CLS] and [SEP], as in the published features; drop it", 0),
+           "no_position_embeddings": ("position embeddings are part of the model; drop it", 0),
+           "http_port": ("no HTTP is served; ask with bert-serving-client, and drop it", None)}
+
+
 def get_parser() -> Parser:
     parser = Parser(prog="bert_server.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    epilog="One dash and two both work. The defaults are those of the published features.")
+                    epilog="One dash and two both work. The defaults are those of the published features. Old command "
+                    "lines are taken: what this server does not need is without effect, and what would change vectors "
+                    "is refused.")
 
-    def add(name: str, default, help: str, **how):
-        parser.add_argument(f"--{name}", f"-{name}", default=default, help=help, **how)
+    def add(name: str, default, help: str, *others: str, **how):
+        names = [f"{dashes}{each}" for each in (name, *others) for dashes in ("--", "-")]
+        parser.add_argument(*names, default=default, help=help, **how)
     add("model_dir", argparse.SUPPRESS, "BERT-type model: a folder (config.json, weights, vocab.txt) or a name on the "
         "Hugging Face hub (required)", required=True, metavar="DIR|NAME")
     add("host", "127.0.0.1", "address to serve on; 0.0.0.0 for every one of this machine: no password is asked (the "
         "standard client speaks IPv4 only)")
-    add("port", 5555, "port that takes texts", type=at_least(1, 65535), metavar="PORT")
-    add("port_out", 5556, "port that answers", type=at_least(1, 65535), metavar="PORT")
+    add("port", 5555, "port that takes texts", "port_in", "port_data", type=at_least(1, 65535), metavar="PORT")
+    add("port_out", 5556, "port that answers", "port_result", type=at_least(1, 65535), metavar="PORT")
     add("max_seq_len", 25, "most word pieces of a text, [CLS] and [SEP] among them; NONE for what the model can take",
         type=sequence_length, metavar="N")
     add("pooling_layer", -2, "encoder layer whose output is pooled, -1 the last; CLIP has its own", type=int,
-        metavar="LAYER")
-    add("pooling_strategy", "REDUCE_MEAN", "how a text's word pieces become one vector", choices=POOLINGS)
+        nargs="+", action=OneLayer, metavar="LAYER")
+    add("pooling_strategy", "REDUCE_MEAN", "how a text's word pieces become one vector", type=pooling, choices=POOLINGS)
     add("max_batch_size", 256, "texts the model takes at once", type=at_least(1), metavar="N")
     add("show_tokens_to_client", False, "send word pieces along with the vectors", type=true_or_false, nargs="?",
         const=True, metavar="True|False")
-    add("num_worker", argparse.SUPPRESS, "taken from old command lines, and without effect: one process serves",
-        type=at_least(1), metavar="N")
     add("device", "auto", "auto takes a GPU where there is one", metavar="auto|cpu|cuda|cuda:N")
+    add("cpu", "auto", "the same as --device cpu", action="store_const", const="cpu", dest="device")
+    add("device_map", argparse.SUPPRESS, "the same as --device cuda:N", type=at_least(0), nargs="+", action=FirstGpu,
+        metavar="N")
+    for name, how in NEEDLESS.items():
+        add(name, argparse.SUPPRESS, argparse.SUPPRESS, action=WithoutEffect, **how)
+    for name, (why, fine) in REFUSED.items():
+        how = {"nargs": 0} if fine == 0 else {"const": fine}
+        add(name, argparse.SUPPRESS, argparse.SUPPRESS, action=Refused, metavar=why, **how)
     parser.add_argument("--version", "-version", action="version", version=f"%(prog)s, the protocol of bert-serving "
                         f"{VERSION}", help="print the version of what it speaks and exit")
     return parser
@@ -851,8 +910,8 @@ def main(argv: list[str] | None = None) -> int:
     server = None
     try:
         args = get_parser().parse_args(argv)
-        if vars(args).pop("num_worker", None):
-            log.info("-num_worker is not needed any more: one process serves all")
+        if needless := vars(args).pop("needless", []):
+            log.info("%s: not needed any more, and without effect: one process serves all", ", ".join(needless))
         log.info("loading %s", args.model_dir)
         device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         encoder = sentence_encoder(args.model_dir, args.pooling_layer, args.pooling_strategy, args.max_seq_len, device)

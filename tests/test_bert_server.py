@@ -162,6 +162,38 @@ def test_defaults_are_the_originals():
     assert (args.port, args.pooling_layer, args.max_seq_len) == (7, -1, None)
 
 
+PLAIN = vars(bert_server.get_parser().parse_args(["-model_dir", "x"]))
+
+
+@pytest.mark.parametrize(("words", "changes"), [
+    ("-num_worker=4 -prefetch_size 10 -gpu_memory_fraction 0.3 -priority_batch_size 16 -xla -verbose -cors * "
+     "-http_max_connect 10 -graph_tmp_dir /tmp/x -fixed_embed_length",
+     {"needless": "-num_worker -prefetch_size -gpu_memory_fraction -priority_batch_size -xla -verbose -cors "
+                  "-http_max_connect -graph_tmp_dir -fixed_embed_length".split()}),
+    ("-cpu", {"device": "cpu"}), ("-device_map 1 0", {"device": "cuda:1"}), ("-cpu -device_map 0", {"device": "cpu"}),
+    ("-device_map 0 -cpu", {"device": "cpu"}), ("-port_in 7 -port_result 8", {"port": 7, "port_out": 8}),
+    ("-port_data 9", {"port": 9}), ("-pooling_strategy FIRST_TOKEN", {"pooling_strategy": "CLS_TOKEN"}),
+    ("-pooling_layer -1", {"pooling_layer": -1}),
+    ("-ckpt_name bert_model.ckpt -config_name bert_config.json", {})])
+def test_flags_of_old_command_lines_are_taken(words, changes):
+    """All of bert-serving-server 1.10.0's that change no vector."""
+    assert vars(bert_server.get_parser().parse_args(["-model_dir", "x", *words.split()])) == PLAIN | changes
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ("-fp16", "vectors are float32"), ("-mask_cls_sep", "[CLS] and [SEP] are among what is pooled"),
+    ("-no_special_token", "has its [CLS]"), ("-no_position_embeddings", "part of the model"),
+    ("-cased_tokenization", "tokenizer_config.json"), ("-tuned_model_dir /x", "a folder of its own"),
+    ("-ckpt_name x.ckpt", "a folder of its own"), ("-config_name x.json", "a folder of its own"),
+    ("-http_port 8125", "no HTTP"), ("-pooling_layer -4 -3 -2 -1", "expected one layer, got 4"),
+    ("-pooling_strategy NONE", "choose from"), ("-num_worker none", "whole number")])
+def test_flags_of_old_command_lines_that_change_vectors_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        bert_server.get_parser().parse_args(["-model_dir", "x", *words.split()])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and said in line
+
+
 @pytest.mark.long("waits")
 def test_nothing_is_lost_when_more_is_asked_than_read(client):
     for _ in range(1500):
