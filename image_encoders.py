@@ -371,7 +371,7 @@ class OpenClip:
                  if weight.startswith("visual.")}
         if of_timm:
             put(whole.visual, tower, whole.visual.state_dict(), model)
-            if encoder.size != self.traits(model).size:
+            if encoder.size != traits(f"open_clip:{model}").size:
                 whole.visual.set_input_size(encoder.size)
             tower = whole.visual.state_dict()
         return {f"backbone.{weight}": value for weight, value in tower.items()}
@@ -381,9 +381,9 @@ class OpenClip:
         plain, known = self.parts(model)
         if known or model.startswith(self.ELSEWHERE):
             return None
-        usual = self.traits(model)
+        usual = traits(f"open_clip:{plain}")
         others = [tag for tag in self.open_clip.list_pretrained_tags_by_model(plain)
-                  if (of := self.traits(f"{plain}/{tag}")).mean != usual.mean or of.std != usual.std]
+                  if (of := traits(f"open_clip:{plain}/{tag}")).mean != usual.mean or of.std != usual.std]
         return others and (f"open_clip:{plain} names no weights, so its images get OpenAI's mean and deviation; "
                            f"{', '.join(others[:5])} want others: if the file is one of these, say so in the name, as "
                            f"open_clip:{plain}/{others[0]}")
