@@ -87,10 +87,10 @@ def get_parser() -> Parser:
     add(index, "--prune", False, "take out all images that are no more there; without it, those whose folder is gone "
         "or empty stay, and if more than a tenth (and more than 5) are gone, or in another folder than the last time "
         "any is, nothing is changed")
-    index.add_argument("--metadata", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="a table, .csv or "
-                       ".jsonl, of what is known of the images: their paths below --images or bare names in the column "
-                       "file_name, or else in the first, and any other columns; in the place of an earlier table, "
-                       "which stays without it")
+    index.add_argument("--metadata", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="a table, .csv, "
+                       ".xlsx or .jsonl, of what is known of the images: their paths below --images or bare names in "
+                       "the column file_name, or else in the first, and any other columns; in the place of an earlier "
+                       "table, which stays without it")
     index.add_argument("--batch_size", type=at_least(1), default=32, metavar="B", help="images encoded at once")
     index.add_argument("--loader_num_workers", type=at_least(0), default=4, metavar="N", help="threads that read "
                        "images")

@@ -26,9 +26,10 @@ from machine.picture_files import Beyond, InMemory, decode
 from machine.progress import progress_bar
 from machine.resizing import plain_square
 from machine.tensor_files import bytes_of, fingerprint
+from searching.filter import Filter
 from searching.hubness import Hubness
 from searching.image_list import Doubtful, ImageList
-from searching.metadata import Cells, Filter, columns_of, metadata_of
+from searching.metadata import Cells, columns_of, metadata_of
 from searching.ranking import RANKING, Ranking, ranking_of, read_ranking, unit
 from text_encoders import sentence_source, text_encoder_of
 from text_model import SentenceTable, spread, tokenize
@@ -238,7 +239,7 @@ class Gallery:
             raise InputError(f"{index} is no finished index: it has no {missing[0]}; make it with search.py index, "
                              "which goes on where it stopped")
         self.images, self.lock = ImageList(index / IMAGES), RLock()
-        changes, self.size, self.columns = self.images.state()[1], len(self.images), columns_of(self.images)
+        self.changes, self.size, self.columns = self.images.state()[1], len(self.images), columns_of(self.images)
         self.folder, self.follow_links = self.place(images), follow_links
         check_model(self.images, index / MODEL)
         self.encoder = Encoder(index / MODEL, device, where, index)
@@ -246,7 +247,7 @@ class Gallery:
         if self.ranked is None:
             log.warning("note: %s has no checksums, so that damage to it cannot be told; search.py index adds them",
                         index)
-        elif self.ranked != changes:
+        elif self.ranked != self.changes:
             log.warning("note: %s was changed after its ranking was made, and is searched as far as that goes; %s",
                         index, "export and load it again" if ranking else "search.py index brings it up to date")
         encoder = self.encoder
@@ -310,8 +311,15 @@ class Gallery:
     def filter(self) -> Filter:
         return Filter(self.images)
 
-    def metadata(self, image: int) -> Cells:
-        """What the user's table says of an image: {column: value}; empty where it has no row."""
+    def changed(self) -> bool:
+        """Whether the index was since it was opened."""
+        return self.images.state()[1] != self.changes
+
+    def metadata(self, image: int, where: str = "") -> Cells:
+        """What the user's table says of an image: {column: value}; empty where it has no row. where: a condition, to be
+        told what that is asked of, though the index may have changed."""
+        if where.strip():
+            return self.filter.cells([image]).get(image, {})
         path = self.images.path_of(image)
         return metadata_of(self.images, [path]).get(path, {}) if path else {}
 
@@ -336,6 +344,9 @@ class Gallery:
         hubness = self.hubness if text.strip() else None
         found = [(path, number, score) for number, score in self.nearest(query, k + len(own), among, hubness)
                  if number not in own and (path := self.images.path_of(number))][:k]    # none: taken out this moment
+        if among is not None:                                                   # one answer comes of one state
+            metadata = self.filter.cells([number for _, number, _ in found])
+            return [Hit(number, self.folder / path, score, metadata.get(number, {})) for path, number, score in found]
         metadata = metadata_of(self.images, [path for path, *_ in found]) if self.columns else {}
         return [Hit(number, self.folder / path, score, metadata.get(path, {})) for path, number, score in found]
 
