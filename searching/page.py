@@ -191,11 +191,14 @@ class Page:
         hits = self.gallery.search(source, text, question.k, not question.keep, question.where, nearness)
         unknown = self.gallery.encoder.unknown(text)
         warnings = [f"Not known to the model, so left out: {', '.join(unknown)}"] if unknown else []
+        if self.gallery.changed():
+            warnings.append("The index was changed since this page was started: start it again to search what it holds "
+                            "now")
         results = [Result(rank=rank, score=hit.score, image=hit.image, metadata=hit.metadata,
                           path=printable(str(hit.path.relative_to(self.gallery.folder))))
                    for rank, hit in enumerate(hits, start=1)]
         return Answer(image=image, path=path, results=results, warnings=warnings, unknown_words=unknown,
-                      metadata=self.gallery.metadata(image) if isinstance(image, int) else {},
+                      metadata=self.gallery.metadata(image, question.where) if isinstance(image, int) else {},
                       seconds=time.perf_counter() - start)
 
     def original(self, image: int) -> Response:

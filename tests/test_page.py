@@ -4,16 +4,25 @@ import json
 import re
 import threading
 from urllib.parse import urlencode
+from urllib.request import urlopen
 
 import pytest
 from PIL import Image
 
 from searching import page
-from searching.gallery import Gallery
+from searching.gallery import IMAGES, Gallery
+from searching.image_list import ImageList
+from searching.metadata import keep
 
 from .conftest import picture
+from .index_faults import copied
 from .services import free_ports
 from .test_page_security import SEARCH, answer, form
+
+
+def read(url):
+    with urlopen(url) as answered:
+        return json.load(answered)
 
 
 def get(web_page, door, expected=200, **asked):
@@ -74,6 +83,24 @@ def test_results_have_what_the_table_says_and_a_condition_leaves_some(web_page, 
         hit["image"] for hit in red["results"]]
     offered = get(web_page, "/api/images", name="/4.jpg")["images"]
     assert [image["metadata"] for image in offered] == [{"colour": "<b>red", "price": 4}]
+
+
+def test_a_page_whose_index_was_changed_says_so_and_answers_of_one_state(gallery_index, tmp_path):
+    out = copied(gallery_index, tmp_path / "out")
+    images, opened = ImageList(out / IMAGES), Gallery(out, "cpu")
+    (own, *paths) = images.paths(images.ids()).values()
+    keep(images, {path: {"price": 90} for path in (own, *paths)})
+    opened = Gallery(out, "cpu")
+    with page.serving(opened, 20, "127.0.0.1", 0) as url:
+        asked = {"path": own, "k": 12}
+        door = f"{url}{SEARCH}?{urlencode(asked)}"
+        assert read(door)["warnings"] == read(f"{door}&where=price+%3C+100")["warnings"] == []
+        keep(images, {path: {"price": 2000} for path in (own, *paths)})
+        cheap, all_of_them = read(f"{door}&where=price+%3C+100"), read(door)
+    said = ["The index was changed since this page was started: start it again to search what it holds now"]
+    assert cheap["warnings"] == all_of_them["warnings"] == said
+    assert {found["metadata"]["price"] for found in (cheap, *cheap["results"])} == {90} and len(cheap["results"]) == 11
+    assert {found["metadata"]["price"] for found in (all_of_them, *all_of_them["results"])} == {2000}
 
 
 def test_how_near_the_picture_is_the_askers_word_or_else_the_servers(web_page, opened):
