@@ -127,8 +127,8 @@ class CompositionDataset:
     complete_text: queries say the whole target caption in place of the modification.
     keep_source: a query's own image stays in its ranking, where the benchmark does not say whether it does.
     any_suffix: images are read whatever kind of picture they end as, where the benchmark reads one ending alone.
-    without: images to leave out, with all that refers to them; `dropped` then counts what went. None is the strict
-    reading: anything amiss raises InputError, with file and line.
+    without: images to leave out, with all that refers to them; `dropped` then counts what went, and `amiss` says it.
+    None is the strict reading: anything amiss raises InputError, with file and line.
     """
 
     images: list[str]                   # paths below `root`, by image id
@@ -148,7 +148,7 @@ class CompositionDataset:
         self.root, self.split, self.complete_text, self.category = Path(path), split, complete_text, category
         self.published, self.held_out = "test" if split in ("test", self.served) else "train", held_out
         self.lenient, self.without = without is not None, without or frozenset()
-        self.dropped = {"images": len(self.without)}
+        self.dropped, self.amiss = {"images": len(self.without)}, []
         self.passed_over: Counter[str] = Counter()                              # endings of what any_suffix would read
         self.unread: dict[Path, Counter[str]] = {}                              # of what nothing here reads, by folder
         self.tasks: dict[int, RetrievalTask] = {}                               # by seed
@@ -159,6 +159,11 @@ class CompositionDataset:
     def splits(cls, path: Path, held_out: float) -> list[str]:
         """The splits that a run reads, the one it trains on first."""
         return ["train", *["validation"] * bool(held_out), "test"]
+
+    @classmethod
+    def remarks(cls, path: Path) -> list[str]:
+        """What a user may want to know of the folder, though nothing of it is wrong here."""
+        return []
 
     @cached_property
     def goals(self) -> np.ndarray:
@@ -264,10 +269,11 @@ class CompositionDataset:
         self.dropped[what] = self.dropped.get(what, 0) + count
 
     def refuse_or_drop(self, what: str, complaint: str, count: int = 1) -> None:
-        """Bad data: an error, or with `without` given a number in `dropped`."""
+        """Bad data: an error, or with `without` given a number in `dropped` and a line in `amiss`."""
         if not self.lenient:
             raise InputError(complaint)
         self.drop(what, count)
+        self.amiss.append(complaint)
 
 
 class Line(NamedTuple):

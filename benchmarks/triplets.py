@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks import imagefolder
 from benchmarks.base import (
     RECALL_KS,
     AnnotatedDataset,
@@ -26,49 +27,60 @@ from benchmarks.base import (
 from machine.errors import InputError
 from machine.file_names import Named, told_apart
 from machine.picture_folder import Kind, Walk, why_not_listed
-from machine.text_files import read_lines, read_table
+from machine.tables import ENDINGS, read_table
+from machine.text_files import read_lines
+
+TABLES = [f"metadata{ending}" for ending in ENDINGS]
+SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(  # as Hugging Face's datasets has them
+    ("validation", "valid", "val", "dev"), "validation") | dict.fromkeys(
+        ("test", "testing", "eval", "evaluation"), "test")
+UNFIT = "lines that do not fit"
 
 
 class Triplets(AnnotatedDataset):
-    """Pictures of one's own: train/metadata.jsonl and test/metadata.jsonl (or .csv) beside their images, or one table
-    at the top with a column `split`, or without it and a share held out.
+    """Pictures of one's own: train/metadata.jsonl and test/metadata.jsonl (or .csv, .xlsx, ...) beside their images, or
+    one table at the top with a column `split`, or without it and a share held out.
 
     A line has source_file_name, text, and target_file_name or target_file_names, several being right; it may have
-    negative_file_names, group and target_caption. File names count from the table's folder; in a .csv several stand
+    negative_file_names, group and target_caption. File names count from the table's folder; but in JSON several stand
     in one value with | between them. Gallery: every image of the folder, also behind links, or those that its
     gallery.txt lists.
     """
 
     upright = is_ones_own = True
-    SPLITS, TABLES = ("train", "validation", "test"), ("metadata.jsonl", "metadata.csv")
     MOST_GROUPS = 50
 
     @classmethod
     def table(cls, folder: Path) -> Path | None:
-        found = [folder / name for name in cls.TABLES if (folder / name).is_file()]
+        found = [name for name in os.listdir(folder) if name.lower() in TABLES and (folder / name).is_file()]
+        found.sort(key=lambda name: TABLES.index(name.lower()))
         if len(found) > 1:
-            raise InputError(f"{folder} has both {' and '.join(cls.TABLES)}; remove the one that is not meant")
-        return found[0] if found else None
+            raise InputError(f"{folder} has both {found[0]} and {found[1]}; remove the one that is not meant")
+        return folder / found[0] if found else None
 
     @classmethod
     def tables(cls, root: Path) -> dict[str, Path]:
         """{split: its table}, or {"": the one at the top}."""
         require(root, "folder")
-        found = {name: table for name in ("", *cls.SPLITS) if (table := cls.table(root / name))}
-        if "" in found and len(found) > 1:
-            raise InputError(f"{found['']} and {list(found.values())[1]} are two ways to say it; remove one")
+        folders = [("", root)] + [(SPLITS[name.lower()], root / name) for name in sorted(os.listdir(root))
+                                  if name.lower() in SPLITS and (root / name).is_dir()]
+        found = {}
+        for split, table in ((split, cls.table(folder)) for split, folder in folders):
+            if table and ("" in found or split in found):
+                raise InputError(f"{found.get('') or found[split]} and {table} are two ways to say it; remove one")
+            found |= {split: table} if table else {}
         if not found:
-            raise InputError(f"neither {root} nor {root / 'train'} has a {' or '.join(cls.TABLES)}; "
-                             "docs/your-own-pictures.md shows what it looks like")
+            raise InputError(f"neither {root} nor {root / 'train'} has a {' or '.join(TABLES[:2])} (or "
+                             f"{', '.join(ENDINGS[2:])}); docs/your-own-pictures.md shows what it looks like")
         return found
 
     @classmethod
     def split_of(cls, where: str, row: dict) -> str:
         """Of a row of the table at the top; a blank cell is train's."""
-        split = str(row.get("split") or "train").strip().lower()
-        if split not in cls.SPLITS:
-            raise InputError(f"{where}: split is {split[:40]!r}; expected {', '.join(cls.SPLITS)}")
-        return split
+        split = str(row.get("split") or "").strip().lower() or "train"
+        if split not in SPLITS:
+            raise InputError(f"{where}: split is {split[:40]!r}; expected train, validation, test")
+        return SPLITS[split]
 
     @classmethod
     def rows(cls, root: Path, split: str) -> list[tuple[str, dict]]:
@@ -89,6 +101,10 @@ class Triplets(AnnotatedDataset):
                              "--validation 0.1 to hold out a tenth of the source images and test on them")
         return ["train", *["validation"] * ("validation" in found or held_out > 0), *["test"] * ("test" in found)]
 
+    @classmethod
+    def remarks(cls, path: Path) -> list[str]:
+        return list(imagefolder.remarks(path, cls.tables(path), Walk(path, follow_links=True).names()))
+
     def read(self) -> None:
         own = self.split
         rows = self.rows(self.root, own)
@@ -97,14 +113,19 @@ class Triplets(AnnotatedDataset):
             rows = self.rows(self.root, own)
         if not rows:
             raise InputError(f"{self.root} has no {own} split, neither a folder {own} with a table nor lines of it")
-        self.below = "" if "" in self.tables(self.root) else f"{own}/"
+        tables = self.tables(self.root)
+        self.below = "" if "" in tables else f"{tables[own].parent.name}/"
         folder = self.root / self.below
         self.walk = Walk(folder, follow_links=True)
         self.there = self.walk.names()
         self.named, self.unread = Named((name, name) for name in self.there), {folder: self.walk.unread}
         known, parsed = set(self.there), []
         for where, row in rows:
-            entry = self.parse(row, where)
+            try:
+                entry = self.parse(row, where)
+            except InputError as error:
+                self.refuse_or_drop(UNFIT, f"{error}; --skip_bad_images True leaves such lines out")
+                continue
             if own == "validation" or self.has(entry.source):
                 if missing := [name for name in (entry.source, *entry.targets, *entry.negatives) if name not in known]:
                     self.refuse_or_drop("triplets whose images are missing", self.not_there(folder, missing[0], where))
@@ -113,8 +134,9 @@ class Triplets(AnnotatedDataset):
         listed = self.listed(folder, known)
         self.collect(parsed, listed)
         if not self.lines:
-            raise InputError(f"no usable line of the {self.split} split in {self.table(folder)}" + (
-                ": --validation holds out by source image, give a larger share" if self.held_out else ""))
+            raise InputError(f"no usable line of the {self.split} split in {self.table(folder)}: " + (
+                "--validation holds out by source image, give a larger share" if self.held_out else
+                next(iter(self.amiss), "all of its images are broken")))
         if self.split != "train":
             self.tell(folder, listed)
 
@@ -126,12 +148,13 @@ class Triplets(AnnotatedDataset):
             return found.strip()
 
         def files(name: str) -> list[str]:
-            found = row.get(f"{name}s") or row.get(name) or []
-            several = found.split("|") if isinstance(found, str) else found
-            if not isinstance(several, list) or not all(isinstance(file, str) for file in several):
-                raise InputError(f"{where}: {name}s is {str(found)[:40]!r}; expected a list of file names")
-            return [self.meant(inside(os.path.normpath(file.strip()), where), where)
-                    for file in several if file.strip()]
+            several = []
+            for found in (row.get(name) or [], row.get(f"{name}s") or []):
+                several += found.split("|") if isinstance(found, str) else found if isinstance(found, list) else [None]
+                if not all(isinstance(file, str) for file in several):
+                    raise InputError(f"{where}: {name}s is {str(found)[:40]!r}; expected a list of file names")
+            names = [os.path.normpath(file.strip()) for file in several if file.strip()]
+            return list(dict.fromkeys(self.meant(inside(file, where), where) for file in names))
         sources, targets, text = files("source_file_name"), files("target_file_name"), value("text")
         if self.complete_text and not value("target_caption"):
             raise InputError(f"{where}: no target_caption, which --use_complete_text_query asks with; add it, or drop "
@@ -199,10 +222,11 @@ class Triplets(AnnotatedDataset):
             if self.below + entry.source in self.without:
                 self.drop("triplets whose images are broken")
                 continue
-            for name in (*entry.targets, *entry.negatives):
-                if name not in ids and self.below + name not in self.without:
-                    raise InputError(f"{where}: {name} is not in gallery.txt, so it can never be found; add it there, "
-                                     "or mend the line")
+            if lost := [name for name in (*entry.targets, *entry.negatives)
+                        if name not in ids and self.below + name not in self.without]:
+                self.refuse_or_drop(UNFIT, f"{where}: {lost[0]} is not in gallery.txt, so it can never be found; add "
+                                           "it there, or mend the line")
+                continue
             targets, negatives = ([ids[name] for name in dict.fromkeys(names) if name in ids]
                                   for names in (entry.targets, entry.negatives))
             if not targets:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -132,6 +133,8 @@ def check(args: argparse.Namespace, report: Report) -> None:
             except (InputError, OSError) as error:
                 del splits[name]
                 report.complain(str(error))
+    for remark in remarks(kind, root):
+        report.say(f"note: {remark}")
     report.say(f"{len(report.wrong)} wrong, see above: a run would stop there, leave something out or count it wrongly"
                if report.wrong else "nothing is wrong")
     if "out" not in args:
@@ -146,10 +149,21 @@ def read_split(read: Callable, report: Report) -> CompositionDataset | None:
     """A split as it is trained on, else as with --skip_bad_images; None where it cannot be read at all."""
     for without in (None, frozenset()):
         try:
-            return read(without=without)
+            data = read(without=without)
         except (InputError, OSError) as error:
             report.complain(str(error))
+        else:
+            for complaint in data.amiss:
+                report.complain(complaint)
+            return data
     return None
+
+
+def remarks(kind: type[CompositionDataset], root: Path) -> list[str]:
+    """None of a folder that cannot be read, of which more was said."""
+    with suppress(InputError, OSError):
+        return kind.remarks(root)
+    return []
 
 
 def describe(data: CompositionDataset, known: SimpleVocab | None, report: Report) -> SimpleVocab:

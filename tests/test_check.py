@@ -92,13 +92,16 @@ CLEAN = {
         "  texts             2 distinct of 3, 1 of them more than once, at most 2 times ('is red')",
         "  vocabulary        2 words; 1 texts have none", *FINE, "  never used        1",
         "    train/z.jpg"]}
+REMARKS = {"triplets": ["note: Hugging Face's imagefolder wants a list of target_file_names in each line, [] where "
+                        "it is empty: {path}/train/metadata.jsonl, line 1, and 0 more, have none"]}
 
 
 @pytest.mark.parametrize("dataset", CLEAN)
 def test_a_whole_tree_is_counted_and_left_as_it_is(dataset, tmp_path, checked):
     path = WRITE[dataset](tmp_path / dataset)
     before = files_below(path)
-    assert checked(dataset, path) == (0, [f"{dataset} in {path}", *CLEAN[dataset], "nothing is wrong", HOW_TO_DRAW])
+    assert checked(dataset, path) == (0, [f"{dataset} in {path}", *CLEAN[dataset], *(
+        line.format(path=path) for line in REMARKS.get(dataset, ())), "nothing is wrong", HOW_TO_DRAW])
     assert files_below(path) == before
 
 
@@ -135,7 +138,9 @@ def test_every_trouble_of_one_tree_is_seen_in_one_run(mitstates, checked):
     assert code == 1 and lines[:4] == [
         f"mitstates in {mitstates}",
         f"wrong: {images}/new dog holds no .jpg (--any_suffix True reads others); put its images back, remove the "
-        "folder, or pass --skip_bad_images True", "train split", "  images            10"]
+        "folder, or pass --skip_bad_images True",
+        f"wrong: the noun 'cat' has images of one adjective only under {images}, so no pair can be drawn for it; add a "
+        "second state, remove the folder, or pass --skip_bad_images True", "train split"]
     assert "  passed over       1 empty folders, 1 hidden files, 1 files that do not end in .jpg, 1 nouns with one " \
         "adjective, 1 images of those nouns" in lines
     assert lines[place - 1] == "wrong: 3 files end in .JPG or .png, which the published protocol does not read; " \
@@ -154,7 +159,7 @@ def test_every_trouble_of_one_tree_is_seen_in_one_run(mitstates, checked):
         "--skip_bad_images True leaves out of the train split: 1 images, 1 empty folders, 1 hidden files, 1 files that "
         "do not end in .jpg, 1 nouns with one adjective, 1 images of those nouns",
         "--skip_bad_images True leaves out of the test split: 1 images, 2 files that do not end in .jpg",
-        "4 wrong, see above: a run would stop there, leave something out or count it wrongly", HOW_TO_DRAW]
+        "5 wrong, see above: a run would stop there, leave something out or count it wrongly", HOW_TO_DRAW]
 
 
 def test_what_any_suffix_reads_is_nothing_wrong(mitstates, checked):
@@ -190,12 +195,60 @@ def test_a_triplet_without_its_image_and_no_test_split(tmp_path, checked):
     (path / "test" / "g.jpg").unlink()
     code, lines = checked("triplets", path)
     assert code == 1 and [line for line in lines if line.startswith("wrong")] == [
-        f"wrong: {path}/test/metadata.csv, line 2: g.jpg is not in {path}/test; is h.jpg meant?; mend the line, put "
-        "the picture there, or pass --skip_bad_images True to leave such lines out"]
+        f"wrong: {path}/test/metadata.csv, line {line}: g.jpg is not in {path}/test; is h.jpg meant?; mend the line, "
+        "put the picture there, or pass --skip_bad_images True to leave such lines out" for line in (2, 4)]
     assert "  queries           1" in lines and "  passed over       2 triplets whose images are missing" in lines
     shutil.rmtree(path / "test")
     code, lines = checked("triplets", path)
     assert code == 1 and "pass --validation 0.1" in lines[1] and lines[2:4] == ["train split", "  images            4"]
+
+
+def test_all_lines_that_do_not_fit_are_named(tmp_path, checked):
+    path = write_triplets(tmp_path / "triplets")
+    with open(path / "test" / "metadata.csv", "a") as table:
+        table.write("e.jpg,e.jpg,is red\nf.jpg,g.jpg,\ne.jpg,g.jpg|e.jpg,is blue\n")
+    code, lines = checked("triplets", path)
+    wrong = [line for line in lines if line.startswith("wrong: ")]
+    assert code == 1 and [line.partition("metadata.csv, ")[2][:24] for line in wrong] == [
+        "line 5: the target is th", "line 6: no text (it has ", "line 7: the target is th"]
+    assert "  passed over       3 lines that do not fit" in lines
+    assert "3 wrong, see above: a run would stop there or leave something out" in lines
+
+
+HEAD = "source_file_name,target_file_name,text\n"
+ONE = HEAD + "a.jpg,b.jpg,is red\n"
+HUGGING_FACE = {  # files to write and what is said of Hugging Face's imagefolder; as datasets 5.2.0 did it
+    "semicolons": ({"metadata.csv": ONE.replace(",", ";")}, "it wants UTF-8, commas, and"),
+    "a line that says the separator": ({"metadata.csv": "sep=,\n" + ONE}, "header in line 1"),
+    "UTF-16": ({"metadata.csv": ONE.encode("utf-16")}, "it wants UTF-8"),
+    "another ending": ({"metadata.ndjson": '{"source_file_name": "a.jpg", "target_file_name": "b.jpg", "text": "x"}'},
+                       "metadata.ndjson, only metadata.csv and metadata.jsonl"),
+    "a word for nothing": ({"metadata.csv": ONE + "b.jpg,a.jpg,n/a\na.jpg,b.jpg,NA\n"},
+                           "in place of 2 texts: .*line 3, 'n/a'"),
+    "a list that is null": ({"metadata.jsonl": "".join(
+        f'{{"source_file_name": "a.jpg", "target_file_name": "b.jpg", "text": "x", "negative_file_names": {value}}}\n'
+        for value in ('["a.jpg"]', "null"))}, "a list of negative_file_names in each line.*line 2, and 0 more, have"),
+    "a folder's word": ({"metadata.csv": ONE, "to test/x.jpg": b"", "to test/y.jpg": b""},
+                        "takes to test/x.jpg for a split by its name, with 1 more"),
+    "a photo's word": ({"metadata.csv": ONE, "my_val-2.jpg": b""}, "takes my_val-2.jpg for a"),
+    "neither": ({"metadata.csv": ONE, "contest.jpg": b"", "trained/x.jpg": b"",
+                 "devout.jpg": b"", "Test/y.jpg": b""}, "")}
+
+
+@pytest.mark.parametrize("case", HUGGING_FACE)
+def test_what_hugging_face_makes_of_it_is_said(case, tmp_path, checked):
+    files, said = HUGGING_FACE[case]
+    for name in ("a.jpg", "b.jpg"):
+        picture(tmp_path / name)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".jpg"):
+            picture(tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    _, lines = checked("triplets", tmp_path, "--validation", "0.5")
+    notes = [line for line in lines if line.startswith("note: Hugging Face's imagefolder ")]
+    assert len(notes) == bool(said) and all(re.search(said, note) for note in notes), lines
 
 
 def test_one_picture_in_both_splits_is_said(tmp_path, checked):

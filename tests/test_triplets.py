@@ -86,7 +86,15 @@ WAYS = {"folders, jsonl": lambda lines: {"train/metadata.jsonl": jsonl(LINES), "
         "one table with splits": lambda lines: {"metadata.jsonl": jsonl(
             {**line, "split": split} for split in ("train", "test") for line in lines)},
         "one table with splits, csv": lambda lines: {"metadata.csv": csv(
-            {**line, "split": split} for split in ("train", "test") for line in lines)}}
+            {**line, "split": split} for split in ("train", "test") for line in lines)},
+        "UTF-16, tabs": lambda lines: {"metadata.csv": csv(
+            ({**line, "split": split} for split in ("training", "Eval") for line in lines), "\t").encode("utf-16-le")},
+        "carriage returns": lambda lines: {"metadata.CSV": csv(
+            {**line, "split": split} for split in ("train", "test") for line in lines).replace("\r\n", "\r")},
+        "a separator that is said": lambda lines: {"testing/metadata.csv": "sep=|\r\n" + csv(lines, "|")[1:]},
+        "a list": lambda lines: {"Test/metadata.json": json.dumps(lines, indent=1)},
+        "large letters": lambda lines: {"test/Metadata.JSONL": jsonl(lines)},
+        "ndjson": lambda lines: {"test/metadata.ndjson": jsonl(lines)}}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -228,7 +236,7 @@ BAD = {  # what is wrong: (tables to write, arguments, parts of the line)
     "no JSON": ({TEST: one() + "{'text': 1}\n"}, {}, [f"{TEST}, line 2", "not a line of JSON"]),
     "JSON that is no object": ({TEST: "\n[1]\n"}, {}, ["line 2", "expected one object", "[1]"]),
     "not UTF-8": ({TEST: one().encode() + b'{"text": "\xe9"}'}, {}, ["line 2", "not UTF-8", "CSV UTF-8"]),
-    "UTF-16": ({"test/metadata.csv": csv(LINES).encode("utf-16")}, {}, ["line 1", "not UTF-8"]),
+    "a spreadsheet that is none": ({"test/metadata.xlsx": b"PK\3\4nonsense"}, {}, ["metadata.xlsx", "no spreadsheet"]),
     "no source": ({TEST: without("source_file_name")}, {}, ["line 1", "no source_file_name", "it has target"]),
     "no target": ({TEST: without("target_file_name")}, {}, ["line 1", "no target_file_name"]),
     "no text": ({TEST: without("text")}, {}, ["line 1", "no text"]),
@@ -250,14 +258,20 @@ BAD = {  # what is wrong: (tables to write, arguments, parts of the line)
     "no caption to ask with": ({TEST: one()}, {"complete_text": True}, ["line 1", "no target_caption"]),
     "too many groups": ({TEST: jsonl({**LINES[0], "group": f"{n}"} for n in range(51))}, {}, ["51 groups", "50 are"]),
     "a csv of no quotes": ({"test/metadata.csv": HEAD + "a.jpg,b.jpg,is red, with dots\n"}, {},
-                           ["metadata.csv, line 2", "4 values for 3 columns", "quotes"]),
+                           ["metadata.csv, line 2", "line 1 names no column for value 4", "quotes"]),
     "a csv with a quote that ends nowhere": ({"test/metadata.csv": HEAD + 'a.jpg,b.jpg,"is red\n'}, {},
                                              ["mend its quotes"]),
-    "a csv of too few values": ({"test/metadata.csv": HEAD + "a.jpg,b.jpg\n"}, {}, ["line 2", "2 values for 3"]),
+    "a csv of too few values": ({"test/metadata.csv": HEAD + "a.jpg,b.jpg\n"}, {}, ["line 2", "no text"]),
     "a csv with two columns of a name": ({"test/metadata.csv": "text,text\n"}, {}, ["line 1", "two columns", "'text'"]),
     "a csv with other columns": ({"test/metadata.csv": "source,target,text\na.jpg,b.jpg,red\n"}, {},
                                  ["line 2", "no source_file_name", "source, target, text"]),
-    "an unknown split": ({"metadata.jsonl": one(split="dev")}, {}, ["line 1", "'dev'", "train, validation, test"]),
+    "an unknown split": ({"metadata.jsonl": one(split="spare")}, {}, ["line 1", "'spare'", "train, validation, test"]),
+    "two folders of a split": ({"val/metadata.jsonl": one(), "dev/metadata.jsonl": one(), TEST: one()}, {},
+                               ["dev/metadata.jsonl and", "val/metadata.jsonl are two ways to say it"]),
+    "no header": ({"test/metadata.csv": "a.jpg,b.jpg,is red\nb.jpg,c.jpg,is blue\n"}, {},
+                  ["metadata.csv, line 1 names no column, it has the picture a.jpg"]),
+    "a padded title": ({"test/metadata.csv": "Queries;;\n\n" + (HEAD + "a.jpg,b.jpg,is red\n").replace(",", ";")}, {},
+                       ["metadata.csv, line 1 names no column, line 3 does"]),
     "a gallery of what is not there": ({TEST: one(), "test/gallery.txt": "zebra.jpg\n"}, {}, ["gallery.txt, line 1"]),
     "a gallery that leads out": ({TEST: one(), "test/gallery.txt": "../a.jpg\n"}, {}, ["gallery.txt, line 1"]),
     "a table that is a folder": ({"test/metadata.jsonl/x": ""}, {}, ["metadata.jsonl or metadata.csv"]),
@@ -296,6 +310,51 @@ def test_bad_images_are_left_out_with_their_lines(shop, tmp_path, capfd):
     found = [(data.images[line.source], len(line.targets)) for line in data.lines]
     assert found == [("test/a.jpg", 1), ("test/d.jpg", 1)]
     assert run.metrics["test"]["recall_top10_correct_composition"] == 1
+
+
+def test_targets_of_both_columns_are_right(tmp_path):
+    both = {"source_file_name": "a.jpg", "target_file_name": "b.jpg", "target_file_names": ["c.jpg", "b.jpg"]}
+    lines = [{**both, "text": "is red"},
+             {**both, "target_file_name": "", "target_file_names": "d.jpg|e.jpg", "text": "x"},
+             {**both, "target_file_name": ["f.jpg"], "target_file_names": None, "text": "y"},
+             {**both, "text": "z", "negative_file_name": "d.jpg", "negative_file_names": ["e.jpg"]}]
+    data = Triplets(write(tmp_path / "shop", {"test/metadata.jsonl": jsonl(lines)}), "test")
+    assert [[data.images[target][5:6] for target in line.targets] for line in data.lines] == [
+        ["b", "c"], ["d", "e"], ["f"], ["b", "c"]]
+    assert [data.images[image] for image in data.lines[3].negatives] == ["test/d.jpg", "test/e.jpg"]
+    table = "source_file_name,target_file_name,target_file_names,text\na.jpg,b.jpg,c.jpg|d.jpg,is red\n"
+    data = Triplets(write(tmp_path / "csv", {"test/metadata.csv": table}), "test")
+    assert [data.images[target] for target in data.lines[0].targets] == ["test/b.jpg", "test/c.jpg", "test/d.jpg"]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "dev", "validation", "Val"])
+def test_a_validation_folder_is_read_by_any_of_its_names(name, shop):
+    write(shop, {f"{name}/metadata.jsonl": jsonl(LINES[:3])})
+    assert Triplets.splits(shop, 0) == ["train", "validation", "test"]
+    data = Triplets(shop, "validation")
+    assert len(data.lines) == 3 and data.images[0] == f"{name}/a.jpg" and data.gallery == 8
+    with pytest.raises(InputError, match="has a validation split of its own: drop --validation"):
+        Triplets.splits(shop, 0.1)
+
+
+def test_lines_that_do_not_fit_are_left_out_and_all_of_them_named(shop):
+    bad = [{**LINES[1], "target_file_name": "b.jpg"}, {**LINES[1], "negative_file_names": ["h.jpg"]},
+           {**LINES[1], "text": " "}, {**LINES[1], "source_file_name": "../b.jpg"}]
+    write(shop, {TEST: jsonl([LINES[0], *bad, LINES[1]])})
+    with pytest.raises(InputError, match=r"line 2: the target is the source.*--skip_bad_images True leaves such lines"):
+        Triplets(shop, "test")
+    data = Triplets(shop, "test", without=frozenset())
+    assert [line.text for line in data.lines] == ["is red", "is blue"]
+    assert data.dropped["lines that do not fit"] == 4 == len(data.amiss)
+    said = ["line 2: the target is the source", "line 3: h.jpg is both right and wrong", "line 4: no text",
+            "line 5: '../b.jpg' is no path inside"]
+    assert all(part in line for part, line in zip(said, data.amiss, strict=True)), data.amiss
+    (shop / "test" / "gallery.txt").write_text("c.jpg\nh.jpg\nb.jpg\n")
+    write(shop, {TEST: jsonl([LINES[0], LINES[1]])})
+    assert [line.text for line in Triplets(shop, "test", without=frozenset()).lines] == ["is red"]      # e is not in it
+    write(shop, {TEST: jsonl(bad)})
+    with pytest.raises(InputError, match=r"no usable line of the test split .*line 1: the target is the source"):
+        Triplets(shop, "test", without=frozenset())
 
 
 class Pairs(CompositionDataset):
