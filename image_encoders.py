@@ -93,7 +93,7 @@ def image_encoder(name: str, image_dim: int, image_size: int) -> nn.Module:
         if name != "resnet18":                                                  # which takes any
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 made = tuple(encoder.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
-            if len(made) != 2 or (known.head == OURS and made[1] != known.width):
+            if len(made) != 2 or (isinstance(encoder, Headed) and made[1] != known.width):
                 raise InputError(f"--image_encoder {name} makes {made} of an image, not one vector; choose another")
         encoder.set_submodule(known.head, nn.Sequential(nn.Linear(known.width, image_dim)))
     except (ValueError, RuntimeError, AssertionError, TypeError, IndexError) as error:

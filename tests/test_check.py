@@ -212,7 +212,7 @@ def test_all_lines_that_do_not_fit_are_named(tmp_path, checked):
     assert code == 1 and [line.partition("metadata.csv, ")[2][:24] for line in wrong] == [
         "line 5: the target is th", "line 6: no text (it has ", "line 7: the target is th"]
     assert "  passed over       3 lines that do not fit" in lines
-    assert "3 wrong, see above: a run would stop there or leave something out" in lines
+    assert "3 wrong, see above: a run would stop there, leave something out or count it wrongly" in lines
 
 
 HEAD = "source_file_name,target_file_name,text\n"
