@@ -19,8 +19,6 @@ from machine.errors import InputError, first_line
 from machine.tensor_files import fingerprint
 from text_model import SentenceService
 
-AT_ONCE = 64                            # texts a model in this process encodes
-
 
 def text_encoder_of(flags: dict) -> str:
     """The text encoder that flags ask for, older checkpoints' too. Raises InputError where they ask for two."""
@@ -35,14 +33,6 @@ def text_encoder_of(flags: dict) -> str:
 def sentence_source(flags: dict) -> "SentenceService | InProcess":
     """Where the vectors of these flags' texts come from. Raises InputError for a name that stands for nothing."""
     kind, colon, name = text_encoder_of(flags).partition(":")
-    try:
-        return source_of(kind, colon, name, flags)
-    except InputError as error:
-        hint = "; HF_HUB_OFFLINE=0 has it fetched" if colon and offline() else ""
-        raise InputError(f"{error}{hint}") from None
-
-
-def source_of(kind: str, colon: str, name: str, flags: dict) -> "SentenceService | InProcess":
     if kind == "service" and not colon:
         return SentenceService(flags.get("bert_ip", "localhost"), flags.get("bert_port", 5555),
                                flags.get("bert_port_out", 5556), flags.get("bert_timeout", 10.0))
@@ -61,6 +51,7 @@ class InProcess:
     name: str
     features: dict
     dim: int
+    at_once = 64                        # texts that it encodes
 
     def vectors(self, texts: list[str]) -> np.ndarray:
         """(N, dim) float32."""
@@ -77,7 +68,7 @@ class InProcess:
         chunk: list[str] = []
         for place, text in enumerate(progress(texts, desc="sentence vectors", unit="text"), start=1):
             chunk.append(text)
-            if len(chunk) == AT_ONCE or place == len(texts):
+            if len(chunk) == self.at_once or place == len(texts):
                 yield chunk, self.vectors(chunk)
                 chunk = []
 
@@ -91,6 +82,8 @@ class InProcess:
 class HuggingFace(InProcess):
     """The mean over a text's tokens in one layer of a BERT-type model, or what a CLIP model's text tower gives: the
     vectors that bert_server.py serves."""
+
+    at_once = 256                       # so that many are of one length
 
     def __init__(self, folder: str, layer: int, length: int):
         from bert_server import ModelError, sentence_encoder  # only here: transformers takes seconds
@@ -122,13 +115,13 @@ class ClipTower(InProcess):
                 path = library.fetched(model) if weights == "imagenet" else Path(weights)
                 state = library.state(path, self.tower)
                 missing, _ = self.tower.load_state_dict(state, strict=False)
-                self.tokenizer = library.open_clip.get_tokenizer(plain)
         except Exception as error:                                              # torch.load raises a dozen types
             raise InputError(f"--text_encoder open_clip:{model}: cannot load its weights {weights!r} "
-                             f"({first_line(error)})") from None
+                             f"({first_line(error)}){to_fetch(error)}") from None
         if missing := [name for name in missing if not name.startswith(("visual.", "logit_"))]:
             raise InputError(f"--text_encoder open_clip:{model}: {weights} lacks its text tower's weights, first "
                              f"{missing[0]}")
+        self.tokenizer = clip_tokenizer(model, plain)
         kept = {name: value for name, value in self.tower.state_dict().items() if not name.startswith("visual.")}
         self.name, self.features = f"open_clip:{model}", {"text_encoder": "open_clip", "model": plain,
                                                           "fingerprint": fingerprint(kept)[:12]}
@@ -139,3 +132,22 @@ class ClipTower(InProcess):
     def vectors(self, texts: list[str]) -> np.ndarray:
         readable = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair is no text
         return self.tower.encode_text(self.tokenizer(readable)).float().numpy()
+
+
+def clip_tokenizer(model: str, plain: str) -> Callable[[list[str]], torch.Tensor]:
+    """Texts to (N, context length) ids. Raises InputError; some have files of their own on the hub."""
+    open_clip = LIBRARIES["open_clip"].open_clip
+    try:
+        with quiet():
+            return open_clip.get_tokenizer(plain)
+    except Exception as error:                                                  # hub and file errors of many types
+        known = (open_clip.get_model_config(plain) or {}).get("text_cfg", {})
+        where = f"https://huggingface.co/{known['hf_tokenizer_name']}" if "hf_tokenizer_name" in known else plain
+        raise InputError(f"--text_encoder open_clip:{model}: cannot load its tokenizer ({first_line(error)}); get "
+                         f"tokenizer.json of {where} into the Hugging Face cache{to_fetch(error)}") from None
+
+
+def to_fetch(error: Exception) -> str:
+    """What to add where something was to be fetched, and all that is missing is the permission."""
+    asked = any(word in str(error) for word in ("OFFLINE is set", "offline", "cache"))
+    return "; HF_HUB_OFFLINE=0 has it fetched" if asked and offline() else ""

@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
@@ -93,6 +94,26 @@ def test_bad_input_is_one_line(mitstates, tmp_path, capsys, changes, words):
     assert main.main(flags("mitstates", mitstates, tmp_path / "logs", **SMALL, **changes)) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert words in error[-1] and "error:" in error[-1] and len(error) == 1, error
+
+
+def test_a_tower_without_its_tokenizer_says_which_file_to_get(tower, tmp_path, monkeypatch):
+    """Its weights are at hand, its tokenizer is the hub's."""
+    hub = {**TOWER["text_cfg"], "hf_tokenizer_name": "nobody/tokens"}
+    (tmp_path / "hub-tokens.json").write_text(json.dumps({**TOWER, "text_cfg": hub}))
+    open_clip.add_model_config(tmp_path / "hub-tokens.json")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    named = dict.fromkeys(("image_encoder", "text_encoder"), "open_clip:hub-tokens")
+    with pytest.raises(InputError, match=r"tokenizer.json of \S*nobody/tokens .*HF_HUB_OFFLINE=0"):
+        sentence_source({**named, "image_weights": str(tower[0])})
+
+
+@pytest.mark.parametrize("weights", ["imagenet", "/nowhere.pt"])
+def test_a_tower_whose_weights_no_download_has_is_not_said_to_be_fetched(tower, monkeypatch, weights):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError) as caught:
+        sentence_source(clip_flags(weights))
+    assert "HF_HUB_OFFLINE" not in str(caught.value) and "cannot load its weights" in str(caught.value)
 
 
 @pytest.mark.long("two runs and an index, of a real text encoder")
