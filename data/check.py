@@ -26,6 +26,7 @@ from machine.stopping import ending, starting
 PROGRAM = "data/check.py"
 SHOWN, RESULTS, TILE = 10, 8, 128       # queries drawn, right answers of each, and pixels of a picture
 NAMED = 5                               # of what is amiss in one way
+COMPLAINTS = 1000                       # of a split, that are said one by one
 SIDE = 32                               # pixels: an image is decoded whole, and made no larger than it takes
 
 
@@ -153,8 +154,10 @@ def read_split(read: Callable, report: Report) -> CompositionDataset | None:
         except (InputError, OSError) as error:
             report.complain(str(error))
         else:
-            for complaint in data.amiss:
+            for complaint in data.amiss[:COMPLAINTS]:
                 report.complain(complaint)
+            if len(data.amiss) > COMPLAINTS:
+                report.complain(f"{len(data.amiss) - COMPLAINTS} more such lines of the {data.split} split")
             return data
     return None
 

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import re
+import warnings
 import zipfile
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -106,9 +107,10 @@ def text_lines(file: Path, text: str) -> Iterator[Line]:
                          "into quotes")
     lines, pandas = CountedLines(text), library()
     try:                                # its other engine takes what follows a closing quote for the text's
-        table = pandas.read_csv(lines, sep=separator, header=None, names=range(widest), index_col=False, dtype=object,
-                                na_filter=False, skip_blank_lines=False, engine="python")
-    except ValueError as error:                                                 # a ParserError is one
+        with warnings.catch_warnings(action="error", category=pandas.errors.ParserWarning):         # it cuts values off
+            table = pandas.read_csv(lines, sep=separator, header=None, names=range(widest), index_col=False,
+                                    dtype=object, na_filter=False, skip_blank_lines=False, engine="python")
+    except (ValueError, pandas.errors.ParserWarning) as error:                  # a ParserError is the first
         raise InputError(f"{file}, line {lines.read + number - 1}: no comma-separated values ({first_line(error)}); "
                          "mend its quotes, or save the table anew") from None
     for values in table.where(table.notna(), "").values.tolist():               # a short line's last ones are none

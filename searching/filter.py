@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
 
 class Token(NamedTuple):
-    """kind: text, number, name, mark, or blank; word: of a name without its quotes, all in small letters."""
+    """kind: text, number, name, mark, or blank; word: in small letters, a name without its quotes."""
     kind: str
     word: str
     start: int
@@ -107,9 +107,9 @@ class Filter:
         with self.lock:
             self.database.set_authorizer(None)
             self.database.set_progress_handler(None, 0)
-            rows = self.database.execute(f"SELECT {ID}, {CELLS} FROM metadata WHERE {ID} IN "
-                                         f"({','.join('?' * len(images))})", images)
-            return {number: json.loads(cells) for number, cells in rows}
+            asked = f"SELECT {CELLS} FROM metadata WHERE {ID} = ?"
+            found = {image: self.database.execute(asked, (image,)).fetchone() for image in images}
+            return {image: json.loads(row[0]) for image, row in found.items() if row}
 
 
 def kind_of(values: Iterator) -> Kind:
@@ -171,16 +171,16 @@ def compared(tokens: list[Token], place: int) -> Iterator[tuple[str, Token]]:
 
 
 def reads_as_number(text: str) -> bool:
-    """As SQLite does, beside a number."""
-    return re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", text, re.ASCII | re.IGNORECASE) is not None
+    """Whether SQLite takes a text, in its quotes, for a number beside one."""
+    return re.fullmatch(r"'\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*'", text, re.ASCII | re.IGNORECASE) is not None
 
 
 def read_tokens(where: str) -> Iterator[Token]:
     for found in TOKENS.finditer(where):
         if found.lastgroup != "blank":
-            word, kind = found[0].lower(), found.lastgroup
-            word = word[1:-1].replace(word[0] * 2, word[0]) if kind == "text" or word[0] in '"`[' else word
-            yield Token(kind, word, *found.span())
+            word = found[0].lower()
+            word = word[1:-1].replace(word[0] * 2, word[0]) if word[0] in '"`[' else word
+            yield Token(found.lastgroup, word, *found.span())
 
 
 def quoted(name: str) -> str:

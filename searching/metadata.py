@@ -41,7 +41,7 @@ def read_metadata(file: Path) -> dict[str, Cells]:
     if wrong := wrong_column(columns):
         raise InputError(f"{file} {wrong}")
     rows = {name: several[0][1] for name, several in placed_rows.items()}
-    if others := [(where, name) for name, several in placed_rows.items() for where, cells in several
+    if others := [(where, name) for name, several in placed_rows.items() for where, cells in several[1:]
                   if any(cells.get(column) != rows[name].get(column) for column in columns)]:
         more = f", and {len(others) - 1} more such rows, as {others[1][0]}" if len(others) > 1 else ""
         raise InputError(f"{others[0][0]}: a second row of {others[0][1]}, which differs{more}; keep one of each")

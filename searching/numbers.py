@@ -85,8 +85,9 @@ def as_texts(values: Sequence[Cell], note: str = "") -> Column:
 def reading(written: list[str], mark: str, given: bool) -> dict[str, int | float] | None:
     """All of these with this decimal mark and one unit, which there is none of beside numbers that are given as such;
     None where one does not fit."""
-    found = {text: spelled(text, mark) for text in written}
-    units = {row and row[1:] for row in found.values()}
-    if None in units or len(units) > 1 or (given and units != {("", "")}):
-        return None
-    return {text: row[0] for text, row in found.items()}
+    found, units = {}, {("", "")} if given else set()
+    for text in written:
+        if not (read := spelled(text, mark)) or len(units := units | {read[1:]}) > 1:
+            return None
+        found[text] = read[0]
+    return found

@@ -291,7 +291,8 @@ def as_written(first):
                                                                          {"a/1.jpg", "a/3.jpg"}),
     ("colour = '12' OR colour IN ('n/a', '-')", {"a/1.jpg", "a/2.jpg", "b/4.jpg"}),
     ("length(colour) < 3 AND lower(colour) <> 'x'", {"a/2.jpg", "b/4.jpg"}),
-    ("colour || 'x' = 'redx' OR colour = ' 9 < colour'", {"a/0.jpg"})])
+    ("colour || 'x' = 'redx' OR colour = ' 9 < colour'", {"a/0.jpg"}), ("colour = '-' OR colour = '('", {"a/2.jpg"}),
+    ("\"colour\" = 'red' -- > 5", {"a/0.jpg"})])
 def test_numbers_are_filtered_by_as_people_wrote_them(first, as_written, where, paths):
     hits = as_written.search(first / "images" / "a" / "0.jpg", "", where=where)
     assert {str(hit.path.relative_to(first / "images")) for hit in hits} == paths

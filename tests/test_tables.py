@@ -75,6 +75,7 @@ REFUSED = {  # file: (content, what is said)
     "a missing name.csv": ("file_name,\na.jpg,5\n", "line 2: line 1 names no column for value 2, '5'"),
     "no quotes.csv": ("file_name,text\na.jpg,red\n\nb.jpg,red, dots, soft\n", "line 4: line 1 names no column for"),
     "a quote that ends nowhere.csv": ('f,b\na,1\nb,"x\nc,2\n', "line 4: no comma-separated values"),
+    "quotes in a line of too many values.csv": ('f,b\na,3" nail,5" x\n', "line 2: no comma-separated values"),
     "a quote of two rows.csv": ('f,b\na,"is red\nb,"is blue"\nc,x\n', "line 3: no comma-separated values"),
     "two columns of a name.csv": ("a,b,b\n", "line 1: two columns are named 'b'"),
     "another encoding.csv": (b"f,b\r\na,1\r\nb,gr\xfcn\r\n", "line 3: not UTF-8 text"),
