@@ -39,7 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import main
-from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Judge, MITStates
+from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Metric, MITStates
 from flags import Parser, add, at_least, get_parser, plain
 from image_encoders import traits
 from img_text_composition_models import MODELS, Recipe
@@ -238,11 +238,11 @@ def schedule_of(args: argparse.Namespace, data: Data, folder: Path, device: torc
         model.freeze_backbone()
     log = report.Report(report.run_folder(folder / "logs", ""), plain(args))
 
-    def judge(it: int) -> dict:
-        seen = {name: report.Sightings(split.store, it) for name, split in splits.items()}
-        return {name: report.Tested(evaluate(model, split.data, split.store, watch=seen[name]), seen[name])
+    def test_splits(it: int) -> dict:
+        seen = {name: report.QualitativeResults(split.store, it) for name, split in splits.items()}
+        return {name: report.SplitResult(evaluate(model, split.data, split.store, watch=seen[name]), seen[name])
                 for name, split in splits.items()}
-    run = Training(args, model, splits["train"], log, judge, Stopping())
+    run = Training(args, model, splits["train"], log, test_splits, Stopping())
     with tqdm(total=2 * run.epoch_steps, desc="a stretch of the schedule") as bar:
         run.epoch(bar)                                                          # warms up, and compiles
         step = seconds(lambda: run.epoch(bar), device) / run.epoch_steps
@@ -342,12 +342,12 @@ def frozen_test_row(split: Split, kind: str, sentences: SentenceTable, repetitio
     """main's test, of features; the floor ranks alone."""
     model = MODELS[kind](SimpleVocab({"<UNK>": 0}), text_dim=sentences.dim, sentence_vectors=sentences, encoder=FROZEN)
     task = split.data.task()
-    (asked,) = task.query_sets
-    queries, gallery = unit_rows(len(asked.texts), CPU), unit_rows(len(task.gallery), CPU)
-    times = compare("frozen test", {"floor": lambda: recalls(queries, gallery, asked.own, asked.judges),
+    (query_set,) = task.query_sets
+    queries, gallery = unit_rows(len(query_set.texts), CPU), unit_rows(len(task.gallery), CPU)
+    times = compare("frozen test", {"floor": lambda: recalls(queries, gallery, query_set.own, query_set.metrics),
                                     "ours": lambda: evaluate(model, split.data, split.store)}, repetitions)
-    return row(f"frozen test, {kind}, {len(asked.texts)} queries x {len(task.gallery)} images (floor: ranking alone)",
-               times["ours"], times["floor"], 1.2)
+    return row(f"frozen test, {kind}, {len(query_set.texts)} queries x {len(task.gallery)} images (floor: ranking "
+               "alone)", times["ours"], times["floor"], 1.2)
 
 
 def filling_row(split: Split, folder: Path, repetitions: int) -> dict:
@@ -466,38 +466,38 @@ def product(queries: torch.Tensor, gallery: torch.Tensor) -> None:
         queries[start:start + 256] @ gallery.T
 
 
-def mitstates_judges(rng: np.random.Generator, queries: int, images: int) -> list[list[Judge]]:
+def mitstates_metrics(rng: np.random.Generator, queries: int, images: int) -> list[list[Metric]]:
     """All three metrics; 49 nouns, 115 adjectives."""
     nouns, adjectives = rng.integers(0, 49, images), rng.integers(0, 115, images)
-    goals = rng.integers(0, images, queries)
+    targets = rng.integers(0, images, queries)
     labels = {"correct_composition": nouns * 1000 + adjectives, "correct_adj": adjectives, "correct_noun": nouns}
-    return [[Judge(name, values[goals], values) for name, values in labels.items()]]
+    return [[Metric(name, values[targets], values) for name, values in labels.items()]]
 
 
-def fashion200k_judges(rng: np.random.Generator, queries: int, images: int) -> list[list[Judge]]:
+def fashion200k_metrics(rng: np.random.Generator, queries: int, images: int) -> list[list[Metric]]:
     """Captions that a few images share."""
     captions = rng.integers(0, images // 3, images)
-    return [[Judge("correct_composition", captions[rng.integers(0, images, queries)], captions)]]
+    return [[Metric("correct_composition", captions[rng.integers(0, images, queries)], captions)]]
 
 
-def fashion_iq_judges(rng: np.random.Generator, queries: int, images: int) -> list[list[Judge]]:
+def fashion_iq_metrics(rng: np.random.Generator, queries: int, images: int) -> list[list[Metric]]:
     """Three categories, each judged in the merged gallery and in its own."""
     gallery = np.arange(images)
     parts = np.array_split(rng.permutation(images), 3)
-    return [[Judge("correct_x", targets, gallery), Judge("own_gallery_x", targets, gallery, among, OWN_GALLERY_KS)]
+    return [[Metric("correct_x", targets, gallery), Metric("own_gallery_x", targets, gallery, among, OWN_GALLERY_KS)]
             for among in parts for targets in [rng.choice(among, queries // 3)]]
 
 
 def retrieval_rows(scale: int, repetitions: int, device: torch.device) -> list[dict]:
     """The published sizes, divided by `scale`; the memory that counting takes beyond the features."""
     rows, rng = [], np.random.default_rng(0)
-    for name, queries, images, make in (("MIT-States", 82_732, 10_546, mitstates_judges),
-                                        ("Fashion200k", 33_480, 29_789, fashion200k_judges),
-                                        ("FashionIQ", 6_016, 15_415, fashion_iq_judges)):
+    for name, queries, images, make in (("MIT-States", 82_732, 10_546, mitstates_metrics),
+                                        ("Fashion200k", 33_480, 29_789, fashion200k_metrics),
+                                        ("FashionIQ", 6_016, 15_415, fashion_iq_metrics)):
         queries, images = queries // scale, images // scale
         sets = make(rng, queries, images)
         gallery = unit_rows(images, device)
-        asked = [unit_rows(len(judges[0].query_labels), device) for judges in sets]
+        asked = [unit_rows(len(metrics[0].query_labels), device) for metrics in sets]
         own = [rng.integers(0, images, len(part)) if len(sets) == 1 else np.full(len(part), -1) for part in asked]
 
         def ours(asked=asked, gallery=gallery, own=own, sets=sets) -> None:
@@ -524,12 +524,12 @@ def growth_rows(queries: int, images: int, device: torch.device) -> list[dict]:
     rows, rng, peaks = [], np.random.default_rng(0), {}
 
     def measure(count: int, gallery_size: int) -> tuple[float, float, float]:
-        (judges,), own = fashion200k_judges(rng, count, gallery_size), rng.integers(0, gallery_size, count)
+        (metrics,), own = fashion200k_metrics(rng, count, gallery_size), rng.integers(0, gallery_size, count)
         asked, gallery = unit_rows(count, device), unit_rows(gallery_size, device)
         with peak_memory(device) as peak:
-            recalls(asked, gallery, own, judges)
+            recalls(asked, gallery, own, metrics)
             megabytes = peak()
-        ways = {"floor": lambda: product(asked, gallery), "ours": lambda: recalls(asked, gallery, own, judges)}
+        ways = {"floor": lambda: product(asked, gallery), "ours": lambda: recalls(asked, gallery, own, metrics)}
         times = compare(f"gallery of {gallery_size}", ways, 3, device)
         return 1000 * times["ours"] / count, 1000 * times["floor"] / count, megabytes
     for factor in (1, 4, 16):

@@ -15,7 +15,7 @@ from benchmarks.base import (
     TRAIN_QUERIES,
     CompositionDataset,
     Epoch,
-    Judge,
+    Metric,
     QuerySet,
     RetrievalTask,
     Sample,
@@ -49,27 +49,27 @@ class CaptionedDataset(CompositionDataset):
         return len(self.images)
 
     @cached_property
-    def goals(self) -> np.ndarray:
+    def target_labels(self) -> np.ndarray:
         return np.unique(self.captions, return_inverse=True)[1]
 
     def training_texts(self) -> list[str]:
         return self.captions
 
-    def judges(self, query_captions: list[str], gallery_captions: list[str]) -> list[Judge]:
-        return [Judge("correct_composition", *integer_labels(query_captions, gallery_captions))]
+    def metrics(self, query_captions: list[str], gallery_captions: list[str]) -> list[Metric]:
+        return [Metric("correct_composition", *integer_labels(query_captions, gallery_captions))]
 
     def test_task(self) -> RetrievalTask:
         sources = np.array([query.source for query in self.test_queries])
-        judges = self.judges([self.captions[query.target] for query in self.test_queries], self.captions)
+        metrics = self.metrics([self.captions[query.target] for query in self.test_queries], self.captions)
         # The gallery is every image, so a query's own image stands at its id, and is taken out.
-        asked = QuerySet(sources, texts_of(self.test_queries), sources, judges)
-        return RetrievalTask(np.arange(len(self.images)), [asked])
+        query_set = QuerySet(sources, texts_of(self.test_queries), sources, metrics)
+        return RetrievalTask(np.arange(len(self.images)), [query_set])
 
     def training_task(self, seed: int) -> RetrievalTask:
         samples = self.training_samples(seed)
-        goals = [self.captions[sample.target] for sample in samples]
+        captions = [self.captions[sample.target] for sample in samples]
         query_set = QuerySet(np.array([sample.source for sample in samples]), texts_of(samples),
-                             np.full(len(samples), -1), self.judges(goals, goals))
+                             np.full(len(samples), -1), self.metrics(captions, captions))
         return RetrievalTask(np.array([sample.target for sample in samples]), [query_set])
 
 
@@ -83,7 +83,7 @@ sand shell sky smoke steel stream table tea tomato vacuum wax wheel window wool
 class MITStates(CaptionedDataset):
     """images/<adjective> <noun>/*.jpg; the text is the target's adjective, the split goes by noun."""
 
-    together = 2                        # one source, two targets
+    group_size = 2                      # one source, two targets
 
     def read(self) -> None:
         self.images, self.captions = [], []
@@ -167,12 +167,12 @@ class MITStates(CaptionedDataset):
                         for other, images in self.states[noun].items() if other != adjective]
         return queries
 
-    def judges(self, query_captions: list[str], gallery_captions: list[str]) -> list[Judge]:
+    def metrics(self, query_captions: list[str], gallery_captions: list[str]) -> list[Metric]:
         """Also the adjective and the noun alone."""
         words = [[[caption.partition(" ")[part] for caption in captions] for part in (0, 2)]
                  for captions in (query_captions, gallery_captions)]
-        return [*super().judges(query_captions, gallery_captions),
-                *(Judge(f"correct_{name}", *integer_labels(words[0][part], words[1][part]))
+        return [*super().metrics(query_captions, gallery_captions),
+                *(Metric(f"correct_{name}", *integer_labels(words[0][part], words[1][part]))
                   for part, name in enumerate(("adj", "noun")))]
 
 
@@ -402,15 +402,15 @@ class FashionIQ(CompositionDataset):
         """
         query_sets = []
         for category in self.categories:
-            asked = [triplet for triplet in triplets if triplet.category == category]
-            if not asked:
+            chosen = [triplet for triplet in triplets if triplet.category == category]
+            if not chosen:
                 continue
-            targets = np.array([triplet.target for triplet in asked])
-            judges = [Judge(f"correct_{category}", targets, gallery),
-                      *(Judge(f"{kind}_{category}", targets, gallery, positions[category], OWN_GALLERY_KS)
+            targets = np.array([triplet.target for triplet in chosen])
+            metrics = [Metric(f"correct_{category}", targets, gallery),
+                      *(Metric(f"{kind}_{category}", targets, gallery, positions[category], OWN_GALLERY_KS)
                         for kind, positions in galleries.items())]
-            query_sets.append(QuerySet(np.array([triplet.source for triplet in asked]), texts_of(asked),
-                                       np.full(len(asked), -1), judges))
+            query_sets.append(QuerySet(np.array([triplet.source for triplet in chosen]), texts_of(chosen),
+                                       np.full(len(chosen), -1), metrics))
         return RetrievalTask(gallery, query_sets)
 
     def with_means(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -47,7 +47,7 @@ class Concat(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-class Joint(nn.Sequential):
+class Fusion(nn.Sequential):
     """Layers of [(B, D), (B, T)] that begin with Concat, batch norm, ReLU and Linear."""
 
     def of_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -161,15 +161,15 @@ class ImgTextCompositionBase(nn.Module):
     def features(self, source: Tensor, text: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The same of normalized images and encoded texts, (B, T): tensors alone, so this is what can be compiled."""
         with self.rounding(source.device):
-            image, goal = self.encode_images(source, target)                    # (B, D) each
-        return {**self.compositions(image, text, goal), "target": self.normalization_layer(goal)}
+            image, target = self.encode_images(source, target)                  # (B, D) each
+        return {**self.compositions(image, text, target), "target": self.normalization_layer(target)}
 
-    def compositions(self, image: Tensor, text: Tensor, goal: Tensor) -> dict[str, Tensor]:
+    def compositions(self, image: Tensor, text: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The query, and what the composer's own loss terms compare, of (B, D), (B, T) and the target's (B, D)."""
         composed = self.compose(image, text)                                    # (B, D)
-        return {"query": self.normalization_layer(composed), **self.further_features(image, text, composed, goal)}
+        return {"query": self.normalization_layer(composed), **self.further_features(image, text, composed, target)}
 
-    def further_features(self, image: Tensor, text: Tensor, composed: Tensor, goal: Tensor) -> dict[str, Tensor]:
+    def further_features(self, image: Tensor, text: Tensor, composed: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the composer's own loss terms compare; none here."""
         return {}
 
@@ -180,10 +180,10 @@ class TIRG(ImgTextCompositionBase):
     def __init__(self, *args, **sizes):
         super().__init__(*args, **sizes)
         both = self.image_dim + self.text_dim
-        self.gated_feature_composer = Joint(Concat(), nn.BatchNorm1d(both), nn.ReLU(), nn.Linear(both, self.image_dim))
-        self.res_info_composer = Joint(Concat(), *mlp(both, both, self.image_dim))
+        self.gated_feature_composer = Fusion(Concat(), nn.BatchNorm1d(both), nn.ReLU(), nn.Linear(both, self.image_dim))
+        self.res_info_composer = Fusion(Concat(), *mlp(both, both, self.image_dim))
 
-    def joints(self) -> list[Joint]:
+    def fusions(self) -> list[Fusion]:
         """All through which a text comes in; `composed` takes what they give, (B, D) each, in this order."""
         return [self.gated_feature_composer, self.res_info_composer]
 
@@ -191,13 +191,13 @@ class TIRG(ImgTextCompositionBase):
         return torch.sigmoid(gate) * image * self.a[0] + residual * self.a[1]
 
     def compose(self, image: Tensor, text: Tensor) -> Tensor:
-        return self.composed(image, *(joint([image, text]) for joint in self.joints()))
+        return self.composed(image, *(fusion([image, text]) for fusion in self.fusions()))
 
     def compose_pairs(self, images: Tensor, texts: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """(N, D), (M, T) -> what composes rows of the two, (B,) each: (B, D), as `compose` but for rounding. In eval
         mode: for many pairs of few images and texts."""
-        joints = [joint.of_pairs(images, texts) for joint in self.joints()]
-        return lambda image, text: self.composed(images[image], *(joint(image, text) for joint in joints))
+        fusions = [fusion.of_pairs(images, texts) for fusion in self.fusions()]
+        return lambda image, text: self.composed(images[image], *(fusion(image, text) for fusion in fusions))
 
 
 class ComplexProjection(nn.Module):
@@ -270,7 +270,7 @@ class AutoencoderComposition(ImgTextCompositionBase):
         self.decoder = mlp(self.image_dim, self.image_dim, self.image_dim)
         self.txtdecoder = mlp(self.image_dim, self.text_dim, self.text_dim)
 
-    def further_features(self, image: Tensor, text: Tensor, composed: Tensor, goal: Tensor) -> dict[str, Tensor]:
+    def further_features(self, image: Tensor, text: Tensor, composed: Tensor, target: Tensor) -> dict[str, Tensor]:
         return {"decoded_image": self.decoder(composed), "image": image,
                 "decoded_text": self.txtdecoder(composed), "text": text}
 
@@ -307,11 +307,11 @@ class ComposeAE(AutoencoderComposition):
         projections = [project.of_pairs(images, texts) for project in self.projections()]
         return lambda image, text: self.composed(*(project(image, text) for project in projections))
 
-    def compositions(self, image: Tensor, text: Tensor, goal: Tensor) -> dict[str, Tensor]:
+    def compositions(self, image: Tensor, text: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Also the target turned back by the same text, which should land on the source (rotational symmetry)."""
         back_too = torch.linspace(1, -1, 2, device=image.device)[:, None, None]     # signs, without waiting for a GPU
-        composed, rotated_back = self.compose(torch.stack([image, goal]), text, back_too)
-        return {"query": self.normalization_layer(composed), **self.further_features(image, text, composed, goal),
+        composed, rotated_back = self.compose(torch.stack([image, target]), text, back_too)
+        return {"query": self.normalization_layer(composed), **self.further_features(image, text, composed, target),
                 "rotated_back": self.normalization_layer(rotated_back), "source": self.normalization_layer(image)}
 
 
@@ -330,7 +330,7 @@ class RealSpaceConcatAE(AutoencoderComposition):
         return self.encoderLinear([image, text]) * self.a[1] + convolved * self.a[0]
 
 
-class ChangeReader(nn.Module):
+class TextPredictor(nn.Module):
     """Tells the text from the two images that it lies between: a transformer layer over two tokens, from unit vectors.
     (B, D) twice -> (B, T)."""
 
@@ -360,28 +360,28 @@ class TransformerAE(TIRG):
     def __init__(self, *args, **sizes):
         super().__init__(*args, **sizes)
         both = self.image_dim + self.text_dim
-        self.change = Joint(Concat(), *mlp(both, both, self.image_dim))
+        self.change = Fusion(Concat(), *mlp(both, both, self.image_dim))
         nn.init.zeros_(self.change[-1].weight)
         nn.init.zeros_(self.change[-1].bias)
         with torch.no_grad():
             self.a[2] = 0.3
-        self.change_reader = ChangeReader(self.image_dim, self.text_dim)
+        self.change_reader = TextPredictor(self.image_dim, self.text_dim)
 
-    def joints(self) -> list[Joint]:
-        return [*super().joints(), self.change]
+    def fusions(self) -> list[Fusion]:
+        return [*super().fusions(), self.change]
 
     def composed(self, image: Tensor, gate: Tensor, residual: Tensor, change: Tensor) -> Tensor:   # (B, D) each
         slowly = self.a[2].detach()                                             # 1 in checkpoints of before it was 0.3
-        asked, near = super().composed(image, gate, residual), image + slowly * change              # (B, D), (B, D)
-        return F.normalize(asked, dim=1) + F.normalize(near, dim=1)
+        modified, near = super().composed(image, gate, residual), image + slowly * change              # (B, D), (B, D)
+        return F.normalize(modified, dim=1) + F.normalize(near, dim=1)
 
     def forward(self, source: Tensor, texts: list[str], target: Tensor) -> dict[str, Tensor]:
-        """Also "said": (B,) ints, equal for equal texts, in every process."""
-        said = torch.tensor([zlib.crc32(text.encode("utf-8", "surrogatepass")) for text in texts])
-        return {**super().forward(source, texts, target), "said": send(said, self.a.device)}
+        """Also "text_labels": (B,) ints, equal for equal texts, in every process."""
+        text_labels = torch.tensor([zlib.crc32(text.encode("utf-8", "surrogatepass")) for text in texts])
+        return {**super().forward(source, texts, target), "text_labels": send(text_labels, self.a.device)}
 
-    def further_features(self, image: Tensor, text: Tensor, composed: Tensor, goal: Tensor) -> dict[str, Tensor]:
-        return {"told_text": self.change_reader(image, goal), "text": text}
+    def further_features(self, image: Tensor, text: Tensor, composed: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"text_prediction": self.change_reader(image, target), "text": text}
 
 
 MODELS = {"tirg": TIRG, "composeAE": ComposeAE, "RealSpaceConcatAE": RealSpaceConcatAE, "TransformerAE": TransformerAE}

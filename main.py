@@ -29,7 +29,7 @@ from machine.streams import log_to_stderr
 from test_retrieval import evaluate
 from text_model import SimpleVocab, spread
 from training import checkpoint, report
-from training.data import Data, make_data, place_images, tell_of_unread
+from training.data import Data, make_data, note_unread_words, place_images
 from training.loop import Split, Training
 from training.resuming import Start
 from training.settings import settle
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, start: Start, stopping: Stopping, device: torc
     check_test_size(args, max(len(split.store) for split in data.every.values()), device)
     model = make_model(args, data, start.source, start.state, device)
     if data.sentences is None and distributed.first():
-        tell_of_unread(model.text_model.vocabulary, data, args.seed)
+        note_unread_words(model.text_model.vocabulary, data, args.seed)
     place_images(args, data.every, model)
     log = open_log(args, start, data, lock)
     introduce(args, start, data, device, log.folder)
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, start: Start, stopping: Stopping, device: torc
         training = Training(args, model, data.splits["train"], log, test, stopping,
                             {"turn": start.turn, "data": data.digests})
         if start.resumed:
-            training.go_on(start.state)
+            training.resume(start.state)
         training.run()
     for split in data.served.values():
         evaluate_split(args, model, split,
@@ -122,12 +122,12 @@ def evaluate_split(args: argparse.Namespace, model: ImgTextCompositionBase, spli
 
 
 def evaluate_splits(args: argparse.Namespace, model: ImgTextCompositionBase, data: Data,
-                it: int) -> dict[str, report.Tested]:
+                it: int) -> dict[str, report.SplitResult]:
     """The retrieval test of each split, and what is to be seen of it, after so many iterations."""
     tested = {}
     for name, split in data.splits.items():
-        seen = report.Sightings(split.store, it, split.data.images)
-        tested[name] = report.Tested(evaluate_split(
+        seen = report.QualitativeResults(split.store, it, split.data.images)
+        tested[name] = report.SplitResult(evaluate_split(
             args, model, split, baselines=args.baselines and split.data is data.test,
             watch=seen if distributed.first() else None), seen)
     return tested

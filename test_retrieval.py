@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.base import CompositionDataset, Judge, ListedJudge, QuerySet
+from benchmarks.base import CompositionDataset, ListedMetric, Metric, QuerySet
 from machine import distributed
 from machine.compiled import compiled
 from machine.device import send
@@ -85,9 +85,9 @@ def compose_queries(model, images: Tensor, sources: Tensor, texts: list[str],
     rows = torch.tensor([row[text] for text in texts], device=vectors.device)
     kind, each_part = in_parts(images.device)
     if hasattr(model, "compose_pairs"):                                         # does what it can once an image or text
-        asked = torch.zeros(len(images), dtype=torch.bool, device=images.device).index_fill_(0, sources, True)
-        compose = model.compose_pairs(images[asked], vectors)
-        sources = (asked.cumsum(0) - 1)[sources]
+        used = torch.zeros(len(images), dtype=torch.bool, device=images.device).index_fill_(0, sources, True)
+        compose = model.compose_pairs(images[used], vectors)
+        sources = (used.cumsum(0) - 1)[sources]
     else:
         def compose(image: Tensor, text: Tensor) -> Tensor:
             return model.compose(images[image], vectors[text])
@@ -96,12 +96,12 @@ def compose_queries(model, images: Tensor, sources: Tensor, texts: list[str],
 
 
 class CorrectImages:
-    """For a judge: which images are correct for a query, as places among those it looks at."""
+    """For a metric: which images are correct for a query, as places among those it looks at."""
 
-    def __init__(self, judge: Judge | ListedJudge):
-        self.among = judge.among
-        self.places, self.first, self.counts = judge.correct()
-        self.candidates = judge.candidates
+    def __init__(self, metric: Metric | ListedMetric):
+        self.among = metric.among
+        self.places, self.first, self.counts = metric.correct()
+        self.candidates = metric.candidates
 
 
 @compiled
@@ -156,10 +156,10 @@ def rank_of_best(scores: Tensor, images: CorrectImages, chunk: slice) -> Tensor:
         places = torch.as_tensor(np.concatenate(looked_at))
         rows, places = send(rows, scores.device), send(places, scores.device)
         scores = torch.full_like(scores, -torch.inf).index_put_((rows, places), scores[rows, places])
-    asked = images.among, images.places, images.first[chunk], images.counts[chunk]
+    correct = images.among, images.places, images.first[chunk], images.counts[chunk]
     if scores.device.type == "cpu":
-        return torch.from_numpy(rank_rows(scores.numpy(), *asked))
-    return rank_table(scores, *asked)
+        return torch.from_numpy(rank_rows(scores.numpy(), *correct))
+    return rank_table(scores, *correct)
 
 
 def on_each_core(make: Callable, items: Iterable) -> Iterator:
@@ -180,9 +180,9 @@ def on_each_core(make: Callable, items: Iterable) -> Iterator:
 
 
 @torch.inference_mode()
-def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Judge],
+def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, metrics: Sequence[Metric],
           progress: Progress = no_progress) -> list[np.ndarray]:
-    """For each judge, the (Q,) 0-based rank of every query's best correct image.
+    """For each metric, the (Q,) 0-based rank of every query's best correct image.
 
     queries: (Q, D), gallery: (N, D), unit rows. own: (Q,) gallery position left out of a query's ranking, -1 for none.
     Raises FloatingPointError where features are not finite: every comparison with NaN is false, which would count
@@ -190,19 +190,19 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
     """
     if not (queries.sum() + gallery.sum()).isfinite():
         raise FloatingPointError("the model's features are not finite, so nothing can be ranked: the training diverged")
-    if not judges:
+    if not metrics:
         return []
     if queries.device.type == "mps":                                            # whose memory is the CPU's
         queries, gallery = queries.cpu(), gallery.cpu()
     kind, each_part = in_parts(queries.device)
-    correct = [CorrectImages(judge) for judge in judges]
+    correct = [CorrectImages(metric) for metric in metrics]
     own = torch.as_tensor(own, device=queries.device)
     step = max(1, min(QUERIES_AT_ONCE[kind], SCORES_AT_ONCE[kind] // len(gallery)))
     at_once = torch.get_num_threads() if kind == "cpu" else 1
     tables = deque(queries.new_empty(step, len(gallery)) for _ in range(at_once))   # those not in use
 
     def rank(start: int) -> Tensor:
-        """(q, judges) ranks of a chunk of queries."""
+        """(q, metrics) ranks of a chunk of queries."""
         chunk, table = slice(start, start + step), tables.pop()
         scores = torch.mm(queries[chunk], gallery.T, out=table[:len(queries[chunk])])  # (q, N)
         masked = (own[chunk] >= 0).nonzero()[:, 0]
@@ -214,12 +214,12 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Ju
     mine = distributed.share(starts)
     parts = progress(each_part(rank, mine), desc="ranking", total=len(mine))
     lengths = [min(step, len(queries) - start) for start in starts]
-    found = distributed.collect(torch.cat([own.new_empty(0, len(judges)), *parts]), lengths)
+    found = distributed.collect(torch.cat([own.new_empty(0, len(metrics)), *parts]), lengths)
     return [*found.T.cpu().numpy()]
 
 
 @torch.inference_mode()
-def orders(queries: Tensor, gallery: Tensor, own: np.ndarray) -> Iterator[np.ndarray]:
+def rankings(queries: Tensor, gallery: Tensor, own: np.ndarray) -> Iterator[np.ndarray]:
     """Of each query all gallery positions but its own, the best first, of equally good ones the earlier; as `ranks`."""
     step = QUERIES_AT_ONCE["cpu"]
     for start in range(0, len(queries), step):
@@ -228,16 +228,16 @@ def orders(queries: Tensor, gallery: Tensor, own: np.ndarray) -> Iterator[np.nda
         yield from (order[order != mine] for order, mine in zip(best, own[start:start + step], strict=True))
 
 
-def shares(judges: Sequence[Judge], found: Sequence[np.ndarray]) -> dict[str, float]:
-    """{recall_top{K}_{judge}: share of the queries with a correct image among the first K}, from each judge's ranks."""
-    return {f"recall_top{k}_{judge.name}": float((rank < k).mean())
-            for judge, rank in zip(judges, found, strict=True) for k in judge.ks}
+def shares(metrics: Sequence[Metric], found: Sequence[np.ndarray]) -> dict[str, float]:
+    """{recall_top{K}_{name}: share of the queries with a correct image among the first K}, from each metric's ranks."""
+    return {f"recall_top{k}_{metric.name}": float((rank < k).mean())
+            for metric, rank in zip(metrics, found, strict=True) for k in metric.ks}
 
 
-def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, judges: Sequence[Judge],
+def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, metrics: Sequence[Metric],
             progress: Progress = no_progress) -> dict[str, float]:
     """Recall@K of unit query vectors (Q, D) against a gallery of unit rows (N, D)."""
-    return shares(judges, ranks(queries, gallery, own, judges, progress))
+    return shares(metrics, ranks(queries, gallery, own, metrics, progress))
 
 
 @torch.inference_mode()
@@ -251,7 +251,7 @@ def evaluate(model, dataset: CompositionDataset, store: Store, batch_size: int =
     mean feature, "chance" is the expected recall of a random order, and "queries solved by" counts those that the first
     two solve, as the dataset's `solved_at` says. Deterministic; the model's mode is restored.
     watch: called for each query set with it, the gallery's image ids, unit query vectors (Q, D), the unit gallery
-    (N, D), and each judge's (Q,) ranks.
+    (N, D), and each metric's (Q,) ranks.
     """
     was_training = model.training
     model.eval()
@@ -266,38 +266,38 @@ def evaluate(model, dataset: CompositionDataset, store: Store, batch_size: int =
         average = gallery.mean(0, keepdim=True)
         gallery = F.normalize(gallery, dim=1)
 
-        ways: dict[str, Callable[[QuerySet, Tensor], Tensor]] = {
-            "model": lambda asked, sources: compose_queries(model, features, sources, asked.texts, progress)}
+        methods: dict[str, Callable[[QuerySet, Tensor], Tensor]] = {
+            "model": lambda query_set, sources: compose_queries(model, features, sources, query_set.texts, progress)}
         if baselines:
-            ways |= {IMAGE: lambda asked, sources: F.normalize(features[sources], dim=1),
-                     TEXT: lambda asked, sources: compose_queries(model, average, torch.zeros_like(sources),
-                                                                  asked.texts, progress)}
-        found, hits = {way: {} for way in ways}, {way: [] for way in ways}
-        for way, ask in ways.items():
-            for asked in task.query_sets:
-                queries = ask(asked, rows(asked.sources))
-                ranked = ranks(queries, gallery, asked.own, asked.judges, progress)
-                if watch is not None and way == "model":
-                    watch(asked, task.gallery, queries, gallery, ranked)
-                found[way] |= shares(asked.judges, ranked)
-                hits[way] += hits_of(dataset, asked, ranked)
+            methods |= {IMAGE: lambda query_set, sources: F.normalize(features[sources], dim=1),
+                        TEXT: lambda query_set, sources: compose_queries(model, average, torch.zeros_like(sources),
+                                                                         query_set.texts, progress)}
+        found, hits = {method: {} for method in methods}, {method: [] for method in methods}
+        for method, ask in methods.items():
+            for query_set in task.query_sets:
+                queries = ask(query_set, rows(query_set.sources))
+                ranked = ranks(queries, gallery, query_set.own, query_set.metrics, progress)
+                if watch is not None and method == "model":
+                    watch(query_set, task.gallery, queries, gallery, ranked)
+                found[method] |= shares(query_set.metrics, ranked)
+                hits[method] += hits_of(dataset, query_set, ranked)
     finally:
         model.train(was_training)
     if baselines:
-        found["chance"] = {name: value for asked in task.query_sets for name, value in chance(asked).items()}
-    found = {way: dataset.with_means(metrics) for way, metrics in found.items()}
+        found["chance"] = {name: value for query_set in task.query_sets for name, value in chance(query_set).items()}
+    found = {method: dataset.with_means(metrics) for method, metrics in found.items()}
     return {**found, SOLVED: solved(hits)} if baselines else found
 
 
-def hits_of(dataset: CompositionDataset, asked: QuerySet, found: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """(Q,) whether each query is solved, by each judge of the dataset's `solved_at`; found: the judges' ranks."""
+def hits_of(dataset: CompositionDataset, query_set: QuerySet, found: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """(Q,) whether each query is solved, by each metric of the dataset's `solved_at`; found: the metrics' ranks."""
     name, k = dataset.solved_at
-    return [rank < k for judge, rank in zip(asked.judges, found, strict=True) if judge.name.startswith(name)]
+    return [rank < k for metric, rank in zip(query_set.metrics, found, strict=True) if metric.name.startswith(name)]
 
 
 def solved(hits: dict[str, list[np.ndarray]]) -> dict[str, int]:
-    """How many queries one of the two ways that compose nothing solves, one of them at least, and none of them."""
-    if not hits[IMAGE]:                                                         # its judges have other names
+    """How many queries one of the two methods that compose nothing solves, one of them at least, and none of them."""
+    if not hits[IMAGE]:                                                         # its metrics have other names
         return {}
     image, text = np.concatenate(hits[IMAGE]), np.concatenate(hits[TEXT])
     either = image | text
@@ -305,19 +305,19 @@ def solved(hits: dict[str, list[np.ndarray]]) -> dict[str, int]:
             "neither": int((~either).sum())}
 
 
-def chance(asked: QuerySet) -> dict[str, float]:
+def chance(query_set: QuerySet) -> dict[str, float]:
     """Expected recalls of a random order: 1 - C(N - m, K) / C(N, K) for a query with m correct among N."""
     values = {}
-    for judge in asked.judges:
-        images = CorrectImages(judge)
-        own = asked.own
-        total = judge.ranked(own)
-        own_is_correct = (own >= 0) & judge.is_right(np.arange(len(own)), own)
+    for metric in query_set.metrics:
+        images = CorrectImages(metric)
+        own = query_set.own
+        total = metric.ranked(own)
+        own_is_correct = (own >= 0) & metric.is_correct(np.arange(len(own)), own)
         correct = images.counts - own_is_correct
-        for k in judge.ks:
+        for k in metric.ks:
             miss = np.ones(len(own))
             for drawn in range(k):                                              # each draw misses all m once more
                 left = np.maximum(total - drawn, 1)
                 miss *= np.clip((left - correct) / left, 0, 1)
-            values[f"recall_top{k}_{judge.name}"] = float(1 - miss.mean())
+            values[f"recall_top{k}_{metric.name}"] = float(1 - miss.mean())
     return values

@@ -53,32 +53,32 @@ def batch_based_classification_loss(query: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
-def caption_aware_classification_loss(query: Tensor, target: Tensor, goals: Tensor | None = None) -> Tensor:
+def caption_aware_classification_loss(query: Tensor, target: Tensor, target_labels: Tensor | None = None) -> Tensor:
     """Cross entropy over the batch where row i may pick any target that is as right as its own. (B, D) twice.
 
-    goals: (B,) ints, equal for targets that are right for one another's queries, as those of one caption are; without
-    them each is right for its own query alone, as in batch_based_classification_loss.
+    target_labels: (B,) ints, equal for targets that are right for one another's queries, as those of one caption are;
+    without them each is right for its own query alone, as in batch_based_classification_loss.
     """
-    if goals is None:
-        goals = torch.arange(len(query), device=query.device)
-    return choice_losses(query @ target.T, goals[:, None] == goals).mean()      # in each row at least its own
+    if target_labels is None:
+        target_labels = torch.arange(len(query), device=query.device)
+    return multi_positive_losses(query @ target.T, target_labels[:, None] == target_labels).mean()
 
 
-def choice_losses(logits: Tensor, right: Tensor) -> Tensor:
-    """Cross entropy of each row, which may pick any of its right columns, at least one. (B, C) twice -> (B,)."""
-    return logits.logsumexp(1) - logits.masked_fill(~right, -torch.inf).logsumexp(1)
+def multi_positive_losses(logits: Tensor, positive: Tensor) -> Tensor:
+    """Cross entropy of each row, which may pick any of its positive columns, at least one. (B, C) twice -> (B,)."""
+    return logits.logsumexp(1) - logits.masked_fill(~positive, -torch.inf).logsumexp(1)
 
 
-def told_text_loss(told: Tensor, text: Tensor, said: Tensor) -> Tensor:
-    """Cross entropy over the batch's texts, where row i of `told` should pick text i or one that says the same, less
-    log 2 and at least 0; scores are cosines times 10. (B, T) twice. So a row that gives its text half of the
-    probability is done: to tell more would cost the image features what finds images (docs/experiments.md). The texts
-    teach and are not taught: no gradient reaches them.
+def text_prediction_loss(predicted: Tensor, text: Tensor, text_labels: Tensor) -> Tensor:
+    """Cross entropy over the batch's texts, where row i of `predicted` should pick text i or an equal one, less log 2
+    and at least 0; scores are cosines times 10. (B, T) twice. So a row that gives its text half of the probability is
+    done: to predict more would cost the image features what finds images (docs/experiments.md). The texts are targets
+    alone: no gradient reaches them.
 
-    said: (B,) ints, equal for equal texts, whose vectors may differ, as an LSTM's do by dropout.
+    text_labels: (B,) ints, equal for equal texts, whose vectors may differ, as an LSTM's do by dropout.
     """
-    scores = 10 * F.normalize(told, dim=1) @ F.normalize(text.detach(), dim=1).T    # (B, B)
-    return F.relu(choice_losses(scores, said[:, None] == said) - math.log(2)).mean()
+    scores = 10 * F.normalize(predicted, dim=1) @ F.normalize(text.detach(), dim=1).T    # (B, B)
+    return F.relu(multi_positive_losses(scores, text_labels[:, None] == text_labels) - math.log(2)).mean()
 
 
 LOSSES = {"soft_triplet": soft_triplet_loss, "batch_based_classification": batch_based_classification_loss,
@@ -87,27 +87,28 @@ LOSSES = {"soft_triplet": soft_triplet_loss, "batch_based_classification": batch
 
 def composition_losses(features: dict[str, Tensor], loss: str,
                        gather: Callable[[Tensor], Tensor] = lambda own: own,
-                       goals: Tensor | None = None) -> dict[str, Tensor]:
+                       target_labels: Tensor | None = None) -> dict[str, Tensor]:
     """{logged name: scalar} for what a composer's forward gave; a term is there when its two features are.
 
     `loss` names the metric loss, which judges query against target (weight 1) and, for ComposeAE, the conjugate
     composition against the source (0.01); the two reconstructions weigh 0.1 each (ComposeAE eq. 9 to 12).
-    TransformerAE's text that is told from two images weighs 1.
+    TransformerAE's text that is predicted from two images weighs 1.
     gather: (B, D) of this process -> (all, D): where several share a batch, every query meets the targets of all.
-    goals: (B,) ints of this process, equal for targets of one caption; of the losses, one asks for them.
+    target_labels: (B,) ints of this process, equal for targets of one caption; of the losses, one asks for them.
     """
     def metric_loss(query: Tensor, target: Tensor, **known: Tensor) -> Tensor:
         return LOSSES[loss](gather(query), gather(target), **known)
 
-    def told_text(told: Tensor, text: Tensor) -> Tensor:
-        return told_text_loss(gather(told), gather(text), gather(features["said"]))
-    aware = goals is not None and LOSSES[loss] is caption_aware_classification_loss
+    def text_prediction(predicted: Tensor, text: Tensor) -> Tensor:
+        return text_prediction_loss(gather(predicted), gather(text), gather(features["text_labels"]))
+    aware = target_labels is not None and LOSSES[loss] is caption_aware_classification_loss
     terms = {
-        loss: (1.0, partial(metric_loss, goals=gather(goals)) if aware else metric_loss, "query", "target"),
+        loss: (1.0, partial(metric_loss, target_labels=gather(target_labels)) if aware else metric_loss, "query",
+               "target"),
         "L2_loss": (0.1, F.mse_loss, "decoded_image", "image"),
         "L2_loss_text": (0.1, F.mse_loss, "decoded_text", "text"),
         "rot_sym_loss": (0.01, metric_loss, "rotated_back", "source"),
-        "told_text_loss": (1.0, told_text, "told_text", "text"),
+        "told_text_loss": (1.0, text_prediction, "text_prediction", "text"),
     }
     present = {name: term for name, term in terms.items() if term[2] in features}
     losses = {name: compare(features[a], features[b]) for name, (_, compare, a, b) in present.items()}

@@ -31,7 +31,7 @@ class Sample(NamedTuple):
 
 
 @dataclass
-class Judge:
+class Metric:
     """One way to count a query's hits: a gallery image is correct when its label equals the query's."""
     name: str                           # recall_top{K}_{name}
     query_labels: np.ndarray            # (Q,) ints
@@ -54,13 +54,13 @@ class Judge:
         first = np.searchsorted(ordered, self.query_labels, "left")             # (Q,)
         return places, first, np.searchsorted(ordered, self.query_labels, "right") - first
 
-    def is_right(self, query, positions) -> np.ndarray:
+    def is_correct(self, query, positions) -> np.ndarray:
         """Whether images at these gallery positions are correct for a query, or for one query each."""
         return self.gallery_labels[positions] == self.query_labels[query]
 
 
 @dataclass
-class ListedJudge:
+class ListedMetric:
     """The same, where what is correct is listed for each query, as what it is to be found among can be."""
     name: str
     right: list[np.ndarray]             # Q times gallery positions, ascending
@@ -78,7 +78,7 @@ class ListedJudge:
         counts = np.array([len(listed) for listed in self.right])
         return np.concatenate(self.right), np.cumsum(counts) - counts, counts
 
-    def is_right(self, query, positions) -> np.ndarray:
+    def is_correct(self, query, positions) -> np.ndarray:
         queries, positions = np.broadcast_arrays(query, positions)
         pairs = zip(queries.tolist(), positions.tolist(), strict=True)
         return np.array([position in self.right[query] for query, position in pairs])
@@ -90,7 +90,7 @@ class QuerySet:
     sources: np.ndarray                 # (Q,) image ids
     texts: list[str]                    # Q
     own: np.ndarray                     # (Q,) gallery position taken out of the query's ranking; -1 = nothing is
-    judges: list[Judge | ListedJudge]
+    metrics: list[Metric | ListedMetric]
 
 
 @dataclass
@@ -136,9 +136,9 @@ class CompositionDataset:
     is_ones_own = False                 # whether who runs it can change it; the published are as they are
     about = ""                          # what is tested, where the benchmark's name does not say it
     served = ""                         # the split, where there is one, whose answers a test server alone knows
-    together = 1                        # consecutive samples of an epoch that belong in one batch
+    group_size = 1                      # consecutive samples of an epoch that belong in one batch
     best_metric = "recall_top10_correct_composition"  # by which a run's best checkpoint is chosen
-    solved_at = "correct_composition", 10  # how its judges' names begin, and K, by which a query counts as solved
+    solved_at = "correct_composition", 10  # how its metrics' names begin, and K, by which a query counts as solved
     headline = tuple(f"recall_top{k}_correct_composition" for k in (1, 5, 10))  # what papers report of it
 
     def __init__(self, path: str | Path, split: str, complete_text: bool = False, category: str = "all",
@@ -166,7 +166,7 @@ class CompositionDataset:
         return []
 
     @cached_property
-    def goals(self) -> np.ndarray:
+    def target_labels(self) -> np.ndarray:
         """(images,) ints, equal for images that are equally right as a target: here each only for itself."""
         return np.arange(len(self.images))
 
@@ -190,23 +190,23 @@ class CompositionDataset:
         raise NotImplementedError
 
     @cached_property
-    def asked(self) -> list[Sample]:
+    def all_queries(self) -> list[Sample]:
         return self.queries()
 
     def __len__(self) -> int:
         """Training samples in an epoch."""
-        return len(self.asked)
+        return len(self.all_queries)
 
     def sample(self, order: np.ndarray, position: int, key: tuple[int, ...]) -> Sample:
         """The training sample at `position` of an epoch that visits indices in `order`; `key` seeds its choices.
 
         Further numbers on the key count from 1: a trailing 0 says nothing to numpy, and is the order's own.
         """
-        return self.asked[order[position]]
+        return self.all_queries[order[position]]
 
     def training_texts(self) -> list[str]:
         """The captions the vocabulary is built from, in order."""
-        return texts_of(self.asked)
+        return texts_of(self.all_queries)
 
     def sample_texts(self, seed: int, epoch: int) -> Iterable[str]:
         """At least every text that a training sample of the epoch has; one may come often."""
@@ -221,11 +221,11 @@ class CompositionDataset:
 
     def test_task(self) -> RetrievalTask:
         """Every query against every image; the target is right."""
-        sources, targets = (np.array([query[place] for query in self.asked]) for place in (0, 1))
+        sources, targets = (np.array([query[place] for query in self.all_queries]) for place in (0, 1))
         gallery = np.arange(len(self.images))
         own = np.full(len(sources), -1) if self.keep_source else sources
-        return RetrievalTask(gallery, [QuerySet(sources, texts_of(self.asked), own,
-                                                [Judge("correct_composition", targets, gallery)])])
+        return RetrievalTask(gallery, [QuerySet(sources, texts_of(self.all_queries), own,
+                                                [Metric("correct_composition", targets, gallery)])])
 
     def training_task(self, seed: int) -> RetrievalTask:
         """Random training samples against their targets, which are right for each other's queries where they are the
@@ -233,7 +233,7 @@ class CompositionDataset:
         samples = self.training_samples(seed)
         sources, targets = (np.array([sample[place] for sample in samples]) for place in (0, 1))
         return RetrievalTask(targets, [QuerySet(sources, texts_of(samples), np.full(len(samples), -1),
-                                                [Judge("correct_composition", targets, targets)])])
+                                                [Metric("correct_composition", targets, targets)])])
 
     def training_samples(self, seed: int) -> list[Sample]:
         """The same random samples at every test of a run, from an epoch that no training reaches."""
@@ -244,13 +244,13 @@ class CompositionDataset:
         """The retrieval test's metrics, and with them whatever averages the benchmark's papers report."""
         return metrics
 
-    def metrics(self) -> list[str]:
+    def metric_names(self) -> list[str]:
         """Names of what the retrieval test gives."""
-        return list(self.with_means({f"recall_top{k}_{judge.name}": 0.0 for asked in self.task().query_sets
-                                     for judge in asked.judges for k in judge.ks}))
+        return list(self.with_means({f"recall_top{k}_{metric.name}": 0.0 for query_set in self.task().query_sets
+                                     for metric in query_set.metrics for k in metric.ks}))
 
-    def submission(self, orders: Iterable[np.ndarray]) -> dict[str, dict]:
-        """Of the split `served`: {file name: what its test server takes}. orders: of each query the images' ids, the
+    def submission(self, rankings: Iterable[np.ndarray]) -> dict[str, dict]:
+        """Of the split `served`: {file name: what its test server takes}. rankings: of each query the images' ids, the
         best first, without its own."""
         raise NotImplementedError
 
@@ -276,7 +276,7 @@ class CompositionDataset:
         self.amiss.append(complaint)
 
 
-class Line(NamedTuple):
+class Annotation(NamedTuple):
     """A query that somebody wrote, with images by id."""
     source: int
     targets: list[int]                  # any of them is right
@@ -288,21 +288,21 @@ class Line(NamedTuple):
 class AnnotatedDataset(CompositionDataset):
     """One whose queries were written one by one: `read` fills `lines`, from which it is trained and tested."""
 
-    lines: list[Line]
+    annotations: list[Annotation]
 
-    def queries(self) -> list[Line]:
-        return self.lines
+    def queries(self) -> list[Annotation]:
+        return self.annotations
 
     def sample(self, order: np.ndarray, position: int, key: tuple[int, ...]) -> Sample:
         """A line with one of its targets."""
-        line = self.lines[order[position]]
+        line = self.annotations[order[position]]
         return Sample(line.source, pick(np.random.default_rng((*key, 1 + position)), line.targets), line.text)
 
     def sample_texts(self, seed: int, epoch: int) -> Iterable[str]:
-        return texts_of(self.lines)
+        return texts_of(self.annotations)
 
 
-def tell_of_passed_over(splits: Iterable[CompositionDataset]) -> str:
+def note_passed_over(splits: Iterable[CompositionDataset]) -> str:
     """What to say of pictures that these splits' benchmark does not read; nothing where there are none."""
     splits = list(splits)
     endings = sum((data.passed_over for data in splits), Counter())

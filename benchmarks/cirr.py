@@ -8,8 +8,8 @@ import numpy as np
 
 from benchmarks.base import (
     AnnotatedDataset,
-    Line,
-    ListedJudge,
+    Annotation,
+    ListedMetric,
     QuerySet,
     RetrievalTask,
     inside,
@@ -37,16 +37,16 @@ class CIRR(AnnotatedDataset):
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """Where an entry says which images its pair has; of test1 the target is not said."""
+        """Where an entry says which images its pair has; of test1 the target is not annotated."""
         return ("reference",) if self.split == self.served else ("reference", "target_hard")
 
     def read(self) -> None:
         if self.complete_text:
             raise InputError("CIRR has no captions of its targets: drop --use_complete_text_query")
-        said = self.root / "cirr" if (self.root / "cirr" / "captions").is_dir() else self.root
+        annotated = self.root / "cirr" if (self.root / "cirr" / "captions").is_dir() else self.root
         name = f"rc2.{self.split if self.split == self.served else 'val' if self.split == 'test' else 'train'}.json"
-        places = self.read_split(require(said / "image_splits" / f"split.{name}", "split file"))
-        captions = require(said / "captions" / f"cap.{name}", "caption file")
+        places = self.read_split(require(annotated / "image_splits" / f"split.{name}", "split file"))
+        captions = require(annotated / "captions" / f"cap.{name}", "caption file")
         entries = [entry for entry in self.read_captions(captions, places) if self.has(entry["reference"])]
         used = [entry[end] for entry in entries for end in self.ends]
         names = dict.fromkeys(used if self.published == "train" else places)
@@ -55,12 +55,12 @@ class CIRR(AnnotatedDataset):
         whole = [entry for entry in entries if all(entry[end] in ids for end in self.ends)]
         if self.lenient:
             self.drop("pairs", len(entries) - len(whole))
-        self.names, self.pairs, self.lines = kept, [entry.get("pairid") for entry in whole], []
+        self.names, self.pairs, self.annotations = kept, [entry.get("pairid") for entry in whole], []
         for entry in whole:
             source, *targets = (ids[entry[end]] for end in self.ends)
             others = {ids[image] for image in entry["img_set"]["members"] if image in ids} - {source, *targets}
-            self.lines.append(Line(source, targets, entry["caption"], sorted(others), ""))
-        if not self.lines:
+            self.annotations.append(Annotation(source, targets, entry["caption"], sorted(others), ""))
+        if not self.annotations:
             raise InputError(f"no usable pair of the {self.split} split in {captions}")
 
     def read_split(self, file: Path) -> dict[str, str]:
@@ -86,23 +86,23 @@ class CIRR(AnnotatedDataset):
         return entries if isinstance(entries, list) else [entries]
 
     def test_task(self) -> RetrievalTask:
-        sources, gallery = np.array([line.source for line in self.lines]), len(self.images)
+        sources, gallery = np.array([line.source for line in self.annotations]), len(self.images)
         if self.split == self.served:
-            return RetrievalTask(np.arange(gallery), [QuerySet(sources, texts_of(self.lines), sources, [])])
-        right = [np.array(line.targets) for line in self.lines]
-        subsets = [np.array(sorted([*line.targets, *line.negatives])) for line in self.lines]
-        judges = [ListedJudge("correct_composition", right, gallery, None, self.KS),
-                  ListedJudge("subset", right, gallery, subsets, self.SUBSET_KS)]
-        return RetrievalTask(np.arange(gallery), [QuerySet(sources, texts_of(self.lines), sources, judges)])
+            return RetrievalTask(np.arange(gallery), [QuerySet(sources, texts_of(self.annotations), sources, [])])
+        right = [np.array(line.targets) for line in self.annotations]
+        subsets = [np.array(sorted([*line.targets, *line.negatives])) for line in self.annotations]
+        metrics = [ListedMetric("correct_composition", right, gallery, None, self.KS),
+                  ListedMetric("subset", right, gallery, subsets, self.SUBSET_KS)]
+        return RetrievalTask(np.arange(gallery), [QuerySet(sources, texts_of(self.annotations), sources, metrics)])
 
     def with_means(self, metrics: dict[str, float]) -> dict[str, float]:
         parts = [metrics.get(name) for name in ("recall_top5_correct_composition", "recall_top1_subset")]
         return metrics if None in parts else {**metrics, "recall_mean": sum(parts) / 2}
 
-    def submission(self, orders: Iterable[np.ndarray]) -> dict[str, dict]:
+    def submission(self, rankings: Iterable[np.ndarray]) -> dict[str, dict]:
         """The first of all images, and the first of the set's five others."""
         whole, subset = ({"version": "rc2", "metric": metric} for metric in ("recall", "recall_subset"))
-        for pair, line, order in zip(self.pairs, self.lines, orders, strict=True):
+        for pair, line, order in zip(self.pairs, self.annotations, rankings, strict=True):
             alike = order[np.isin(order, line.negatives)]
             for answers, found, most in ((whole, order, max(self.KS)), (subset, alike, max(self.SUBSET_KS))):
                 answers[str(pair)] = [self.names[image] for image in found[:most]]

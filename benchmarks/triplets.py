@@ -15,9 +15,9 @@ from benchmarks import imagefolder
 from benchmarks.base import (
     RECALL_KS,
     AnnotatedDataset,
-    Judge,
-    Line,
-    ListedJudge,
+    Annotation,
+    ListedMetric,
+    Metric,
     QuerySet,
     RetrievalTask,
     inside,
@@ -133,7 +133,7 @@ class Triplets(AnnotatedDataset):
                     parsed.append((where, entry))
         listed = self.listed(folder, known)
         self.collect(parsed, listed)
-        if not self.lines:
+        if not self.annotations:
             raise InputError(f"no usable line of the {self.split} split in {self.table(folder)}: " + (
                 "--validation holds out by source image, give a larger share" if self.held_out else
                 next(iter(self.amiss), "all of its images are broken")))
@@ -217,7 +217,7 @@ class Triplets(AnnotatedDataset):
         gallery = used if self.split == "train" else listed or self.there
         here = [name for name in dict.fromkeys(gallery) if self.below + name not in self.without]
         ids = {name: image for image, name in enumerate(here)}
-        self.gallery, self.lines, self.captions = len(here), [], {}
+        self.gallery, self.annotations, self.captions = len(here), [], {}
         for where, entry in parsed:
             if self.below + entry.source in self.without:
                 self.drop("triplets whose images are broken")
@@ -233,10 +233,10 @@ class Triplets(AnnotatedDataset):
                 self.drop("triplets whose images are broken")
                 continue
             source = ids.setdefault(entry.source, len(ids))
-            self.lines.append(Line(source, sorted(targets), entry.text, sorted(negatives), entry.group))
+            self.annotations.append(Annotation(source, sorted(targets), entry.text, sorted(negatives), entry.group))
             self.captions.update(dict.fromkeys(targets, entry.caption) if entry.caption else {})
         self.images = [self.below + name for name in ids]
-        groups = list(dict.fromkeys(line.group for line in self.lines if line.group))
+        groups = list(dict.fromkeys(line.group for line in self.annotations if line.group))
         if len(groups) > self.MOST_GROUPS:
             raise InputError(f"{len(groups)} groups, of which each is tested apart; {self.MOST_GROUPS} are the most. A "
                              "group is a category, as dress or shoe")
@@ -244,10 +244,10 @@ class Triplets(AnnotatedDataset):
 
     def tell(self, folder: Path, listed: list[str]) -> None:
         """Fill `about`."""
-        right = [len(line.targets) for line in self.lines]
+        right = [len(line.targets) for line in self.annotations]
         span = str(right[0]) if len(set(right)) == 1 else f"{min(right)} to {max(right)}"
-        self.about = (f"{self.split} split: {len(self.lines)} queries with {span} right of {self.gallery} images in "
-                      f"the gallery, {'those of gallery.txt' if listed else f'all of {folder}'}; a query's "
+        self.about = (f"{self.split} split: {len(self.annotations)} queries with {span} right of {self.gallery} images "
+                      f"in the gallery, {'those of gallery.txt' if listed else f'all of {folder}'}; a query's "
                       f"source {'stays in' if self.keep_source else 'is left out of'} its ranking")
         if passed := self.walk.counted(Kind.PASSED_OVER, Kind.UNREADABLE_FOLDER, Kind.LINKED_FOLDER, Kind.HIDDEN):
             self.about += f"; passed over: {', '.join(passed)}"
@@ -256,7 +256,7 @@ class Triplets(AnnotatedDataset):
                            "whose targets may be training's too")
 
     @cached_property
-    def goals(self) -> np.ndarray:
+    def target_labels(self) -> np.ndarray:
         """Images are equally right where they have the same target_caption."""
         labels = [self.captions.get(image, f"\0{image}") for image in range(len(self.images))]
         return np.unique(labels, return_inverse=True)[1]
@@ -264,22 +264,22 @@ class Triplets(AnnotatedDataset):
     def test_task(self) -> RetrievalTask:
         """All queries in the whole gallery; those of a group among the images that its lines name; and those with
         negatives among these and what is right, as in CIRR's subsets."""
-        def asked(lines: list[Line], judge: Judge | ListedJudge) -> QuerySet:
+        def query_set(lines: list[Annotation], metric: Metric | ListedMetric) -> QuerySet:
             sources = np.array([line.source for line in lines])
             own = np.where((sources < self.gallery) & (not self.keep_source), sources, -1)
-            return QuerySet(sources, texts_of(lines), own, [judge])
+            return QuerySet(sources, texts_of(lines), own, [metric])
 
-        def listed(name: str, lines: list[Line], candidates: list | None = None, ks=RECALL_KS) -> ListedJudge:
-            return ListedJudge(name, [np.array(line.targets) for line in lines], self.gallery, candidates, ks)
-        sets = [asked(self.lines, listed("correct_composition", self.lines))]
+        def listed(name: str, lines: list[Annotation], candidates: list | None = None, ks=RECALL_KS) -> ListedMetric:
+            return ListedMetric(name, [np.array(line.targets) for line in lines], self.gallery, candidates, ks)
+        sets = [query_set(self.annotations, listed("correct_composition", self.annotations))]
         for group in self.groups:
-            lines = [line for line in self.lines if line.group == group]
+            lines = [line for line in self.annotations if line.group == group]
             named = {image for line in lines for image in (line.source, *line.targets, *line.negatives)}
             own_gallery = np.array(sorted(image for image in named if image < self.gallery))
-            sets.append(asked(lines, listed(f"own_gallery_{group}", lines, [own_gallery] * len(lines))))
-        if lines := [line for line in self.lines if line.negatives]:
+            sets.append(query_set(lines, listed(f"own_gallery_{group}", lines, [own_gallery] * len(lines))))
+        if lines := [line for line in self.annotations if line.negatives]:
             candidates = [np.array(sorted({*line.targets, *line.negatives})) for line in lines]
-            sets.append(asked(lines, listed("among_negatives", lines, candidates, (1, 2, 3))))
+            sets.append(query_set(lines, listed("among_negatives", lines, candidates, (1, 2, 3))))
         return RetrievalTask(np.arange(self.gallery), sets)
 
 

@@ -60,7 +60,7 @@ if __name__ == "__main__":                                                      
 import numpy as np
 from PIL import Image
 
-from benchmarks.base import CompositionDataset, QuerySet, tell_of_passed_over
+from benchmarks.base import CompositionDataset, QuerySet, note_passed_over
 from datasets import DATASETS
 from machine.device import usable_cores
 from machine.image_store import file_version, prefetch
@@ -123,7 +123,7 @@ def check(args: argparse.Namespace, report: Report) -> None:
         splits[name] = data
         words = describe(data, known, report)
         known = words if name == "train" else known
-    if told := tell_of_passed_over(splits.values()):
+    if told := note_passed_over(splits.values()):
         report.complain(told)
     bad = look_at_files(root, kind.upright, splits, whole, report)
     for name, data in list(splits.items()):
@@ -178,8 +178,8 @@ def describe(data: CompositionDataset, known: SimpleVocab | None, report: Report
         report.row("training samples", len(data))
     else:
         sets = asked_by(data)
-        texts = [text for asked in sets for text in asked.texts]
-        counts = [len(right) for asked in sets for right in right_answers(asked)]
+        texts = [text for query_set in sets for text in query_set.texts]
+        counts = [len(right) for query_set in sets for right in right_answers(query_set)]
         report.row("queries", len(texts))
         report.row("right answers", f"min {min(counts)}, mean {np.mean(counts):.1f}, max {max(counts)} a query")
     often = Counter(texts)
@@ -202,13 +202,13 @@ def left_out(data: CompositionDataset) -> str:
 
 def asked_by(data: CompositionDataset) -> list[QuerySet]:
     """Each query of a split once: what a group or few images are asked besides is named otherwise."""
-    return [asked for asked in data.task().query_sets if asked.judges[0].name.startswith("correct_")]
+    return [query_set for query_set in data.task().query_sets if query_set.metrics[0].name.startswith("correct_")]
 
 
-def right_answers(asked: QuerySet) -> Iterator[np.ndarray]:
+def right_answers(query_set: QuerySet) -> Iterator[np.ndarray]:
     """Each query's right gallery positions, among those that are ranked."""
-    places, first, counts = asked.judges[0].correct()
-    for own, start, count in zip(asked.own, first, counts, strict=True):
+    places, first, counts = query_set.metrics[0].correct()
+    for own, start, count in zip(query_set.own, first, counts, strict=True):
         right = places[start:start + count]
         yield right[right != own]
 
@@ -284,7 +284,8 @@ def asked_about(data: CompositionDataset) -> set[str]:
     if data.split == "train":
         return set(data.images)
     gallery, sets = data.task().gallery, asked_by(data)
-    ids = [ids for asked in sets for ids in (asked.sources, *(gallery[right] for right in right_answers(asked)))]
+    ids = [ids for query_set in sets
+           for ids in (query_set.sources, *(gallery[right] for right in right_answers(query_set)))]
     return {data.images[image] for image in np.concatenate(ids)}
 
 
@@ -303,14 +304,14 @@ def draw(data: CompositionDataset) -> Image.Image:
     def picture(image: int) -> Image.Image:
         return Image.fromarray(decode(data.paths[image], TILE, upright=data.upright))
     gallery, sets = data.task().gallery, asked_by(data)
-    every = [(asked, number) for asked in sets for number in range(len(asked.texts))]
-    rights = (right for asked in sets for right in right_answers(asked))
+    every = [(query_set, number) for query_set in sets for number in range(len(query_set.texts))]
+    rights = (right for query_set in sets for right in right_answers(query_set))
     chosen = set(np.random.default_rng(0).choice(len(every), min(SHOWN, len(every)), replace=False).tolist())
     answers = []
-    for place, ((asked, number), right) in enumerate(zip(every, rights, strict=True)):
+    for place, ((query_set, number), right) in enumerate(zip(every, rights, strict=True)):
         if place in chosen:
             images = list(dict.fromkeys(gallery[right].tolist()))               # the train split's gallery repeats some
-            answers.append(Answer(picture(asked.sources[number]), f"+ {asked.texts[number]}",
+            answers.append(Answer(picture(query_set.sources[number]), f"+ {query_set.texts[number]}",
                                   [picture(image) for image in images[:RESULTS]], [True] * RESULTS,
                                   verdict=f"{len(images)} right"))
     return sheet(answers, RESULTS, TILE)

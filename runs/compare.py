@@ -28,10 +28,10 @@ from training import checkpoint
 from training.writers import LINES
 
 KS = 1, 5, 10, 50
-JUDGES = "correct_composition", "own_gallery_mean"                        # the first that a benchmark has
+METRICS = "correct_composition", "own_gallery_mean"                        # the first that a benchmark has
 
 
-def found(folder: Path) -> dict | None:
+def results_of(folder: Path) -> dict | None:
     """What a run has given: {split: {metric: value}}, and its "ms" and "weights"; None where it has not ended."""
     for file in sorted(folder.glob("*/metrics.json"), reverse=True):
         state, results = checkpoint.load(file.with_name(checkpoint.LATEST)), json.loads(file.read_text())
@@ -56,11 +56,11 @@ def run(dataset: str, model: str, seed: int, more: list[str], out: Path) -> dict
     name, _, path = dataset.partition(":")
     flags = [f"--dataset={name}", f"--dataset_path={path}", f"--model={model}", f"--seed={seed}", *more]
     folder = out / f"{Path(path).name}_{model}_{seed}_{hashlib.sha256(repr(flags).encode()).hexdigest()[:12]}"
-    if not (result := found(folder)):
+    if not (result := results_of(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         print("main.py", *flags, file=sys.stderr, flush=True)
         command = [sys.executable, "-W", "ignore", ROOT / "main.py", *flags, f"--log_dir={folder}", "--resume=auto"]
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode or not (result := found(folder)):
+        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode or not (result := results_of(folder)):
             raise InputError(f"the run in {folder} did not end; what it said stands above")
     return result
 
@@ -71,9 +71,9 @@ def rows(dataset: str, model: str, results: list[dict]) -> Iterator[str]:
         if split == "train":
             continue
         cells, tests = [], [result["splits"][split] for result in results]
-        judge = next(judge for judge in JUDGES if f"recall_top10_{judge}" in tests[0])
+        metric = next(metric for metric in METRICS if f"recall_top10_{metric}" in tests[0])
         for k in KS:
-            if (name := f"recall_top{k}_{judge}") not in tests[0]:
+            if (name := f"recall_top{k}_{metric}") not in tests[0]:
                 cells.append("")
                 continue
             values = [100 * test[name] for test in tests]

@@ -49,7 +49,7 @@ def test_cirr_leaves_the_reference_out_everywhere(tmp_path):
                                   (20, 50, 21, 22, 23, 24)])
     data = CIRR(root, "test")
     (asked,) = data.task().query_sets
-    found = data.with_means(recalls(turned([-1] * 4), turned(range(60)), asked.own, asked.judges))
+    found = data.with_means(recalls(turned([-1] * 4), turned(range(60)), asked.own, asked.metrics))
     whole, subset = {1: 1 / 4, 5: 2 / 4, 10: 3 / 4, 50: 1}, {1: 1 / 4, 2: 2 / 4, 3: 3 / 4}
     assert found == {**{f"recall_top{k}_correct_composition": share for k, share in whole.items()},
                      **{f"recall_top{k}_subset": share for k, share in subset.items()},
@@ -160,7 +160,7 @@ def test_fashion_iq_ranks_in_both_galleries(tmp_path):
     gallery = turned([ANGLES[name[0]] + int(name[1:]) for name in names])
     task, found = data.task(), {}
     for asked, angle in zip(task.query_sets, ANGLES.values(), strict=True):
-        found |= recalls(turned([angle - 1] * len(asked.texts)), gallery, asked.own, asked.judges)
+        found |= recalls(turned([angle - 1] * len(asked.texts)), gallery, asked.own, asked.metrics)
     found = data.with_means(found)
     own, val = ({"dress": {10: r10, 50: r50}, "shirt": {10: 1, 50: 1}, "toptee": {10: 1, 50: 1}}
                 for r10, r50 in ((1 / 7, 5 / 7), (5 / 7, 1)))
@@ -170,7 +170,7 @@ def test_fashion_iq_ranks_in_both_galleries(tmp_path):
             assert {k: found[f"recall_top{k}_{kind}_{what}"] for k in shares} == pytest.approx(shares), (kind, what)
         assert found[f"recall_mean_{kind}"] == pytest.approx(sum(expected["mean"].values()) / 2)
     assert found["recall_top50_correct_dress"] == pytest.approx(5 / 7) and data.best_metric == "recall_mean_own_gallery"
-    among = {judge.name: [names[i] for i in judge.among] for asked in task.query_sets for judge in asked.judges[1:]}
+    among = {metric.name: [names[i] for i in metric.among] for asked in task.query_sets for metric in asked.metrics[1:]}
     assert [len(among[f"{kind}_{what}"]) for what in ("dress", "shirt", "toptee")
             for kind in ("own_gallery", "VAL_gallery")] == [70, 14, 10, 2, 4, 2]
     assert set(among["VAL_gallery_toptee"]) == {"T0", "T2"}
@@ -179,7 +179,7 @@ def test_fashion_iq_ranks_in_both_galleries(tmp_path):
 def test_a_source_whose_target_is_broken_stays_in_the_second_gallery(tmp_path):
     data = FashionIQ(write_two_galleries(tmp_path), "test", without=frozenset({"all_imgs/D5.jpg"}))
     dress = data.task().query_sets[0]
-    assert len(dress.texts) == 6 and [len(judge.among) for judge in dress.judges[1:]] == [69, 13]
+    assert len(dress.texts) == 6 and [len(metric.among) for metric in dress.metrics[1:]] == [69, 13]
 
 
 # Queries that need no composing
@@ -239,14 +239,14 @@ def test_every_benchmark_counts_each_query_once(name, tmp_path):
     heard = {text: rng.uniform(0, 360) for text in task.texts}
     image, text = set(), set()
     for number, asked in enumerate(task.query_sets):
-        for judge in asked.judges:
-            if judge.name.startswith(data.solved_at[0]):
+        for metric in asked.metrics:
+            if metric.name.startswith(data.solved_at[0]):
                 for query, source in enumerate(asked.sources):
-                    among = range(len(task.gallery)) if judge.among is None else judge.among
+                    among = range(len(task.gallery)) if metric.among is None else metric.among
                     others = [place for place in among if place != asked.own[query]]
                     for solved, angle in ((image, degrees[source]), (text, heard[asked.texts[query]])):
                         nearest = sorted(others, key=lambda place: -np.cos(np.radians(degrees[place] - angle)))[:2]
-                        if judge.is_right(query, nearest).any():
+                        if metric.is_correct(query, nearest).any():
                             solved.add((number, query))
     model = ByAngle(degrees, heard)
     counts = evaluate(model, data, model, workers=0, baselines=True)["queries solved by"]

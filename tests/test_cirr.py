@@ -23,11 +23,11 @@ def test_recalls_are_those_by_hand(cirr):
     assert asked.texts == ["is Seen from above", "two of them"]
     angles = np.radians([10 * i for i in range(8)]), np.radians([46, 24])
     gallery, queries = (torch.tensor(np.stack([np.cos(at), np.sin(at)], 1), dtype=torch.float32) for at in angles)
-    found = data.with_means(recalls(queries, gallery, asked.own, asked.judges))
+    found = data.with_means(recalls(queries, gallery, asked.own, asked.metrics))
     whole = {f"recall_top{k}_correct_composition": share for k, share in ((1, 0.5), (5, 1), (10, 1), (50, 1))}
     assert found == whole | {"recall_top1_subset": 0.5, "recall_top2_subset": 1, "recall_top3_subset": 1,
                              "recall_mean": 0.75}
-    assert set(found) == set(data.metrics()) and data.best_metric in found
+    assert set(found) == set(data.metric_names()) and data.best_metric in found
 
 
 def test_training_reads_its_pairs_and_their_images_alone(cirr):
@@ -35,7 +35,7 @@ def test_training_reads_its_pairs_and_their_images_alone(cirr):
     assert sorted(Epoch(data, 0, 0)) == [(0, 1, "is red"), (1, 2, "is blue")]
     assert data.images == [f"img_raw/train/12/train-{i}.png" for i in range(3)]                 # 4 are listed
     gone = CIRR(cirr, "train", without=frozenset({"img_raw/train/12/train-2.png"}))
-    assert len(gone.lines) == 1 and gone.dropped["pairs"] == 1
+    assert len(gone.annotations) == 1 and gone.dropped["pairs"] == 1
 
 
 def test_the_annotations_may_lie_in_a_folder_beside_the_images(cirr):

@@ -6,7 +6,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from benchmarks.base import tell_of_passed_over
+from benchmarks.base import note_passed_over
 from datasets import (
     DATASETS,
     Epoch,
@@ -86,11 +86,11 @@ def test_mitstates_queries_are_every_image_with_every_other_adjective(mitstates)
 def test_mitstates_judges_composition_adjective_and_noun(mitstates):
     dataset = MITStates(mitstates, "test")
     (asked,) = dataset.task().query_sets
-    assert [judge.name for judge in asked.judges] == ["correct_composition", "correct_adj", "correct_noun"]
+    assert [metric.name for metric in asked.metrics] == ["correct_composition", "correct_adj", "correct_noun"]
     q = next(i for i, text in enumerate(asked.texts)
              if text == "ripe" and dataset.captions[asked.sources[i]] == "old tomato")
-    for judge, goal in zip(asked.judges, ("ripe tomato", "ripe", "tomato"), strict=True):
-        correct = {dataset.captions[i] for i in np.flatnonzero(judge.gallery_labels == judge.query_labels[q])}
+    for metric, goal in zip(asked.metrics, ("ripe tomato", "ripe", "tomato"), strict=True):
+        correct = {dataset.captions[i] for i in np.flatnonzero(metric.gallery_labels == metric.query_labels[q])}
         assert correct == {caption for caption in dataset.captions if goal in caption}
 
 
@@ -134,12 +134,12 @@ def test_fashion200k_queries_are_the_listed_ones(fashion200k):
     (asked,) = dataset.task().query_sets
     assert asked.texts == ["replace red with blue", "replace dress with skirt"]
     assert [dataset.images[i] for i in asked.sources] == ["women/test/0/0_0.jpeg", "women/test/1/1_1.jpeg"]
-    (judge,) = asked.judges
-    assert [dataset.captions[np.flatnonzero(judge.gallery_labels == label)[0]] for label in judge.query_labels] \
+    (metric,) = asked.metrics
+    assert [dataset.captions[np.flatnonzero(metric.gallery_labels == label)[0]] for label in metric.query_labels] \
         == ["blue dress", "blue skirt"]
 
 
-def test_fashion_iq_texts_gallery_and_judges(fashion_iq):
+def test_fashion_iq_texts_gallery_and_metrics(fashion_iq):
     train, test = FashionIQ(fashion_iq, "train"), FashionIQ(fashion_iq, "test")
     assert train.triplets[0].text == "dress is darker by 0 and it "             # blank captions are kept
     assert train.triplets[4].text == "shirt is darker by 1 and it has a longer a-line hem"
@@ -147,14 +147,14 @@ def test_fashion_iq_texts_gallery_and_judges(fashion_iq):
     assert len(train.images) == 12 and "BOTHT1" not in train.ids                # in no triplet, so not needed
     task = test.task()
     assert len(task.gallery) == 13 and len(set(test.images)) == 13              # BOTHV1 counts once
-    assert [judge.name for asked in task.query_sets for judge in asked.judges] == [
+    assert [metric.name for asked in task.query_sets for metric in asked.metrics] == [
         f"{kind}_{category}" for category in ("dress", "shirt", "toptee")
         for kind in ("correct", "own_gallery", "VAL_gallery")]
     shirt = task.query_sets[1]
     assert (shirt.own == -1).all()
-    assert [test.images[i] for i in shirt.judges[1].among] == [f"all_imgs/{name}.jpg" for name in
+    assert [test.images[i] for i in shirt.metrics[1].among] == [f"all_imgs/{name}.jpg" for name in
                                                                ("SV000", "SV001", "SV002", "SV003", "BOTHV1")]
-    assert [test.images[i] for i in shirt.judges[0].query_labels] == [f"all_imgs/SV00{i}.jpg" for i in (1, 2, 3)]
+    assert [test.images[i] for i in shirt.metrics[0].query_labels] == [f"all_imgs/SV00{i}.jpg" for i in (1, 2, 3)]
 
 
 def test_fashion_iq_one_category(fashion_iq):
@@ -211,8 +211,8 @@ def test_the_train_split_is_judged_against_its_own_targets(name, label, tmp_path
     task = dataset.task(seed=3)
     (asked,) = task.query_sets
     assert len(task.gallery) == len(asked.sources) == len(dataset) and (asked.own == -1).all()
-    assert asked.judges[0].name == f"correct_{label}"
-    assert (asked.judges[0].query_labels == asked.judges[0].gallery_labels).all()
+    assert asked.metrics[0].name == f"correct_{label}"
+    assert (asked.metrics[0].query_labels == asked.metrics[0].gallery_labels).all()
     assert again.task(seed=4).gallery.tolist() != task.gallery.tolist() == again.task(seed=3).gallery.tolist()
 
 
@@ -256,7 +256,7 @@ def test_any_suffix_reads_other_pictures_too(mitstates):
         "wet bus/0", "wet bus/1", "wet dog/0", "wet dog/1", "young dog/0", "young dog/1")]
     assert test.images[2:5] == ["images/ripe fig/0.JPG", "images/ripe fig/0.jpg", "images/ripe fig/1.jpg"]
     assert train.dropped == {"images": 0, "files that do not end as pictures do": 1}
-    assert tell_of_passed_over([train, test]) == ""
+    assert note_passed_over([train, test]) == ""
 
 
 def test_a_run_says_once_what_any_suffix_would_read(mitstates, tmp_path, caplog):

@@ -14,7 +14,7 @@ from torch_function import (
     composition_losses,
     draw_negatives,
     soft_triplet_loss,
-    told_text_loss,
+    text_prediction_loss,
 )
 
 from . import golden
@@ -83,14 +83,14 @@ def test_caption_aware_classification_matches_a_loop():
         scores = [math.exp(float(query[i] @ target[j])) for j in range(5)]
         expected -= math.log(sum(scores[j] for j in range(5) if goals[j] == goals[i]) / sum(scores))
     found = composition_losses({"query": query, "target": target}, "caption_aware_classification",
-                               goals=torch.tensor(goals))
+                               target_labels=torch.tensor(goals))
     assert found["total training loss"].item() == pytest.approx(expected / 5, rel=1e-5)
     plain = batch_based_classification_loss(query, target)
     torch.testing.assert_close(caption_aware_classification_loss(query, target), plain)
     assert found["total training loss"] < plain
 
 
-def test_a_told_text_points_at_its_text_or_one_that_says_the_same_with_half_of_the_probability():
+def test_a_predicted_text_points_at_its_text_or_one_that_says_the_same_with_half_of_the_probability():
     """Scores are 10 cos: (10, 0, 10), (10, 0, 10), (0, 10, 0); right are the texts 0 and 2, 1, and 0 and 2. The first
     row is done."""
     text = torch.tensor([[1.0, 0], [0, 3], [2, 0]], requires_grad=True)
@@ -98,7 +98,7 @@ def test_a_told_text_points_at_its_text_or_one_that_says_the_same_with_half_of_t
     both, one = math.log(2 * math.exp(10) + 1), math.log(math.exp(10) + 2)
     assert both - math.log(2 * math.exp(10)) < math.log(2)
     expected = (0 + (both - 0 - math.log(2)) + (one - math.log(2) - math.log(2))) / 3
-    loss = told_text_loss(told, text, torch.tensor([7, 3, 7]))
+    loss = text_prediction_loss(told, text, torch.tensor([7, 3, 7]))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert text.grad is None and told.grad.any(1).tolist() == [False, True, True]
@@ -114,8 +114,8 @@ def test_normalization_scales_unit_rows_by_one_learned_number():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_total_weighs_the_terms_that_are_there(loss):
     named = {name: torch.randn(4, 6) for name in ("query", "target", "image", "decoded_image", "text", "decoded_text",
-                                                  "source", "rotated_back", "told_text")}
-    named["said"] = torch.arange(4)
+                                                  "source", "rotated_back", "text_prediction")}
+    named["text_labels"] = torch.arange(4)
     losses = composition_losses(named, loss)
     assert list(losses) == [loss, "L2_loss", "L2_loss_text", "rot_sym_loss", "told_text_loss", "total training loss"]
     expected = (losses[loss] + 0.1 * losses["L2_loss"] + 0.1 * losses["L2_loss_text"] + 0.01 * losses["rot_sym_loss"]

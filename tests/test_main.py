@@ -59,7 +59,7 @@ def test_every_composer_and_loss_trains_on_every_benchmark(tmp_path, name, model
     assert re.fullmatch(r"[A-Z][a-z]{2}\d\d_\d\d-\d\d-\d\d_.*_x", run.folder.name)
     assert list(run.metrics) == ["it", "train", "test"] and run.metrics["it"] == 3
     for split in ("train", "test"):
-        assert run.metrics[split].keys() == set(DATASETS[name](path, split).metrics())
+        assert run.metrics[split].keys() == set(DATASETS[name](path, split).metric_names())
     assert all(0 <= value <= 1 for split in ("train", "test") for value in run.metrics[split].values())
     logged = run.scalars()
     extra = {"tirg": [], "TransformerAE": ["told_text_loss"], "RealSpaceConcatAE": ["L2_loss", "L2_loss_text"],
@@ -85,7 +85,7 @@ def test_metric_names_are_the_references(tmp_path):
                 for what in ("dress", "shirt", "toptee", "mean")}
              | {"recall_mean_own_gallery", "recall_mean_VAL_gallery"}}
     for name, expected in names.items():
-        assert set(DATASETS[name](WRITERS[name](tmp_path / name), "test").metrics()) == expected
+        assert set(DATASETS[name](WRITERS[name](tmp_path / name), "test").metric_names()) == expected
 
 
 def losses_of(run):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from datasets import Judge, QuerySet
+from datasets import Metric, QuerySet
 from machine.image_store import DeviceStore
 from test_retrieval import NEVER
 from training import pictures
 from training.pictures import GAP, GREEN, LINE, QUIET, RED, TILE, Answer, feature_map, sheet, wrapped
-from training.report import Sightings
+from training.report import QualitativeResults
 
 from .conftest import run_main
 
@@ -55,14 +55,14 @@ def hand_made():
     store = DeviceStore(torch.stack([torch.full((32, 32, 3), 40 * i, dtype=torch.uint8) for i in range(6)]))
     gallery, ids = torch.eye(5), np.array([1, 2, 3, 4, 5])                      # position p shows image p + 1
     queries = torch.nn.functional.normalize(torch.tensor([[0, 0.5, 1, 0.2, 0.1], [0.9, 0, 0, 0.1, 1.0]]), dim=1)
-    judge = Judge("correct_composition", np.array([7, 9]), np.array([0, 7, 3, 7, 3]))
-    asked = QuerySet(np.array([0, 5]), ["wet", "old"], np.array([-1, 4]), [judge])
+    metric = Metric("correct_composition", np.array([7, 9]), np.array([0, 7, 3, 7, 3]))
+    asked = QuerySet(np.array([0, 5]), ["wet", "old"], np.array([-1, 4]), [metric])
     return store, asked, ids, queries, gallery
 
 
 def test_results_are_the_best_and_marked_right_or_wrong():
     store, asked, ids, queries, gallery = hand_made()
-    seen = Sightings(store, 0)
+    seen = QualitativeResults(store, 0)
     seen(asked, ids, queries, gallery, [np.array([1, NEVER])])
     (sighting,) = seen.values()
     first, second = sighting.answers
@@ -80,11 +80,11 @@ def test_half_of_the_queries_stay_from_test_to_test():
     rng = np.random.default_rng(0)
     queries, gallery = (torch.tensor(rng.normal(size=(n, 4)), dtype=torch.float32) for n in (300, 40))
     store = DeviceStore(torch.zeros(40, 32, 32, 3, dtype=torch.uint8))
-    judge = Judge("correct_composition", rng.integers(0, 5, 300), rng.integers(0, 5, 40))
-    asked = QuerySet(rng.integers(0, 40, 300), [f"text {i}" for i in range(300)], np.full(300, -1), [judge])
+    metric = Metric("correct_composition", rng.integers(0, 5, 300), rng.integers(0, 5, 40))
+    asked = QuerySet(rng.integers(0, 40, 300), [f"text {i}" for i in range(300)], np.full(300, -1), [metric])
     texts = []
     for it in (1000, 1000, 2000):
-        seen = Sightings(store, it)
+        seen = QualitativeResults(store, it)
         seen(asked, np.arange(40), queries, gallery, [np.zeros(300, int)])
         texts.append({answer.text for answer in seen["correct_composition"].answers})
     assert texts[0] == texts[1] and len(texts[0]) == 8 and 4 <= len(texts[0] & texts[2]) < 8

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import test_retrieval
-from datasets import DATASETS, Judge, QuerySet, integer_labels
+from datasets import DATASETS, Metric, QuerySet, integer_labels
 from img_text_composition_models import MODELS
 from machine.image_store import ImageStore
 from test_retrieval import CorrectImages, chance, evaluate, rank_table, ranks, recalls
@@ -23,16 +23,16 @@ def unit(name):
     return F.normalize(torch.tensor(ARRAYS[name]), dim=1)
 
 
-def judge(name, query_values, gallery_values, **how):
-    return Judge(name, *integer_labels(query_values, gallery_values), **how)
+def metric(name, query_values, gallery_values, **how):
+    return Metric(name, *integer_labels(query_values, gallery_values), **how)
 
 
 def test_mitstates_and_fashion200k_recalls_are_the_originals():
     goals, captions = V["retrieval_target_captions"], V["retrieval_captions"]
-    judges = [judge("correct_composition", goals, captions)] + [
-        judge(f"correct_{name}", [text.split()[part] for text in goals], [text.split()[part] for text in captions])
+    metrics = [metric("correct_composition", goals, captions)] + [
+        metric(f"correct_{name}", [text.split()[part] for text in goals], [text.split()[part] for text in captions])
         for part, name in enumerate(("adj", "noun"))]
-    found = recalls(unit("retrieval/queries"), unit("retrieval/gallery"), np.array(V["retrieval_source_ids"]), judges)
+    found = recalls(unit("retrieval/queries"), unit("retrieval/gallery"), np.array(V["retrieval_source_ids"]), metrics)
     assert found == V["retrieval_mitstates"]
     assert {name: value for name, value in found.items() if "composition" in name} == V["retrieval_fashion200k"]
 
@@ -44,18 +44,18 @@ def test_fashion_iq_recalls_are_the_exact_ones():
     found = {}
     for category in ("dress", "shirt", "toptee"):
         rows = [i for i, name in enumerate(categories) if name == category]
-        asked = judge(f"correct_{category}", [ids[i] for i in rows], names)
+        asked = metric(f"correct_{category}", [ids[i] for i in rows], names)
         found |= recalls(unit("fashionIQ/queries")[rows], gallery, np.full(len(rows), -1), [asked])
     assert found == V["retrieval_fashionIQ_exact"]
 
 
-def sorted_ranks(scores, own, judge):
+def sorted_ranks(scores, own, metric):
     """The obvious way: mask, sort stably, look for the first correct one."""
     found = []
     for q, row in enumerate(scores):
-        columns = np.arange(scores.shape[1]) if judge.among is None else judge.among
+        columns = np.arange(scores.shape[1]) if metric.among is None else metric.among
         order = [c for c in columns[np.argsort(-row[columns], kind="stable")] if c != own[q]]
-        hits = [r for r, c in enumerate(order) if judge.gallery_labels[c] == judge.query_labels[q]]
+        hits = [r for r, c in enumerate(order) if metric.gallery_labels[c] == metric.query_labels[q]]
         found.append(hits[0] if hits else test_retrieval.NEVER)
     return found
 
@@ -67,15 +67,15 @@ def test_counting_matches_a_full_sort_with_ties_and_masked_sources(seed, monkeyp
     n, q = int(rng.integers(1, 40)), int(rng.integers(1, 60))
     gallery, queries = (torch.tensor(rng.integers(-1, 2, (size, 3)), dtype=torch.float32) for size in (n, q))
     own = rng.integers(-1, n, q)
-    everything = Judge("all", rng.integers(0, 6, q), rng.integers(0, 5, n))     # label 5 has no correct image
-    part = Judge("part", rng.integers(0, 6, q), rng.integers(0, 5, n), among=np.flatnonzero(rng.random(n) < 0.7))
-    judges = [everything, part] if len(part.among) else [everything]
+    everything = Metric("all", rng.integers(0, 6, q), rng.integers(0, 5, n))     # label 5 has no correct image
+    part = Metric("part", rng.integers(0, 6, q), rng.integers(0, 5, n), among=np.flatnonzero(rng.random(n) < 0.7))
+    metrics = [everything, part] if len(part.among) else [everything]
     scores = queries @ gallery.T
-    expected = [sorted_ranks(scores.numpy(), own, judged) for judged in judges]
-    assert [found.tolist() for found in ranks(queries, gallery, own, judges)] == expected
+    expected = [sorted_ranks(scores.numpy(), own, judged) for judged in metrics]
+    assert [found.tolist() for found in ranks(queries, gallery, own, metrics)] == expected
     asking = np.flatnonzero(own >= 0)
     scores[asking, own[asking]] = -torch.inf                                    # and as a GPU does it
-    for images, wanted in zip(map(CorrectImages, judges), expected, strict=True):
+    for images, wanted in zip(map(CorrectImages, metrics), expected, strict=True):
         assert rank_table(scores, images.among, images.places, images.first, images.counts).tolist() == wanted
 
 
@@ -88,7 +88,7 @@ def threads_of_a_new_thread():
 def test_every_number_of_threads_gives_the_same_ranks_and_is_left_as_it_was(threads):
     torch.manual_seed(0)
     gallery, queries = F.normalize(torch.randn(200, 16), dim=1), F.normalize(torch.randn(1500, 16), dim=1)
-    asked = Judge("x", np.arange(1500) % 40, np.arange(200) % 40)
+    asked = Metric("x", np.arange(1500) % 40, np.arange(200) % 40)
     expected = sorted_ranks((queries @ gallery.T).numpy(), np.full(1500, -1), asked)
     before = torch.get_num_threads()
     try:
@@ -110,29 +110,29 @@ def test_counting_matches_scikit_learn():
     labels, goals = np.arange(300) % 40, np.arange(50) % 40
     neighbours = NearestNeighbors(n_neighbors=100, metric="cosine").fit(gallery.numpy())
     order = neighbours.kneighbors(queries.numpy(), return_distance=False)
-    found = recalls(queries, gallery, np.full(50, -1), [Judge("x", goals, labels)])
+    found = recalls(queries, gallery, np.full(50, -1), [Metric("x", goals, labels)])
     for k in (1, 5, 10, 50, 100):
         assert found[f"recall_top{k}_x"] == np.mean([(labels[order[q, :k]] == goals[q]).any() for q in range(50)])
 
 
 def test_a_collapsed_model_gets_no_gift_and_a_diverged_one_no_answer():
     gallery = torch.ones(200, 4)
-    found = recalls(torch.ones(10, 4), gallery, np.full(10, -1), [Judge("x", np.full(10, 150), np.arange(200))])
+    found = recalls(torch.ones(10, 4), gallery, np.full(10, -1), [Metric("x", np.full(10, 150), np.arange(200))])
     assert set(found.values()) == {0.0}                                         # all tied: the 151st of 200
     with pytest.raises(FloatingPointError, match="not finite"):
-        recalls(torch.full((1, 4), torch.nan), gallery, np.array([-1]), [Judge("x", np.array([0]), np.arange(200))])
+        recalls(torch.full((1, 4), torch.nan), gallery, np.array([-1]), [Metric("x", np.array([0]), np.arange(200))])
 
 
 def test_a_query_without_a_correct_image_is_never_a_hit():
     gallery, own = torch.eye(3), np.array([0, -1])
-    asked = Judge("x", np.array([1, 9]), np.array([1, 2, 3]))                   # its own image alone is right; none is
+    asked = Metric("x", np.array([1, 9]), np.array([1, 2, 3]))                   # its own image alone is right; none is
     assert set(recalls(torch.eye(3)[:2], gallery, own, [asked]).values()) == {0.0}
     assert set(chance(QuerySet(np.array([0, 1]), ["", ""], own, [asked])).values()) == {0.0}
 
 
 def test_a_tie_counts_also_beside_a_query_without_a_correct_image():
     gallery = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
-    asked = Judge("x", np.array([7, 9]), np.array([1, 7, 2]))
+    asked = Metric("x", np.array([7, 9]), np.array([1, 7, 2]))
     assert ranks(torch.eye(2), gallery, np.array([-1, -1]), [asked])[0].tolist() == [1, test_retrieval.NEVER]
 
 
@@ -152,7 +152,7 @@ def test_chance_is_what_random_orders_give(mitstates):
     for _ in range(400):
         gallery = F.normalize(torch.randn(len(dataset.images), 4, generator=generator), dim=1)
         queries = F.normalize(torch.randn(len(asked.texts), 4, generator=generator), dim=1)
-        trials.append(recalls(queries, gallery, asked.own, asked.judges))
+        trials.append(recalls(queries, gallery, asked.own, asked.metrics))
     for name, value in chance(asked).items():
         assert value == pytest.approx(np.mean([trial[name] for trial in trials]), abs=0.02), name
 

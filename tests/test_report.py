@@ -18,12 +18,12 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 import main
 import search
-from benchmarks.base import Judge, QuerySet
+from benchmarks.base import Metric, QuerySet
 from data import check
 from flags import VERSION, Parser, add, meant
 from machine.image_store import DeviceStore
 from training import report
-from training.report import Sighting, Sightings, about_chance
+from training.report import QualitativeResult, QualitativeResults, about_chance
 from training.writers import LINES, JsonLines, TensorBoard, tag
 
 from .conftest import flags, run_main, write_mitstates
@@ -85,7 +85,7 @@ def test_the_recalls_of_a_split_are_one_chart(stopped_and_resumed):
     assert charts == {"train": ["recall/train/"], "test": ["recall/test/"], "all parts": ["loss/"]}
     tags = events.Tags()["scalars"]
     assert {name.split("/")[0] for name in tags} == {"loss", "model", "optimizer", "recall", "speed"}
-    assert sum(re.match("recall/test/", name) is not None for name in tags) == 15          # three judges at five K
+    assert sum(re.match("recall/test/", name) is not None for name in tags) == 15          # three metrics at five K
 
 
 def test_the_projector_has_every_point_with_its_picture(stopped_and_resumed):
@@ -107,9 +107,9 @@ def test_the_projector_has_every_point_with_its_picture(stopped_and_resumed):
 def test_what_the_projector_gets_is_bounded():
     store = DeviceStore(torch.zeros(4000, 32, 32, 3, dtype=torch.uint8))
     rows = torch.nn.functional.normalize(torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)), dim=1)
-    judge = Judge("correct_composition", np.arange(4000), np.arange(4000))
-    seen = Sightings(store, 0)
-    seen(QuerySet(np.arange(4000), ["wet\ttwo"] * 4000, np.full(4000, -1), [judge]), np.arange(4000), rows, rows,
+    metric = Metric("correct_composition", np.arange(4000), np.arange(4000))
+    seen = QualitativeResults(store, 0)
+    seen(QuerySet(np.arange(4000), ["wet\ttwo"] * 4000, np.full(4000, -1), [metric]), np.arange(4000), rows, rows,
          [np.zeros(4000, int)])
     points = seen["correct_composition"].points
     assert points.features.shape == (1200, 4) and len(points.labels) == 1200 and len(points.pictures()) == 1200
@@ -159,14 +159,14 @@ def test_a_package_that_is_not_there_is_one_line_before_anything_else(tmp_path, 
 
 def test_the_table_is_told_what_chance_is():
     def tested(value):
-        sightings = Sightings(None, 0)
-        sightings["correct_x"] = Sighting([], {}, None, None, {"recall_top10_correct_x": value})
-        return report.Tested({}, sightings)
+        sightings = QualitativeResults(None, 0)
+        sightings["correct_x"] = QualitativeResult([], {}, None, None, {"recall_top10_correct_x": value})
+        return report.SplitResult({}, sightings)
     assert about_chance({"train": tested(0.004), "test": tested(0.125)}) == (
         "R@10 of a random order: train 0.40, test 12.50; train is asked among the targets of other training samples, "
         "not in the test's gallery, so its recalls can be the lower ones")
     assert about_chance({"test": tested(0.125)}) == "R@10 of a random order: test 12.50"
-    assert about_chance({"test": report.Tested({}, Sightings(None, 0))}) == ""
+    assert about_chance({"test": report.SplitResult({}, QualitativeResults(None, 0))}) == ""
 
 
 NEAR = [(main, "--dataset=mitstate --dataset_path=x", "did you mean mitstates?"),

@@ -92,7 +92,7 @@ def eventually(condition):
         time.sleep(0.01)
 
 
-def is_right(frames, texts):
+def is_correct(frames, texts):
     return np.array_equal(np.frombuffer(frames[2], np.float32).reshape(len(texts), -1)[:, 0], list(map(len, texts)))
 
 
@@ -119,7 +119,7 @@ def test_who_asks_for_everything_gets_nothing_and_stops_nobody(service):
         for number in range(1, 101):                                            # 13 MB, more than sockets hold
             texts = ["a" * number] * 32
             victim.send(payload(texts), b"%d" % number, b"32")
-            assert is_right(victim.answer(SECONDS), texts)
+            assert is_correct(victim.answer(SECONDS), texts)
         assert not any(stranger.poll(0) for stranger in greedy)
     context.destroy(linger=0)
 
@@ -130,14 +130,14 @@ def test_a_topic_stays_its_first_subscribers_until_that_leaves(service):
         with Raw(service, first.identity) as second:
             eventually(lambda: not second.sub.poll(1) and service.server.counts["refused"] >= 3)  # again and again
             first.send(payload(["red"]))
-            assert is_right(first.answer(SECONDS), ["red"]) and second.answer(0.2) is None
+            assert is_correct(first.answer(SECONDS), ["red"]) and second.answer(0.2) is None
         first.send(payload(["blue"]), b"2")
-        assert is_right(first.answer(SECONDS), ["blue"])                        # though the second has left
+        assert is_correct(first.answer(SECONDS), ["blue"])                        # though the second has left
         later = Raw(service, first.identity)
     with later:
         eventually(lambda: not later.sub.poll(1) and service.joined(later.identity))    # as it reads, it comes again
         later.send(payload(["green"]))
-        assert is_right(later.answer(SECONDS), ["green"])
+        assert is_correct(later.answer(SECONDS), ["green"])
 
 
 def test_subscriptions_that_come_with_something_else_are_not_believed(idle):
@@ -196,14 +196,14 @@ def test_who_resets_a_connection_while_it_is_being_closed_does_no_harm(monkeypat
 def test_nobody_asks_in_anothers_name(service):
     with Raw(service) as victim, Raw(service) as forger:
         victim.send(payload(["red"]))
-        assert is_right(victim.answer(SECONDS), ["red"])
+        assert is_correct(victim.answer(SECONDS), ["red"])
         ignored = service.server.counts["ignored"]
         forger.push.send_multipart([victim.identity, payload(["forged"]), b"2", b"1"])
         forger.push.send_multipart([victim.identity, b"SHOW_CONFIG", b"3", b"0"])
         eventually(lambda: service.server.counts["ignored"] == ignored + 2)
         victim.send(payload(["blue!"]), b"2")
         answer = victim.answer(SECONDS)
-        assert answer[-1] == b"2" and is_right(answer, ["blue!"]) and victim.answer(0.2) is None
+        assert answer[-1] == b"2" and is_correct(answer, ["blue!"]) and victim.answer(0.2) is None
 
 
 def test_who_connects_anew_keeps_its_name(service):
@@ -218,7 +218,7 @@ def test_who_connects_anew_keeps_its_name(service):
         while not answer:                                                       # until the server sees that it is gone
             victim.send(payload(["blue"]), b"2")
             answer = victim.answer(1)
-        assert is_right(answer, ["blue"])
+        assert is_correct(answer, ["blue"])
 
 
 def test_names_without_subscribers_cost_no_work_and_no_memory(service):
@@ -294,7 +294,7 @@ def test_a_large_request_lets_a_small_one_pass_within_a_batch_or_two(service):
         for number in range(50):
             before = len(service.encoder.batches)
             small.send(payload(["red"]), b"%d" % number)
-            assert is_right(small.answer(SECONDS), ["red"])
+            assert is_correct(small.answer(SECONDS), ["red"])
             place = next(i for i, texts in enumerate(service.encoder.batches[before:]) if "red" in texts)
             assert place <= 20                                                  # on its way, a busy machine may wait
         assert service.server.clients[one.identity].line

@@ -66,9 +66,9 @@ def found(data, degrees):
     gallery = turned([10 * NAMES.index(name.rpartition("/")[2]) for name in data.images])
     task, done = data.task(), {}
     for asked in task.query_sets:
-        rows = [data.asked.index(next(line for line in data.asked if (line.source, line.text) == query))
+        rows = [data.all_queries.index(next(line for line in data.all_queries if (line.source, line.text) == query))
                 for query in zip(asked.sources.tolist(), asked.texts, strict=True)]
-        done |= recalls(turned(degrees)[rows], gallery[torch.as_tensor(task.gallery)], asked.own, asked.judges)
+        done |= recalls(turned(degrees)[rows], gallery[torch.as_tensor(task.gallery)], asked.own, asked.metrics)
     return done
 
 
@@ -78,7 +78,7 @@ DEGREES = [24, 36, 18, 58]
 # as b is not in it; e after f, 1. Among negatives: h after e and c, 2; e after f, 1.
 RECALLS = {"correct_composition": {1: 1 / 4, 5: 3 / 4, 10: 1}, "own_gallery_hat": {1: 1 / 2, 5: 1},
            "own_gallery_shoe": {1: 1 / 2, 5: 1}, "among_negatives": {1: 0, 2: 1 / 2, 3: 1}}
-BY_HAND = {f"recall_top{k}_{judge}": value for judge, values in RECALLS.items() for k, value in values.items()}
+BY_HAND = {f"recall_top{k}_{metric}": value for metric, values in RECALLS.items() for k, value in values.items()}
 WAYS = {"folders, jsonl": lambda lines: {"train/metadata.jsonl": jsonl(LINES), "test/metadata.jsonl": jsonl(lines)},
         "folders, csv": lambda lines: {"train/metadata.csv": csv(LINES), "test/metadata.csv": csv(lines)},
         "csv of a European spreadsheet": lambda lines: {"train/metadata.csv": csv(LINES, ";"),
@@ -103,7 +103,7 @@ def test_recalls_are_those_by_hand_however_the_table_is_written(way, tmp_path):
     assert [name.rpartition("/")[2] for name in data.images] == NAMES
     recall = found(data, DEGREES)
     assert {name: recall[name] for name in BY_HAND} == pytest.approx(BY_HAND)
-    assert set(recall) == set(data.metrics())
+    assert set(recall) == set(data.metric_names())
     assert "4 queries with 1 to 2 right of 8 images in the gallery" in data.about and "left out" in data.about
 
 
@@ -152,9 +152,9 @@ def test_a_share_of_the_source_images_is_held_out(tmp_path):
     root = write(tmp_path / "shop", {"metadata.jsonl": jsonl(lines)}, [f"{n}.jpg" for n in range(40)] + ["z.jpg"])
     assert Triplets.splits(root, 0.3) == ["train", "validation"]
     train, held = (Triplets(root, split, held_out=0.3) for split in ("train", "validation"))
-    sources = [{data.images[line.source] for line in data.lines} for data in (train, held)]
+    sources = [{data.images[line.source] for line in data.annotations} for data in (train, held)]
     assert not sources[0] & sources[1] and len(sources[0] | sources[1]) == 40 and 5 < len(sources[1]) < 20
-    assert len(train.lines) + len(held.lines) == 120
+    assert len(train.annotations) + len(held.annotations) == 120
     assert "of a share of 0.3 of the source images, held out" in held.about
     with pytest.raises(InputError, match=r"no test split.*pass --validation 0.1"):
         Triplets.splits(root, 0)
@@ -165,7 +165,7 @@ def test_whole_captions_are_asked_with_and_make_images_equally_right(shop):
     write(shop, {"test/metadata.jsonl": jsonl(lines)})
     data = Triplets(shop, "test", complete_text=True)
     assert data.task().query_sets[0].texts == ["x", "y", "x", "z"]
-    goals = dict(zip([name[5:6] for name in data.images], data.goals.tolist(), strict=True))
+    goals = dict(zip([name[5:6] for name in data.images], data.target_labels.tolist(), strict=True))
     assert goals["c"] == goals["d"] and len({goals[letter] for letter in "abcefgh"}) == 7    # x; h is y
 
 
@@ -188,7 +188,7 @@ def test_pictures_are_seen_upright_and_nothing_but_pictures_is_in_the_gallery(sh
 
 def test_a_run_trains_tests_and_is_tested_again_from_its_test_split_alone(shop, tmp_path, capfd, caplog):
     run = run_main("triplets", shop, tmp_path / "logs", best_metric="recall_top1_among_negatives")
-    assert set(run.metrics["test"]) == set(Triplets(shop, "test").metrics())
+    assert set(run.metrics["test"]) == set(Triplets(shop, "test").metric_names())
     assert "test split: 4 queries with 1 to 2 right of 8 images" in capfd.readouterr().out
     for file in (shop / "train").iterdir():
         file.unlink()
@@ -203,7 +203,7 @@ def test_a_run_trains_tests_and_is_tested_again_from_its_test_split_alone(shop, 
 
 def test_a_test_split_is_read_whatever_the_others_look_like(shop):
     (shop / "train" / "metadata.jsonl").write_text("no table")
-    assert len(Triplets(shop, "test").lines) == 4 and Triplets.splits(shop, 0) == ["train", "test"]
+    assert len(Triplets(shop, "test").annotations) == 4 and Triplets.splits(shop, 0) == ["train", "test"]
     with pytest.raises(InputError, match="not a line of JSON"):
         Triplets(shop, "train")
 
@@ -307,7 +307,7 @@ def test_bad_images_are_left_out_with_their_lines(shop, tmp_path, capfd):
     assert ("test split: left out 2 images, 1 triplets whose images are missing, 2 triplets whose images are broken"
             in capfd.readouterr().out)
     data = Triplets(shop, "test", without=frozenset({"test/b.jpg", "test/c.jpg"}))
-    found = [(data.images[line.source], len(line.targets)) for line in data.lines]
+    found = [(data.images[line.source], len(line.targets)) for line in data.annotations]
     assert found == [("test/a.jpg", 1), ("test/d.jpg", 1)]
     assert run.metrics["test"]["recall_top10_correct_composition"] == 1
 
@@ -372,8 +372,8 @@ def test_a_dataset_of_ones_own_is_read_and_queries_alone(shop):
     of seven."""
     data, train = Pairs(shop / "test", "test"), Pairs(shop / "test", "train")
     (asked,) = data.task().query_sets
-    recall = recalls(turned([10, 20, 30, 40, 50, 60, 70, 31]), turned(range(0, 80, 10)), asked.own, asked.judges)
+    recall = recalls(turned([10, 20, 30, 40, 50, 60, 70, 31]), turned(range(0, 80, 10)), asked.own, asked.metrics)
     assert [recall[f"recall_top{k}_correct_composition"] for k in (1, 5, 10)] == [7 / 8, 7 / 8, 1]
-    assert data.metrics() == train.metrics() and data.best_metric in data.metrics()
+    assert data.metric_names() == train.metric_names() and data.best_metric in data.metric_names()
     assert sorted(Epoch(train, 0, 0)) == sorted(train.queries()) and len(train) == 8
     assert set(train.sample_texts(0, 0)) == set(train.training_texts())

@@ -65,8 +65,10 @@ def test_the_shop_is_what_the_page_says(shop, tmp_path):
     train, test = (Triplets(shop, split) for split in ("train", "test"))
     assert f"{len(train)} lines to train with and {len(test)} to test with" in " ".join(PAGE.split())
     assert f"There are {test.gallery} photos" in PAGE and {*train.groups} == {*test.groups} == {"home", "toys", "decor"}
-    assert {len(line.targets) for line in test.lines} == {1, 2, 3} and any(line.negatives for line in test.lines)
-    named = [{split.images[image] for line in split.lines for image in (line.source, *line.targets, *line.negatives)}
+    assert {len(line.targets) for line in test.annotations} == {1, 2, 3}
+    assert any(line.negatives for line in test.annotations)
+    named = [{split.images[image] for line in split.annotations
+              for image in (line.source, *line.targets, *line.negatives)}
              for split in (train, test)]
     assert not named[0] & named[1]
 

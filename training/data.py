@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.base import CompositionDataset, tell_of_passed_over
+from benchmarks.base import CompositionDataset, note_passed_over
 from datasets import DATASETS
 from flags import plain
 from image_encoders import traits
@@ -57,7 +57,7 @@ def make_data(args: argparse.Namespace, start: Start) -> Data:
     service = find_source(args, start.source, start.state)                      # before anything that takes long
     names = DATASETS[args.dataset].splits(args.dataset_path, args.validation)
     splits = {name: split for name in names if (split := open_split(args, name))}
-    if told := tell_of_passed_over(split.data for split in splits.values()):
+    if told := note_passed_over(split.data for split in splits.values()):
         logging.warning("note: %s", told)
     digests = {what: found for split in splits.values() for what, found in split.digests(args.seed).items()}
     data = Data(splits, None, {} if args.test_only else digests, open_served(args))
@@ -65,9 +65,9 @@ def make_data(args: argparse.Namespace, start: Start) -> Data:
     if not args.test_only:
         if samples < args.batch_size:
             raise InputError(f"--batch_size {args.batch_size} is more than the {samples} training samples; lower it")
-        check_shares(args.batch_size, args.accumulate, data.train.together)
-    if args.best_metric not in data.test.metrics():
-        raise InputError(f"--best_metric {args.best_metric}: choose one of {', '.join(data.test.metrics())}")
+        check_shares(args.batch_size, args.accumulate, data.train.group_size)
+    if args.best_metric not in data.test.metric_names():
+        raise InputError(f"--best_metric {args.best_metric}: choose one of {', '.join(data.test.metric_names())}")
     if start.resumed:
         checkpoint.check_same_run(start.state, start.source, plain(args), samples, service and service.features,
                                   data.digests)
@@ -157,7 +157,7 @@ def learn_texts(args: argparse.Namespace, service: SentenceService | InProcess, 
     return sentences
 
 
-def tell_of_unread(words: SimpleVocab, data: Data, seed: int) -> None:
+def note_unread_words(words: SimpleVocab, data: Data, seed: int) -> None:
     """Say what of the tests' texts the LSTM does not read."""
     texts = [text for split in data.every.values() for text in split.data.task(seed).texts]
     unknown, wordless = map(dict.fromkeys, words.unread(texts))

@@ -49,7 +49,7 @@ class Split:
             samples = Epoch(self.data, seed, 0)
             texts += [tuple(samples[i]) for i in spread(range(len(samples)), 2000)]
         else:
-            texts += [(asked.sources.tolist(), asked.texts) for asked in self.data.task(seed).query_sets]
+            texts += [(query_set.sources.tolist(), query_set.texts) for query_set in self.data.task(seed).query_sets]
         return {f"{name} images": digest([as_bytes(self.data.images), sizes, *heads]), f"{name} texts":
                 digest([as_bytes(texts)])}
 
@@ -70,11 +70,11 @@ def head_of(path: str) -> bytes:
 
 class Part(NamedTuple):
     """What of a batch goes through the model at once, in this process: images as the store gives them, and B texts.
-    goals: (B,) ints, equal for targets that are equally right."""
+    target_labels: (B,) ints, equal for targets that are equally right."""
     source: Tensor
     texts: list[str]
     target: Tensor
-    goals: Tensor | None = None
+    target_labels: Tensor | None = None
 
 
 def prepare(sentences: SentenceTable, texts: Iterable[str]) -> None:
@@ -114,10 +114,10 @@ def rate_at(it: int, rate: float, schedule: str, decay: int, warmup: int, steps:
     return rate * min(1.0, (it + 1) / (warmup + 1))
 
 
-def check_shares(batch_size: int, parts: int, together: int) -> None:
-    """Raise InputError unless a batch falls into equal shares of whole groups of `together` samples."""
+def check_shares(batch_size: int, parts: int, group_size: int) -> None:
+    """Raise InputError unless a batch falls into equal shares of whole groups of `group_size` samples."""
     shares = distributed.world() * parts
-    unit, least = shares * together, 2 * shares                                 # batch norm needs two samples
+    unit, least = shares * group_size, 2 * shares                               # batch norm needs two samples
     if shares > 1 and (batch_size % unit or batch_size < least):
         fits = max(least, batch_size // unit * unit)
         raise InputError(f"--batch_size {batch_size} is the whole batch, and cannot be shared by {distributed.world()} "
@@ -133,9 +133,9 @@ def batches(train: Split, seed: int, epoch: int, size: int, workers: int, device
 
     def share(start: int) -> Part:
         sources, targets, texts = zip(*(samples[i] for i in range(start, start + length)), strict=True)
-        goals = torch.from_numpy(train.data.goals[list(targets)])               # (B,)
+        target_labels = torch.from_numpy(train.data.target_labels[list(targets)])   # (B,)
         return Part(train.store.batch(sources, device), list(texts), train.store.batch(targets, device),
-                    send(goals, device))
+                    send(target_labels, device))
 
     def batch(start: int) -> list[Part]:
         starts = range(start, start + size, length)                             # by part, and in it by process
@@ -158,7 +158,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: str, pa
             features = model(part.source, part.texts, part.target)
             with distributed.same_random_numbers(part.source.device) if gather else nullcontext():
                 losses = composition_losses(features, loss, distributed.gather if gather else lambda own: own,
-                                            part.goals)
+                                            part.target_labels)
             (losses["total training loss"] / len(parts)).backward()
         means = {name: value.detach() / len(parts) + means.get(name, 0) for name, value in losses.items()}
     optimizer.step()
@@ -197,14 +197,15 @@ def show(bar: tqdm, losses: dict[str, Tensor]) -> None:
 class Training:
     """A run of --num_iters steps: where it stands, and what is done between its steps.
 
-    judge: tests the model as it is after so many iterations, {split: what was found}. of_run: what is in each of the
+    evaluate: tests the model as it is after so many iterations, {split: what was found}. of_run: what is in each of the
     run's checkpoints alike, beside its flags.
     """
 
     def __init__(self, args: Namespace, model: ImgTextCompositionBase, split: Split, log: report.Report,
-                 judge: Callable[[int], dict[str, report.Tested]], stopping: Stopping, of_run: dict | None = None):
+                 evaluate: Callable[[int], dict[str, report.SplitResult]], stopping: Stopping,
+                 of_run: dict | None = None):
         self.args, self.model, self.split, self.log, self.of_run = args, model, split, log, of_run or {}
-        self.judge, self.stopping = judge, stopping
+        self.evaluate, self.stopping = evaluate, stopping
         self.shared = distributed.averaging(model, args.sync_bn)                # the same weights, trained by several
         self.optimizer = make_optimizer(model, args.learning_rate, args.weight_decay, args.optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]     # before any schedule
@@ -223,7 +224,7 @@ class Training:
             group["lr"] = rate_at(self.it, rate, args.schedule, args.learning_rate_decay_frequency, args.warmup,
                                   args.num_iters)
 
-    def go_on(self, state: dict) -> None:
+    def resume(self, state: dict) -> None:
         """From where a checkpoint's run stood."""
         past = checkpoint.resume(state, self.optimizer, self.model.a.device)
         self.it, self.tested, self.best = state["it"], past["tested"], past["best"]
@@ -251,7 +252,7 @@ class Training:
     def test(self) -> None:
         """Test, keep the best checkpoint, and the latest."""
         distributed.same_buffers(self.model)
-        results = self.judge(self.it)
+        results = self.evaluate(self.it)
         with self.stopping.held():
             self.results = found = report.show_results(self.log, results, self.it)
             score = found["validation" if "validation" in found else "test"][self.args.best_metric]

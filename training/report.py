@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.base import CompositionDataset, Judge, QuerySet
+from benchmarks.base import CompositionDataset, Metric, QuerySet
 from machine.errors import InputError
 from machine.folder_lock import FolderLock, write_whole
 from machine.image_store import DeviceStore, ImageStore
 from machine.progress import say
-from test_retrieval import NEVER, CorrectImages, chance, orders
+from test_retrieval import NEVER, CorrectImages, chance, rankings
 from text_model import spread
 from training.pictures import Answer, feature_map, sheet
 from training.writers import WRITERS, JsonLines, Points
@@ -53,17 +53,18 @@ def run_folder(log_dir: str | Path, comment: str, lock: FolderLock | None = None
 
 
 @dataclass
-class Sighting:
+class QualitativeResult:
     """What is worth looking at in the answers to one query set."""
     answers: list[Answer]
-    ranks: dict[str, np.ndarray]        # by judge
+    ranks: dict[str, np.ndarray]        # by metric
     map: Image.Image
-    points: Points | None               # of those alone that judge what the benchmark does
+    points: Points | None               # of the benchmark's own metrics alone
     chance: dict[str, float]            # recalls of a random order
 
 
-class Sightings(dict):
-    """Judge name -> Sighting, of each query set of a test of a split, by its first judge: a `watch` for `evaluate`.
+class QualitativeResults(dict):
+    """Metric name -> QualitativeResult, of each query set of a split's test, by its first metric: a `watch` for
+    `evaluate`.
 
     store: gives the pixels. it: half of the queries shown are the same at each test, the others depend on this.
     names: of the images.
@@ -75,47 +76,48 @@ class Sightings(dict):
         super().__init__()
         self.store, self.it, self.names = store, it, names
 
-    def __call__(self, asked: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor,
+    def __call__(self, query_set: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor,
                  found: list[np.ndarray]) -> None:
         count, half = len(queries), self.ROWS // 2
         others = np.random.default_rng(self.it).choice(count, min(half, count), replace=False)
         chosen = np.union1d(spread(range(count), half), others)
-        judge = asked.judges[0]
-        ranks = {judge.name: rank for judge, rank in zip(asked.judges, found, strict=True)}
-        self[judge.name] = Sighting(self.answers(asked, ids, queries, gallery, found[0], chosen), ranks,
-                                    self.map(judge, queries, gallery), self.points(asked, ids, queries, gallery)
-                                    if judge.name.startswith(BENCHMARKS) else None, chance(asked))
+        metric = query_set.metrics[0]
+        ranks = {metric.name: rank for metric, rank in zip(query_set.metrics, found, strict=True)}
+        self[metric.name] = QualitativeResult(self.answers(query_set, ids, queries, gallery, found[0], chosen), ranks,
+                                              self.map(metric, queries, gallery),
+                                              self.points(query_set, ids, queries, gallery)
+                                              if metric.name.startswith(BENCHMARKS) else None, chance(query_set))
 
-    def answers(self, asked: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor, ranks: np.ndarray,
+    def answers(self, query_set: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor, ranks: np.ndarray,
                 chosen: np.ndarray) -> list[Answer]:
         """The chosen queries with their first results."""
-        judge, own = asked.judges[0], asked.own[chosen]
+        metric, own = query_set.metrics[0], query_set.own[chosen]
         scores = rows_of(queries, chosen) @ gallery.T                           # (rows, N)
         masked = np.flatnonzero(own >= 0)
         scores[masked, own[masked]] = -torch.inf
         best = scores.topk(min(self.RESULTS, len(gallery)), dim=1).indices.cpu().numpy()
-        return [Answer(self.picture(asked.sources[query]), f"+ {asked.texts[query]}",
+        return [Answer(self.picture(query_set.sources[query]), f"+ {query_set.texts[query]}",
                        [self.picture(ids[place]) for place in places],
-                       judge.is_right(query, places),
+                       metric.is_correct(query, places),
                        verdict="none is right" if ranks[query] == NEVER else f"first right one: {ranks[query] + 1}")
                 for query, places in zip(chosen, best, strict=True)]
 
-    def map(self, judge: Judge, queries: Tensor, gallery: Tensor) -> Image.Image:
+    def map(self, metric: Metric, queries: Tensor, gallery: Tensor) -> Image.Image:
         """Some of the gallery, some queries, and the first correct image of each."""
-        correct = CorrectImages(judge)
+        correct = CorrectImages(metric)
         few = spread(range(len(queries)), self.QUERIES)
         chosen = np.array([query for query in few if correct.counts[query]], int)
         targets = correct.places[correct.first[chosen]]
         shown = (gallery, spread(range(len(gallery)), self.POINTS)), (queries, chosen), (gallery, targets)
         return feature_map(*(rows_of(features, rows).cpu().numpy() for features, rows in shown))
 
-    def points(self, asked: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor) -> Points:
+    def points(self, query_set: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor) -> Points:
         """Some of the gallery and some queries, these by the picture that they start from."""
         places, few = spread(range(len(gallery)), self.POINTS), spread(range(len(queries)), self.QUERIES)
         features = torch.cat([rows_of(gallery, places), rows_of(queries, few)]).cpu().numpy()
-        images = [*ids[places], *asked.sources[few]]
+        images = [*ids[places], *query_set.sources[few]]
         labels = [(self.names[image] if self.names else str(image), "image") for image in ids[places]]
-        labels += [(f"+ {asked.texts[query]}", "query") for query in few]
+        labels += [(f"+ {query_set.texts[query]}", "query") for query in few]
         return Points(features, labels, lambda: [self.picture(image) for image in images])
 
     def picture(self, image: int) -> Image.Image:
@@ -132,18 +134,18 @@ class Submission:
     def __init__(self, folder: Path, data: CompositionDataset):
         self.folder, self.data = folder, data
 
-    def __call__(self, asked: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor, _) -> None:
-        answers = self.data.submission(ids[order] for order in orders(queries, gallery, asked.own))
+    def __call__(self, query_set: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor, _) -> None:
+        answers = self.data.submission(ids[order] for order in rankings(queries, gallery, query_set.own))
         for name, content in answers.items():
             write_whole(self.folder / name, json.dumps(content).encode())
-            say(f"{self.folder / name}: {len(asked.texts)} answers for the test server")
+            say(f"{self.folder / name}: {len(query_set.texts)} answers for the test server")
 
 
 @dataclass
-class Tested:
-    """A split's test: {way to answer: {metric: value}}, and what there is to look at."""
-    ways: dict[str, dict[str, float]]
-    seen: Sightings
+class SplitResult:
+    """A split's test: {method: {metric: value}}, and what there is to look at."""
+    results: dict[str, dict[str, float]]
+    qualitative: QualitativeResults
 
 
 class Report:
@@ -183,16 +185,16 @@ class Report:
         write_whole(self.folder / "metrics.json", (json.dumps(content, indent=1) + "\n").encode())
         return f"iteration {it}\n{recall_table(shown)}"
 
-    def sightings(self, split: str, seen: Sightings, it: int) -> None:
+    def qualitative(self, split: str, seen: QualitativeResults, it: int) -> None:
         """Log sheets of results, maps of features, and histograms of ranks (log10: 0 is the first place)."""
-        for name, sighting in seen.items():
-            results = sheet(sighting.answers)
+        for name, result in seen.items():
+            results = sheet(result.answers)
             for writer in self.writers:
                 writer.picture(f"{split} results {name}", results, it)
-                writer.picture(f"{split} features {name}", sighting.map, it)
-                for judge, ranks in sighting.ranks.items():
+                writer.picture(f"{split} features {name}", result.map, it)
+                for metric, ranks in result.ranks.items():
                     if len(known := ranks[ranks != NEVER]):
-                        writer.histogram(f"{split} log10 rank {judge}", np.log10(known + 1.0), it)
+                        writer.histogram(f"{split} log10 rank {metric}", np.log10(known + 1.0), it)
         self.seen = seen
         self.flush()
 
@@ -204,29 +206,29 @@ class Report:
     def close(self) -> None:
         """The run has ended: the features of the split that was tested last, point by point."""
         for writer in self.writers:
-            for name, sighting in self.seen.items():
-                if sighting.points:
-                    writer.points(name.removeprefix(BENCHMARKS), sighting.points)
+            for name, result in self.seen.items():
+                if result.points:
+                    writer.points(name.removeprefix(BENCHMARKS), result.points)
             writer.close()
 
 
-def show_results(log: Report, tested: dict[str, Tested], it: int) -> dict[str, dict[str, float]]:
+def show_results(log: Report, tested: dict[str, SplitResult], it: int) -> dict[str, dict[str, float]]:
     """Print and log a test. Returns the model's results, {split: {metric: value}}."""
-    results = {name: split.ways["model"] for name, split in tested.items()}
-    baselines = {f"{name} {way}": metrics for name, split in tested.items() for way, metrics in split.ways.items()
-                 if way != "model"}
+    results = {name: split.results["model"] for name, split in tested.items()}
+    baselines = {f"{name} {method}": metrics for name, split in tested.items()
+                 for method, metrics in split.results.items() if method != "model"}
     say(log.metrics(results, baselines, it))
     if note := about_chance(tested):
         say(note)
     for name, split in tested.items():
-        log.sightings(name, split.seen, it)
+        log.qualitative(name, split.qualitative, it)
     return results
 
 
-def about_chance(tested: dict[str, Tested]) -> str:
+def about_chance(tested: dict[str, SplitResult]) -> str:
     """A line on what the table's rows are not to be compared with; nothing where no R@10 was seen."""
-    found = {split: [sighting.chance[name] for judge, sighting in seen.seen.items() if judge.startswith(BENCHMARKS)
-                     and (name := f"recall_top10_{judge}") in sighting.chance] for split, seen in tested.items()}
+    found = {split: [result.chance[name] for metric, result in seen.qualitative.items() if metric.startswith(BENCHMARKS)
+                     and (name := f"recall_top10_{metric}") in result.chance] for split, seen in tested.items()}
     if not all(found.values()):
         return ""
     chances = ", ".join(f"{split} {100 * np.mean(values):.2f}" for split, values in found.items())
@@ -235,7 +237,7 @@ def about_chance(tested: dict[str, Tested]) -> str:
 
 
 def recalls(results: dict[str, dict[str, float]]) -> tuple[dict[str, dict[int, float]], list[int], list[str]]:
-    """{split and judge: {K: recall}}, all Ks, and a line for each metric that is no recall; numbers of
+    """{split and metric: {K: recall}}, all Ks, and a line for each metric that is no recall; numbers of
     queries as they are."""
     rows: dict[str, dict[int, float]] = {}
     others = []
@@ -249,7 +251,7 @@ def recalls(results: dict[str, dict[str, float]]) -> tuple[dict[str, dict[int, f
 
 
 def recall_table(results: dict[str, dict[str, float]]) -> str:
-    """Rows split and judge, columns R@K in percent."""
+    """Rows split and metric, columns R@K in percent."""
     rows, ks, others = recalls(results)
     width = max(map(len, rows), default=0)
     lines = [" " * width + "".join(f"{f'R@{k}':>8}" for k in ks)]

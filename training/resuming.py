@@ -18,7 +18,7 @@ PATIENCE = 60                           # seconds for a process that torchrun ha
 log = logging.getLogger(__name__)
 
 
-class Glance(NamedTuple):
+class RunSummary(NamedTuple):
     """A run as its latest checkpoint tells of it, without its tensors being read or its checksum verified."""
     path: Path
     comment: str | None                 # None where the file does not tell
@@ -29,26 +29,26 @@ class Glance(NamedTuple):
     damage: str                         # what is wrong with the file, or ''
 
 
-def glance(path: Path) -> Glance:
+def summary_of(path: Path) -> RunSummary:
     modified = path.stat().st_mtime
     try:
         state = tensor_files.read(path, glance=True)
         opt, progress = state["opt"], state.get("progress") or {}
         opt = vars(opt) if isinstance(opt, argparse.Namespace) else opt
-        found = Glance(path, opt.get("comment"), state.get("launch"), progress.get("turn", 0), state.get("it", 0),
+        found = RunSummary(path, opt.get("comment"), state.get("launch"), progress.get("turn", 0), state.get("it", 0),
                        modified, "")
         if all(isinstance(number, int) for number in (found.turn, found.it)):
             return found
         reason = "what it holds is of the wrong kind"
     except (tensor_files.Unreadable, OSError, LookupError, TypeError, AttributeError) as error:
         reason = str(error) if isinstance(error, tensor_files.Unreadable) else "it is no checkpoint of this program"
-    return Glance(path, None, None, 0, 0, modified, reason)
+    return RunSummary(path, None, None, 0, 0, modified, reason)
 
 
-def runs_in(log_dir: Path, comment: str) -> list[Glance]:
+def runs_in(log_dir: Path, comment: str) -> list[RunSummary]:
     """The runs with a checkpoint that may be of this comment, the newest first. A run that is begun or resumed takes
     the turn after all of these; of older programs' runs, which took none, the file's time counts."""
-    found = [glance(path) for path in Path(log_dir).glob(f"*{glob.escape(comment)}*/{checkpoint.LATEST}")]
+    found = [summary_of(path) for path in Path(log_dir).glob(f"*{glob.escape(comment)}*/{checkpoint.LATEST}")]
     return sorted(found, key=lambda seen: (seen.turn, seen.turn and seen.it, seen.modified), reverse=True)
 
 
@@ -57,7 +57,7 @@ def is_named(folder: Path, comment: str) -> bool:
     return bool(re.fullmatch(rf"\w{{3}}\d\d_\d\d-\d\d-\d\d_[^_]+{re.escape(comment)}(-\d+)?", folder.name))
 
 
-def newest_run(runs: Iterable[Glance], comment: str, launch: str | None = None) -> Path | None:
+def newest_run(runs: Iterable[RunSummary], comment: str, launch: str | None = None) -> Path | None:
     """The latest checkpoint of the newest of these runs that has this comment and, if given, this launch.
 
     Raises InputError where just that one is damaged: neither an older run nor a new one is what was asked for. Damaged

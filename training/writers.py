@@ -30,13 +30,13 @@ GROUPS = {"total training loss": "loss/total", "learning_rate": "optimizer/learn
 def tag(name: str) -> str:
     """Where TensorBoard shows what is logged as `name`: test recall_top10_correct_adj is recall/test/adj@10."""
     if found := re.fullmatch(r"(\w+) (?:(.+) )?recall_(?:top(\d+)_)?(.+)", name):
-        split, way, k, judge = found.groups()
-        group = f"baseline/{split}/{way}" if way else f"recall/{split}"
-        return f"{group}/{judge.removeprefix('correct_')}{f'@{k}' if k else ''}".replace(" ", "_")
+        split, method, k, metric = found.groups()
+        group = f"baseline/{split}/{method}" if method else f"recall/{split}"
+        return f"{group}/{metric.removeprefix('correct_')}{f'@{k}' if k else ''}".replace(" ", "_")
     if found := re.fullmatch(r"(\w+) (results|features|log10 rank) (.+)", name):
-        split, what, judge = found.groups()
+        split, what, metric = found.groups()
         group = "ranks" if what == "log10 rank" else f"pictures/{what}"
-        return f"{group}/{split}/{judge.removeprefix('correct_')}"
+        return f"{group}/{split}/{metric.removeprefix('correct_')}"
     if found := re.fullmatch(r"(\w+) queries solved by (.+)", name):
         return f"baseline/{found[1]}/queries_solved_by/{found[2]}".replace(" ", "_")
     if found := re.fullmatch(r"a (\d+)", name):
