@@ -191,8 +191,8 @@ def test_pictures_that_are_not_read_are_counted_by_ending_with_what_helps(model,
     assert built.summary == "0 left out, 45 images of a kind that is not read, 3 other files" and built.images == 2
     (note,) = [record.message for record in caplog.records if "files end" in record.message]
     assert sorted(note.removeprefix("note: ").split("; ")) == sorted(said.split("; "))
-    from benchmarks.base import tell_of_passed_over
-    assert tell_of_passed_over([Triplets(root, "test")]) == note.removeprefix("note: ")
+    from benchmarks.base import note_passed_over
+    assert note_passed_over([Triplets(root, "test")]) == note.removeprefix("note: ")
 
 
 @without_heif

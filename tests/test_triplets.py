@@ -319,12 +319,12 @@ def test_targets_of_both_columns_are_right(tmp_path):
              {**both, "target_file_name": ["f.jpg"], "target_file_names": None, "text": "y"},
              {**both, "text": "z", "negative_file_name": "d.jpg", "negative_file_names": ["e.jpg"]}]
     data = Triplets(write(tmp_path / "shop", {"test/metadata.jsonl": jsonl(lines)}), "test")
-    assert [[data.images[target][5:6] for target in line.targets] for line in data.lines] == [
+    assert [[data.images[target][5:6] for target in line.targets] for line in data.annotations] == [
         ["b", "c"], ["d", "e"], ["f"], ["b", "c"]]
-    assert [data.images[image] for image in data.lines[3].negatives] == ["test/d.jpg", "test/e.jpg"]
+    assert [data.images[image] for image in data.annotations[3].negatives] == ["test/d.jpg", "test/e.jpg"]
     table = "source_file_name,target_file_name,target_file_names,text\na.jpg,b.jpg,c.jpg|d.jpg,is red\n"
     data = Triplets(write(tmp_path / "csv", {"test/metadata.csv": table}), "test")
-    assert [data.images[target] for target in data.lines[0].targets] == ["test/b.jpg", "test/c.jpg", "test/d.jpg"]
+    assert [data.images[target] for target in data.annotations[0].targets] == ["test/b.jpg", "test/c.jpg", "test/d.jpg"]
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "dev", "validation", "Val"])
@@ -332,7 +332,7 @@ def test_a_validation_folder_is_read_by_any_of_its_names(name, shop):
     write(shop, {f"{name}/metadata.jsonl": jsonl(LINES[:3])})
     assert Triplets.splits(shop, 0) == ["train", "validation", "test"]
     data = Triplets(shop, "validation")
-    assert len(data.lines) == 3 and data.images[0] == f"{name}/a.jpg" and data.gallery == 8
+    assert len(data.annotations) == 3 and data.images[0] == f"{name}/a.jpg" and data.gallery == 8
     with pytest.raises(InputError, match="has a validation split of its own: drop --validation"):
         Triplets.splits(shop, 0.1)
 
@@ -344,14 +344,14 @@ def test_lines_that_do_not_fit_are_left_out_and_all_of_them_named(shop):
     with pytest.raises(InputError, match=r"line 2: the target is the source.*--skip_bad_images True leaves such lines"):
         Triplets(shop, "test")
     data = Triplets(shop, "test", without=frozenset())
-    assert [line.text for line in data.lines] == ["is red", "is blue"]
+    assert [line.text for line in data.annotations] == ["is red", "is blue"]
     assert data.dropped["lines that do not fit"] == 4 == len(data.amiss)
     said = ["line 2: the target is the source", "line 3: h.jpg is both right and wrong", "line 4: no text",
             "line 5: '../b.jpg' is no path inside"]
     assert all(part in line for part, line in zip(said, data.amiss, strict=True)), data.amiss
     (shop / "test" / "gallery.txt").write_text("c.jpg\nh.jpg\nb.jpg\n")
     write(shop, {TEST: jsonl([LINES[0], LINES[1]])})
-    assert [line.text for line in Triplets(shop, "test", without=frozenset()).lines] == ["is red"]      # e is not in it
+    assert [line.text for line in Triplets(shop, "test", without=frozenset()).annotations] == ["is red"]      # e is not in it
     write(shop, {TEST: jsonl(bad)})
     with pytest.raises(InputError, match=r"no usable line of the test split .*line 1: the target is the source"):
         Triplets(shop, "test", without=frozenset())
