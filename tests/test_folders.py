@@ -141,8 +141,8 @@ LOOKS = [(NFD, NFC), (NFC, NFD), (MAC, PLAIN), ("a b.jpg", "a\u00a0b.jpg"), ("a\
 def test_a_name_that_looks_the_same_is_the_one_that_is_meant(model, tmp_path, on_disk, written):
     root = shop(tmp_path / "shop", [(written, "x.jpg"), ("x.jpg", f"./{written}")], on_disk, "x.jpg")
     data = Triplets(root, "test")
-    assert [data.images[line.source] for line in data.lines] == [on_disk, "x.jpg"]
-    assert [data.images[line.targets[0]] for line in data.lines] == ["x.jpg", on_disk]
+    assert [data.images[line.source] for line in data.annotations] == [on_disk, "x.jpg"]
+    assert [data.images[line.targets[0]] for line in data.annotations] == ["x.jpg", on_disk]
     (root / "gallery.txt").write_text(f"{written}\nx.jpg\n", "utf-8")
     assert sorted(Triplets(root, "test").images) == sorted([on_disk, "x.jpg"])
     assert placed({written: {"price": 1}}, [f"below/{on_disk}", "x.jpg"]) == ({f"below/{on_disk}": {"price": 1}}, {})
@@ -154,7 +154,7 @@ def test_a_name_that_looks_the_same_is_the_one_that_is_meant(model, tmp_path, on
 
 def test_the_very_name_comes_first_and_of_several_others_it_is_said_in_what_they_differ(tmp_path):
     root = shop(tmp_path, [(NFC, NFD)], NFC, NFD)
-    (line,), images = Triplets(root, "test").lines, Triplets(root, "test").images
+    (line,), images = Triplets(root, "test").annotations, Triplets(root, "test").images
     assert [images[line.source], images[line.targets[0]]] == [NFC, NFD]
     assert placed({NFC: {}, NFD: {"x": 1}}, [NFC, NFD]) == ({NFC: {}, NFD: {"x": 1}}, {})
     names = ["a\u00a0b.jpg", "a\u202fb.jpg"]
@@ -227,7 +227,7 @@ def test_triplets_photos_behind_links_are_the_gallerys_each_once(tmp_path):
     (root / "one.jpg").symlink_to(root / "c.jpg")
     data = Triplets(root, "test")
     assert data.images[:data.gallery] == ["c.jpg", "one.jpg", "more/a.jpg", "more/b.jpg"]
-    assert [(data.images[line.source], data.images[line.targets[0]]) for line in data.lines] == [
+    assert [(data.images[line.source], data.images[line.targets[0]]) for line in data.annotations] == [
         ("more/a.jpg", "c.jpg"), ("more/b.jpg", "more/a.jpg"), ("one.jpg", "c.jpg")]
     assert "; passed over: 2 linked folders not followed" in data.about
     assert check.main(["--dataset", "triplets", "--dataset_path", str(root)]) == 1

@@ -351,7 +351,7 @@ def test_lines_that_do_not_fit_are_left_out_and_all_of_them_named(shop):
     assert all(part in line for part, line in zip(said, data.amiss, strict=True)), data.amiss
     (shop / "test" / "gallery.txt").write_text("c.jpg\nh.jpg\nb.jpg\n")
     write(shop, {TEST: jsonl([LINES[0], LINES[1]])})
-    assert [line.text for line in Triplets(shop, "test", without=frozenset()).annotations] == ["is red"]      # e is not in it
+    assert [line.text for line in Triplets(shop, "test", without=frozenset()).annotations] == ["is red"]
     write(shop, {TEST: jsonl(bad)})
     with pytest.raises(InputError, match=r"no usable line of the test split .*line 1: the target is the source"):
         Triplets(shop, "test", without=frozenset())
