@@ -305,6 +305,8 @@ class OpenClip:
         """Both towers with random weights, on the device that is set; of the text's, if not `text`, the least. Raises
         InputError."""
         plain, known = self.parts(model)
+        if text:                                                                # by which it would ask "run its code?"
+            imported("transformers.dynamic_module_utils", "transformers").TIME_OUT_REMOTE_CODE = 0
         made = self.open_clip.create_model(
             plain, load_weights=False, pretrained_text=False, device=torch.get_default_device(), force_image_size=size,
             force_quick_gelu=known.get("quick_gelu", False), **({} if text else {"text_cfg": dict(LEAST_TEXT)}))

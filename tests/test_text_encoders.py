@@ -1,6 +1,10 @@
 """Text encoders in this process: bert_server's vectors, a CLIP model's text tower, and runs that need no server."""
 
 import json
+import os
+import pty
+import subprocess
+import sys
 
 import huggingface_hub
 import numpy as np
@@ -18,6 +22,7 @@ from text_encoders import InProcess, sentence_source, text_encoder_of
 from text_model import SentenceTable
 
 from .conftest import Run, flags, run_main
+from .services import ROOT
 
 TEXTS = ["old dog", "is red and has a much longer hem than the one before, with a ribbon at its end and no belt at all",
          "ripe", "caf\u00e9"]
@@ -145,3 +150,28 @@ def test_both_towers_of_a_clip_model_frozen(mitstates, tower, tmp_path, capsys):
     backbone = {name.removeprefix("img_model.backbone."): value for name, value in state["model_state_dict"].items()
                 if name.startswith("img_model.backbone.")}
     assert all(torch.equal(value, backbone[name]) for name, value in tower[1].visual.state_dict().items())
+
+
+@pytest.mark.long("a process")
+def test_a_clip_folder_whose_text_tower_brings_code_asks_nothing_and_runs_none(tmp_path):
+    ran = tmp_path / "ran"
+    text, clip = tmp_path / "text", tmp_path / "clip"
+    for folder, name, content in (
+            (text, "config.json", {"model_type": "ours", "auto_map": {"AutoConfig": "ours.Ours"}}),
+            (clip, "open_clip_config.json", {"model_cfg": {**TOWER, "text_cfg": {
+                "hf_model_name": str(text), "hf_tokenizer_name": str(text), "hf_pooler_type": "mean_pooler"}}})):
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(content))
+    (text / "ours.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    torch.save({}, clip / "open_clip_pytorch_model.bin")
+    asked = f"""from text_encoders import sentence_source
+sentence_source({{"text_encoder": "open_clip:local-dir:{clip}", "image_encoder": "", "image_weights": ""}})"""
+    user, program = pty.openpty()
+    try:
+        os.write(user, b"y\ny\n")
+        done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, stdin=program, capture_output=True, text=True,
+                              timeout=60, env={**os.environ, "HF_HOME": str(tmp_path / "home")})
+    finally:
+        os.close(user)
+        os.close(program)
+    assert "InputError: --text_encoder open_clip:local-dir:" in done.stderr and not done.stdout and not ran.exists()
