@@ -21,6 +21,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -160,6 +161,10 @@ if __name__ == "__main__":              # the imports take seconds: flags first,
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))
     get_parser().parse_args()
+    try:
+        tempfile.gettempdir()
+    except OSError:                     # torch wants a folder for temporary files, and writes none
+        tempfile.tempdir = os.environ.get("TMPDIR", "/tmp")
 
 import huggingface_hub
 import numpy as np

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from flags import Parser, a_path, add_dataset_flags
-from machine.errors import InputError
+from machine.errors import InputError, in_words
 from machine.stopping import ending, starting
 
 PROGRAM = "data/check.py"
@@ -112,7 +112,7 @@ def check(args: argparse.Namespace, report: Report) -> None:
     try:
         names, whole = kind.splits(root, args.validation), True
     except (InputError, OSError) as error:
-        report.complain(str(error))
+        report.complain(in_words(error))
         names, whole = ["train"], False
     splits, known = {}, None
     for name in names:
@@ -133,7 +133,7 @@ def check(args: argparse.Namespace, report: Report) -> None:
                 report.say(f"--skip_bad_images True leaves out of the {name} split: {left_out(splits[name])}")
             except (InputError, OSError) as error:
                 del splits[name]
-                report.complain(str(error))
+                report.complain(in_words(error))
     for remark in remarks(kind, root):
         report.say(f"note: {remark}")
     report.say(f"{len(report.wrong)} wrong, see above: a run would stop there, leave something out or count it wrongly"
@@ -152,7 +152,7 @@ def read_split(read: Callable, report: Report) -> CompositionDataset | None:
         try:
             data = read(without=without)
         except (InputError, OSError) as error:
-            report.complain(str(error))
+            report.complain(in_words(error))
         else:
             for complaint in data.amiss[:COMPLAINTS]:
                 report.complain(complaint)

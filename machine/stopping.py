@@ -7,12 +7,13 @@ where the platform has it the SIGUSR1 that Slurm sends before a time limit.
 import os
 import signal
 import sys
+import tempfile
 import threading
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from machine.errors import InputError, PeerLost
+from machine.errors import InputError, PeerLost, in_words
 from machine.streams import prepare_streams, shown
 
 EXIT_CODES = {getattr(signal, name): code for name, code in
@@ -96,6 +97,7 @@ def starting(parser: ArgumentParser) -> None:
         parser.exit(2, f"{parser.prog}: error: Windows itself is not supported; run it in WSL (wsl --install, then as "
                        "on Linux)\n")
     prepare_streams()
+    without_temporary_files()
 
     def leave(number: int, _frame) -> None:
         if not one_of_several():                                                # else torchrun says what ended it
@@ -109,6 +111,14 @@ def starting(parser: ArgumentParser) -> None:
         parser.error(str(error))
     if sys.stderr.isatty():
         print("loading torch ...", end="\r", file=sys.stderr, flush=True)       # the next line takes its place
+
+
+def without_temporary_files() -> None:
+    """Where no folder takes temporary files torch cannot be loaded, though all but --compile does without any."""
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        tempfile.tempdir = os.environ.get("TMPDIR", "/tmp")                     # what needs one there will name it
 
 
 def ending(program: str, work: Callable[[Stopping], None]) -> int:
@@ -155,6 +165,7 @@ def complain(reason: BaseException, before: str) -> None:
     from machine import distributed  # here: it loads torch, which wrong flags do not wait for
 
     follows = isinstance(reason, Stopped | PeerLost)                            # from what others say too
-    new = distributed.first() if follows else distributed.first_to_say(str(reason))
-    if line := [str(reason)] * new + getattr(reason, "__notes__", []):
+    said = in_words(reason)
+    new = distributed.first() if follows else distributed.first_to_say(said)
+    if line := [said] * new + getattr(reason, "__notes__", []):
         print(before, shown("; ".join(line)), file=sys.stderr)
