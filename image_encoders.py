@@ -249,12 +249,11 @@ class Timm:
         with nothing_loaded() as states:
             made = self.timm.create_model(model, num_classes=0, pretrained=True, pretrained_cfg_overlay=own,
                                           **self.sized(model, encoder.size))
-        state, kept = (states or [made.state_dict()])[-1], encoder.backbone.state_dict()
-        classifier = made.pretrained_cfg.get("classifier") or ()
-        dropped = tuple({f"{layer.partition('.')[0]}." for layer in
-                         ((classifier,) if isinstance(classifier, str) else classifier)})
-        return {f"backbone.{weight}": value for weight, value in state.items()
-                if weight in kept or not weight.startswith(dropped)}
+        with torch.device("meta"):                                              # names alone
+            whole = self.timm.create_model(model, num_classes=1000).state_dict()
+        classifier = whole.keys() - encoder.backbone.state_dict().keys()
+        return {f"backbone.{weight}": value for weight, value in (states or [made.state_dict()])[-1].items()
+                if weight not in classifier}
 
     def remark(self, _model: str) -> None:
         """What a user should know who gives a file."""

@@ -134,8 +134,8 @@ def test_files_of_other_programs_are_taken(way, tmp_path):
 
 
 @pytest.mark.parametrize(("model", "size"), [
-    ("levit_128s", 224), ("repvit_m0_9", 64), ("caformer_s18", 64), ("efficientvit_m0", 224), ("shvit_s1", 64),
-    ("crossvit_9_240", 120), ("vit_tiny_patch16_224", 64)])
+    ("levit_128s", 224), ("levit_384_s8", 224), ("repvit_m0_9", 64), ("caformer_s18", 64), ("efficientvit_m0", 224),
+    ("shvit_s1", 64), ("crossvit_9_240", 120), ("vit_tiny_patch16_224", 64)])
 def test_timms_own_state_is_taken_whatever_goes_with_its_classifier(model, size, tmp_path):
     torch.save(timm.create_model(model).state_dict(), tmp_path / "weights.pth")
     encoder = image_encoder(f"timm:{model}", 8, size)
