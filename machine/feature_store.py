@@ -38,7 +38,7 @@ class FeatureStore:
             try:
                 made_by += "_upright" * images.upright
                 self.file = RowFile(Path(cache), f"features_{made_by}", "features", images.paths, (width,), np.float32,
-                                    made_by)
+                                    made_by + ":sRGB" * images.upright)
             except OSError as error:
                 log.warning("no features are kept in %s (%s): every run encodes the images anew", cache, error)
 

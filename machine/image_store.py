@@ -209,7 +209,7 @@ class ImageStore:
             try:
                 name = f"images_{size}" + f"_{resampling}" * (resampling != "bilinear") + "_upright" * upright
                 self.file = RowFile(Path(cache), name, "pixels", self.paths, (size, size, 3), np.uint8,
-                                    f"{PIL.__version__}:channels last")
+                                    f"{PIL.__version__}:channels last" + ":sRGB" * upright)
             except OSError as error:
                 log.warning("no image cache in %s (%s): images are decoded each time they are used", cache, error)
 

@@ -8,13 +8,16 @@ import errno
 import io
 import os
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from machine.errors import InputError
 from machine.regular_files import open_regular
@@ -48,6 +51,7 @@ LARGEST_IN_PYTHON = MEGA // 2           # pixels of what Pillow decodes in Pytho
 IN_PYTHON = ("bmp_rle", "ppm", "ppm_plain")
 LONGEST = 100                           # times as long as wide: it is made S x 100 S before it is cut to S x S
 LARGEST_EXIF = 2**16                    # bytes: one segment of a JPEG; its entries may overlap, and each is kept
+LARGEST_PROFILE = 2**22                 # bytes; those of printers have the most
 
 NOT_THE_IMAGES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")                        # but restarts, and what is no marker
@@ -56,6 +60,11 @@ ORIENTATION = 0x112
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}                                          # by Exif's number
+# Of a PNG's texts those in which programs keep what a camera noted; Pillow refuses a file of others that are long.
+TEXTS, READ_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP"), (b"Raw profile type exif", b"XML:com.adobe.xmp")
+COLOURS = np.stack(np.meshgrid(*[np.arange(0, 256, 15, np.uint8)] * 3, indexing="ij"), -1).reshape(18, -1, 3)
+MANY_PARTS = "is a file of more parts than a picture has; save it anew"
+LEAST_SHIFT = 3                         # of 255: a profile that moves no colour by more is sRGB, as programs make it
 EIGHT_OF_SIXTEEN = ((np.arange(2**16) + 128) // 257).astype(np.uint8)
 
 warnings.filterwarnings("ignore", module=r"PIL\.")                              # what is wrong is said in our own line
@@ -86,7 +95,8 @@ def decode(path: str | os.PathLike | InMemory, size: int, resampling: str = "bil
     """
     with opened(path, upright) as image:
         if upright:
-            return to_square(seen(image), size, resampling)
+            pixels = to_square(seen(image), size, resampling)
+            return np.asarray(in_srgb(Image.fromarray(pixels), image)) if to_srgb_of(image) else pixels
         if is_more_than_rgb(image):
             told(str(path))
         return to_square(image if image.mode == "RGB" else image.convert("RGB"), size, resampling)
@@ -102,6 +112,7 @@ def opened(path: str | os.PathLike | InMemory, halved: bool = False) -> Iterator
     try:
         content = read(path)
         scans = scans_of(content) if content.startswith(b"\xff\xd8") else 0
+        content = without_texts(content) if content.startswith(b"\x89PNG") else content
         with Image.open(Metered(content), formats=FORMATS) as image:
             check(image, content, scans, halved)
             yield image
@@ -161,7 +172,7 @@ class Metered(io.BytesIO):
         part = super().read(count)
         self.reads, self.bytes = self.reads - 1, self.bytes - len(part)
         if self.reads < 0 or self.bytes < 0:
-            raise Beyond("is a file of more parts than a picture has; save it anew")
+            raise Beyond(MANY_PARTS)
         return part
 
 
@@ -218,6 +229,41 @@ def check_tiff(image: Image.Image, content: bytes) -> None:
         raise Beyond("is a TIFF of progressive JPEGs; save it anew")
 
 
+def without_texts(content: bytes) -> bytes:
+    """A PNG without its texts and profiles, but for the first of each kind that is looked at, and not too long. Raises
+    Beyond for one of too many parts."""
+    parts, place, kept, seen_before = [], 8, 0, set()
+    for _ in range((10_000 + len(content) // 500) // 3):                        # as Metered has it, of three reads each
+        if place + 12 > len(content):
+            return b"".join([*parts, content[kept:]]) if parts else content
+        length, kind = struct.unpack_from(">I4s", content, place)
+        end = place + 12 + length
+        if kind in TEXTS:
+            data = content[place + 8:end - 4]
+            name = kind if kind == b"iCCP" else data.partition(b"\0")[0][:80]
+            if name in seen_before or not is_looked_at(kind, name, data):
+                parts.append(content[kept:place])
+                kept = end
+            seen_before.add(name)
+        place = end
+    raise Beyond(MANY_PARTS)
+
+
+def is_looked_at(kind: bytes, name: bytes, data: bytes) -> bool:
+    """Whether a part of a PNG is a text or profile that is looked at, and no longer than Pillow takes."""
+    rest = data.partition(b"\0")[2]
+    if kind != b"iCCP" and (name not in READ_TEXTS or len(data) > 2 * LARGEST_EXIF):
+        return False
+    if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
+        return True
+    try:
+        unpacking = zlib.decompressobj()
+        unpacking.decompress(rest[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else rest[1:], 2**20)
+        return not unpacking.unconsumed_tail
+    except zlib.error:                                                          # Pillow takes it for none
+        return True
+
+
 def is_more_than_rgb(image: Image.Image) -> bool:
     """Whether an RGB image of 8 bits loses something of it: more bits, or transparency that is used. Decodes it."""
     if image.mode.startswith(("I", "F")):
@@ -243,6 +289,31 @@ def seen(image: Image.Image) -> Image.Image:
         image_seen = image if image.mode == "RGB" else image.convert("RGB")
     turn = TURNS.get(orientation(image))
     return image_seen if turn is None else image_seen.transpose(turn)
+
+
+def to_srgb_of(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    """From the colours that an opened image's file is in, to sRGB; None where they are that, or it does not say."""
+    profile = image.info.get("icc_profile")
+    return to_srgb(profile) if profile and len(profile) <= LARGEST_PROFILE and image.getbands()[0] in "RP" else None
+
+
+@lru_cache(64)
+def to_srgb(profile: bytes) -> ImageCms.ImageCmsTransform | None:
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if given.profile.xcolor_space.strip() != "RGB":
+            return None
+        transform = ImageCms.buildTransform(given, ImageCms.createProfile("sRGB"), "RGB", "RGB")
+        moved = np.asarray(ImageCms.applyTransform(Image.fromarray(COLOURS), transform)).astype(int) - COLOURS
+    except Exception:                                                           # damaged, or built without LittleCMS
+        return None
+    return transform if np.abs(moved).max() > LEAST_SHIFT else None
+
+
+def in_srgb(small: Image.Image, image: Image.Image) -> Image.Image:
+    """An RGB image that was made of an opened one, in sRGB. Small ones: it takes 10 ns a pixel or more."""
+    transform = to_srgb_of(image)
+    return ImageCms.applyTransform(small, transform) if transform else small
 
 
 def orientation(image: Image.Image) -> int | None:

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import struct
 import tracemalloc
+import zlib
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 from torchvision import transforms
 
 from machine.errors import InputError
@@ -251,3 +253,89 @@ def test_a_picture_is_read_from_what_was_there_at_once(tmp_path):
     with opened(file) as image:
         os.truncate(file, 100)
         assert np.asarray(image.convert("RGB")).shape == (600, 600, 3)
+
+
+# Colours
+
+def primaries(colours, gamma):
+    """An ICC profile of three colours, as their XYZ, and a gamma: as small as one can be."""
+    def s15(*values):
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + s15(0.9642, 1, 0.8249), b"desc": b"desc\0\0\0\0\0\0\0\1\0" + b"\0" * 79}
+    tags |= {name: b"XYZ \0\0\0\0" + s15(*xyz) for name, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), colours, strict=True)}
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    place, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", place + len(body), len(content))
+        body += content + b"\0" * (-len(content) % 4)
+    head = b"\0\0\0\0\0\0\0\0\2\x40\0\0mntrRGB XYZ " + b"\0" * 12 + b"acsp" + b"\0" * 28 + s15(0.9642, 1, 0.8249)
+    head = head.ljust(128, b"\0")
+    return struct.pack(">I", place + len(body)) + head[4:] + table + body
+
+
+ADOBE = primaries([(0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446)], 2.2)
+P3 = primaries([(0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)], 2.2)
+PROPHOTO = primaries([(0.7977, 0.2880, 0.0), (0.1352, 0.7119, 0.0), (0.0313, 0.0001, 0.8249)], 1.8)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# What 200, 100, 50 of each is in sRGB, by hand: linear light by the primaries to XYZ, by those of sRGB back, its curve.
+SEEN = {"Adobe": (ADOBE, (227, 100, 42)), "P3": (P3, (216, 92, 24)), "ProPhoto": (PROPHOTO, (255, 80, 47)),
+        "sRGB": (SRGB, (200, 100, 50)), "damaged": (ADOBE[:200], (200, 100, 50)), "none": (None, (200, 100, 50)),
+        "a printer's": (b"\0\0\x02\0lcms\2\x40\0\0prtrCMYKLab ".ljust(512, b"\0"), (200, 100, 50))}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("name", SEEN)
+def test_colours_are_those_of_a_screen_where_pictures_are_looked_at_and_the_originals_in_training(tmp_path, kind, name):
+    profile, colour = SEEN[name]
+    how = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    file = written(tmp_path, saved(Image.new("RGB", (64, 48), (200, 100, 50)), kind, icc_profile=profile, **how))
+    for way in ("index", "query"):
+        assert np.abs(WAYS[way](file)[16, 16].astype(int) - colour).max() <= 3, WAYS[way](file)[16, 16]
+    assert np.abs(np.asarray(thumbnail(file))[16, 16].astype(int) - colour).max() <= 3
+    assert np.array_equal(WAYS["training"](file), plain_square(Image.open(file).convert("RGB"), 32))
+    if colour == (200, 100, 50):
+        assert np.array_equal(WAYS["index"](file), WAYS["training"](file))      # not a bit is moved without need
+
+
+def test_grey_and_many_coloured_pictures_take_no_profile_of_others(tmp_path):
+    for mode in ("L", "CMYK"):
+        file = written(tmp_path, saved(noise(64, 64).convert(mode), "TIFF", icc_profile=ADOBE))
+        assert np.array_equal(WAYS["index"](file), plain_square(Image.open(file).convert("RGB"), 32))
+
+
+# Texts
+
+def long_texts():
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3 * 2**20)
+    text.add_text("prompt", "y" * 3 * 2**20, zip=True)
+    text.add_itxt("XML:com.adobe.xmp", "z" * 3 * 2**20, zip=True)
+    text.add_itxt("XML:com.adobe.xmp", "z" * 2**17)
+    return text
+
+
+@pytest.mark.parametrize("what", ["texts", "profile", "64 texts", "texts behind"])
+def test_a_png_may_hold_any_texts_and_profiles(tmp_path, what):
+    image, how = noise(80, 60), {}
+    if what == "profile":
+        how = {"icc_profile": SRGB + b"\0" * 3 * 2**20}
+    elif what != "texts behind":
+        how = {"pnginfo": long_texts()}
+    content = saved(image, "PNG", **how)
+    if what == "64 texts":
+        content = content[:33] + 64 * chunk(b"tEXt", b"a\0" + b"b" * 2**21) + content[33:]
+    elif what == "texts behind":
+        content = content[:-12] + chunk(b"zTXt", b"a\0\0" + zlib.compress(b"b" * 2**21)) + content[-12:]
+    file = written(tmp_path, content)
+    for way in ("training", "index", "query"):
+        assert np.array_equal(WAYS[way](file), plain_square(image, 32))
+
+
+def test_how_the_camera_was_held_is_read_from_a_png_of_many_texts(tmp_path):
+    image, note, text = noise(80, 60), Image.Exif(), long_texts()
+    note[0x112] = 6
+    plain = note.tobytes()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(plain)}\n{plain.hex()}\n", zip=True)
+    file = written(tmp_path, saved(image, "PNG", pnginfo=text))
+    assert np.array_equal(WAYS["index"](file), plain_square(image.transpose(Image.Transpose.ROTATE_270), 32))

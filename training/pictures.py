@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from machine.picture_files import InMemory, opened, seen
+from machine.picture_files import InMemory, in_srgb, opened, seen
 
 INK, QUIET, PAPER = "#1f2933", "#7b8794", "white"
 GREEN, RED = "#2f9e44", "#e03131"
@@ -119,4 +119,4 @@ def thumbnail(path: Path | InMemory, side: int = 256) -> Image.Image:
         image.draft("RGB", (side, side))                                        # a JPEG is decoded no finer than needed
         small = seen(image)
         small.thumbnail((side, side))
-        return small
+        return in_srgb(small, image)
