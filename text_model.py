@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import sqlite3
 import string
 import time
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from machine.device import send
 from machine.errors import InputError
-from machine.regular_files import check_own
+from machine.regular_files import check_own, open_own
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +242,8 @@ class SentenceFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for kind in ("", "-journal", "-wal", "-shm"):                       # SQLite's own beside it
                 check_own(Path(f"{self.path}{kind}"))
+            if not self.path.exists():                                          # SQLite lets none but its user write
+                os.close(open_own(self.path))
             with closing(sqlite3.connect(self.path, timeout=5)) as database, database:
                 database.execute("CREATE TABLE IF NOT EXISTS vectors (text BLOB PRIMARY KEY, vector BLOB, crc INT)")
                 work(database)

@@ -17,9 +17,10 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 def open_own(path: Path, flags: int = 0) -> int:
-    """A descriptor to read and write a file with, made where there is none. Raises OSError where it is not our own."""
+    """A descriptor to read and write a file with, made where there is none, for whom the user's umask lets. Raises
+    OSError where it is not our own."""
     check_own(path)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags, 0o666)
     try:
         check(path, os.fstat(descriptor))                                       # it may have changed hands meanwhile
     except OSError:

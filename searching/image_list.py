@@ -19,6 +19,7 @@ from machine.checksums import digest
 from machine.errors import InputError
 from machine.file_names import looks
 from machine.picture_files import ALWAYS, HEIF
+from machine.regular_files import open_own
 from machine.streams import shown
 
 ROWS_AT_ONCE = 10_000                   # of features, in reading them all
@@ -191,6 +192,11 @@ class ImageList:
         """
         if self.journal().exists() and self.journal().read_bytes()[-8:] == SUPER_JOURNAL:
             raise InputError(f"{self.journal()} is none of this program's; remove it")
+        try:
+            os.close(open_own(self.path))                                       # SQLite lets none but its user write
+        except OSError as error:
+            raise InputError(f"cannot use {self.path} ({error.strerror or error}); see that it may be written "
+                             "to") from None
         with self.opened("rwc") as (database, has), database:
             database.execute("BEGIN IMMEDIATE")
             if not has.checksums:

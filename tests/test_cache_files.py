@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from machine.feature_store import FeatureStore
 from machine.image_store import ImageStore
+from searching.image_list import ImageList
 from text_model import SentenceFile
 
 from .conftest import picture
@@ -112,3 +114,20 @@ def test_a_removed_cache_is_no_matter_to_who_uses_it(paths, cache):
         (cache / name).unlink()
     for _ in range(2):
         assert torch.equal(store.batch(range(6)), pixels(paths))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_who_may_write_to_what_is_kept_is_said_by_the_umask(tmp_path, umask, mode):
+    """So a group with umask 002 has one cache of decoded images, features and sentences, and one index."""
+    picture(tmp_path / "a" / "0.jpg")
+    before = os.umask(umask)
+    try:
+        images = ImageStore([str(tmp_path / "a" / "0.jpg")], 32, tmp_path / "cache")
+        features = FeatureStore(images, lambda pixels: pixels.float().mean((2, 3)), 3, "x", tmp_path / "cache")
+        features.batch([0])
+        SentenceFile(tmp_path / "cache", {}, 3).write(["a"], np.ones((1, 3), np.float32))
+        ImageList(tmp_path / "cache" / "images.sqlite").create(tmp_path)
+    finally:
+        os.umask(before)
+    found = {file.name: oct(file.stat().st_mode & 0o777) for file in (tmp_path / "cache").iterdir()}
+    assert len(found) == 3 + 3 + 1 + 1 and set(found.values()) == {oct(mode)}, found
