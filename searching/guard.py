@@ -100,7 +100,8 @@ class Names:
             name, port = self.split(rest)
             same = name in own and any(port == its for _, its in hosts)
             if scheme not in ("http", "https") or not (same or name in self.given):
-                raise Refused(403, f"pages of {origin[:100]!r} may not use this one")
+                raise Refused(403, f"pages of {origin[:100]!r} may not use this one; where it is this page "
+                              "behind a proxy, start it with --allow_host NAME, its name there")
 
 
 class Body:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class Qdrant:
     def __init__(self, where: str, collection: str, dim: int, model: str):
         self.where, self.collection, self.d = where, collection, dim
         server = where.startswith(("http://", "https://"))
+        self.has_no_port = server and urlsplit(where).port is None              # the client asks its usual one
         if not server and not (Path(where) / "meta.json").is_file():            # the client would make a new one
             raise InputError(f"--qdrant {where} is neither http://HOST:PORT nor a folder of Qdrant's local mode")
         try:
@@ -72,8 +74,9 @@ class Qdrant:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"--qdrant {self.where} does not answer ({first_line(error)}); see that it runs and is "
-                             "Qdrant, or drop --qdrant") from None
+            port = " at port 6333, as the URL names none (behind a proxy it is :443 or :80)" * self.has_no_port
+            raise InputError(f"--qdrant {self.where} does not answer{port} ({first_line(error)}); see that it runs and "
+                             "is Qdrant, or drop --qdrant") from None
 
     def search(self, query: np.ndarray, k: int, among: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """As FAISS's `Ranking`."""

@@ -165,6 +165,14 @@ def test_what_is_no_collection_of_the_index_is_one_line(others, silent, tmp_path
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(("where", "port"), [("http://127.0.0.1", True), ("https://localhost/qdrant", True),
+                                             ("http://127.0.0.1:6399", False), ("https://[::1]", True)])
+def test_a_url_without_a_port_is_told_which_was_asked(where, port):
+    with pytest.raises(InputError, match="does not answer") as raised:
+        qdrant.Qdrant(where, "pictures", DIM, "our model")
+    assert ("at port 6333, as the URL names none (behind a proxy it is :443 or :80)" in str(raised.value)) == port
+
+
 def test_a_collection_of_another_model_is_no_collection_to_search(large, others, capsys):
     assert run("query", "--index", large / "index", "--image", large / "images" / "0.jpg", "--qdrant", others,
                "--collection", "empty") == 2

@@ -67,6 +67,13 @@ def test_a_name_that_is_not_the_pages_is_refused(web_page, host):
                   Sec_WebSocket_Version="13", Sec_WebSocket_Key="AAAAAAAAAAAAAAAAAAAAAA==")[0] == 403
 
 
+def test_an_upload_behind_a_proxy_that_hides_its_name_is_told_the_flag(web_page):
+    """The proxy passes on 127.0.0.1 as its Host; the browser says where the page came from."""
+    for origin in ("https://pictures.example.org", "http://10.0.0.9:8080"):
+        status, _, body = answer(web_page.port, "POST", "/api/search", Origin=origin)
+        assert status == 403 and b"may not use this one" in body and b"--allow_host NAME" in body
+
+
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "https://127.0.0.1", "",
                                     "file://", "http://127.0.0.1:{port}.evil.example", "chrome-extension://x"])
 def test_a_page_of_another_origin_may_neither_ask_nor_read(web_page, origin):
