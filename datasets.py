@@ -81,16 +81,19 @@ sand shell sky smoke steel stream table tea tomato vacuum wax wheel window wool
 
 
 class MITStates(CaptionedDataset):
-    """images/<adjective> <noun>/*.jpg; the text is the target's adjective, the split goes by noun."""
+    """images/<adjective> <noun>/*.jpg, or <adjective>_<noun>/; the text is the target's adjective, the split goes by
+    noun."""
 
     group_size = 2                      # one source, two targets
 
     def read(self) -> None:
         self.images, self.captions = [], []
-        for folder in self.visible(os.listdir(require(self.root / "images", "image folder"))):
-            adjective, _, noun = folder.partition(" ")
+        names = self.visible(os.listdir(require(self.root / "images", "image folder")))
+        # Some have made _ of each space: the caption is what it was, and so is the order.
+        for caption, folder in sorted((name if " " in name else name.replace("_", " ", 1), name) for name in names):
+            adjective, _, noun = caption.partition(" ")
             published = "test" if noun in MITSTATES_TEST_NOUNS else "train"
-            if not noun or adjective == "adj" or published != self.published or not self.has(noun):
+            if not (noun and adjective) or adjective == "adj" or published != self.published or not self.has(noun):
                 continue
             if not (self.root / "images" / folder).is_dir():
                 self.drop("files beside the folders of images")
@@ -102,7 +105,7 @@ class MITStates(CaptionedDataset):
                                     "back, remove the folder, or pass --skip_bad_images True")
             kept = [image for name in names if (image := f"images/{folder}/{name}") not in self.without]
             self.images += kept
-            self.captions += [folder] * len(kept)
+            self.captions += [caption] * len(kept)
         self.index()
         if self.split == "train" and (single := [noun for noun, states in self.states.items() if len(states) < 2]):
             self.drop_single_state_nouns(single)

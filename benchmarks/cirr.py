@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,14 @@ class CIRR(AnnotatedDataset):
         if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
             raise InputError(f"{file}: expected a JSON object of image ids and paths")
         folder = next(name for name in self.FOLDERS if (self.root / name).is_dir())
-        return {name: os.path.normpath(f"{folder}/{inside(os.path.normpath(place), str(file))}")
+        there = cache(lambda place: (self.root / folder / place).is_dir())      # some hundred, of many thousand images
+
+        def found(place: str) -> str:
+            """NLVR2's train/12/x.png, or train/x.png where its hundred folders were made one."""
+            above, name = os.path.split(place)
+            flat = f"{os.path.dirname(above)}/{name}"
+            return flat if os.path.dirname(above) and not there(above) and there(os.path.dirname(above)) else place
+        return {name: os.path.normpath(f"{folder}/{found(inside(os.path.normpath(place), str(file)))}")
                 for name, place in places.items()}
 
     def read_captions(self, file: Path, known: dict[str, str]) -> list[dict]:

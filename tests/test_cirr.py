@@ -1,6 +1,7 @@
 """CIRR read from a hand-written tree: pairs, recalls by hand, bad files."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -70,3 +71,21 @@ def test_bad_files_are_one_line(cirr):
         CIRR(cirr, "test")
     with pytest.raises(InputError, match="drop --use_complete_text_query"):
         CIRR(cirr, "test", complete_text=True)
+
+
+@pytest.mark.parametrize("folder", ["img_raw", "images", "."])
+def test_pictures_are_found_where_nlvr2s_hundred_folders_were_made_one(cirr, folder):
+    before = {split: CIRR(cirr, split).images for split in ("train", "test")}
+    for file in (cirr / "img_raw" / "train" / "12").iterdir():
+        file.rename(cirr / "img_raw" / "train" / file.name)
+    (cirr / "img_raw" / "train" / "12").rmdir()
+    if folder == ".":
+        for part in ("train", "dev"):
+            (cirr / "img_raw" / part).rename(cirr / part)
+        (cirr / "img_raw").rmdir()
+    else:
+        (cirr / "img_raw").rename(cirr / folder)
+    top = "" if folder == "." else f"{folder}/"
+    assert CIRR(cirr, "train").images == [f"{top}train/{os.path.basename(image)}" for image in before["train"]]
+    assert CIRR(cirr, "test").images == [image.replace("img_raw/", top) for image in before["test"]]
+    assert all(os.path.isfile(path) for split in ("train", "test") for path in CIRR(cirr, split).paths)

@@ -327,3 +327,21 @@ def test_nothing_is_held_out_unless_asked_for(benchmark_tree):
     whole = DATASETS[name](path, "train")
     assert whole.images == DATASETS[name](path, "train", held_out=0.0).images
     assert epoch(whole) == epoch(DATASETS[name](path, "train", held_out=0.0))
+
+
+@pytest.mark.parametrize("renamed", ["all", "some"])
+def test_mitstates_folders_may_have_a_stroke_for_the_space(mitstates, renamed):
+    """The same images, captions, order and queries."""
+    def seen(split):
+        data = MITStates(mitstates, split)
+        return data.captions, [image.replace("_", " ") for image in data.images], data.task().texts, data.dropped
+    before = {split: seen(split) for split in ("train", "test")}
+    for number, folder in enumerate(sorted((mitstates / "images").iterdir())):
+        if renamed == "all" or number % 2:
+            folder.rename(folder.with_name(folder.name.replace(" ", "_")))
+    for name in ("__MACOSX", "_", "unspaced_", "_thumbs"):                      # no adjective, or no noun
+        (mitstates / "images" / name).mkdir()
+    after = {split: seen(split) for split in ("train", "test")}
+    for split, (captions, images, texts, dropped) in before.items():
+        assert after[split][:3] == (captions, images, texts)
+        assert after[split][3] == dropped | {"folders of the system's own": 1}
