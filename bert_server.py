@@ -11,8 +11,6 @@ sends or leaves unread costs the others no more than that.
 import argparse
 import contextlib
 import difflib
-import hashlib
-import inspect
 import json
 import logging
 import math
@@ -24,10 +22,8 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from pathlib import Path
 
 VERSION = "1.10.0"                      # the protocol's: the client refuses any other
 POOLINGS = ("REDUCE_MEAN", "REDUCE_MAX", "CLS_TOKEN")
@@ -166,15 +162,15 @@ if __name__ == "__main__":              # the imports take seconds: flags first,
     except OSError:                     # torch wants a folder for temporary files, and writes none
         tempfile.tempdir = os.environ.get("TMPDIR", "/tmp")
 
-import huggingface_hub
 import numpy as np
 import torch
 import transformers
 import zmq
-from torch import Tensor
+
+from machine.errors import first_line
+from machine.sentence_encoder import CHARACTERS, ModelError, Sentence, SentenceEncoder, sentence_encoder
 
 IDENTITY = re.compile(rb"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")  # as every client makes its own: a uuid4
-HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 LARGEST_FRAME = 64 * 2**20              # bytes; ZeroMQ closes the connection of who sends more
 LARGEST_REQUEST = 32 * 2**20            # bytes, of
 MOST_TEXTS = 2**16                      # texts, and
@@ -184,25 +180,11 @@ UNREAD = 16 * 2**20                     # bytes of answers on their way to a cli
 ANSWERS = 2**30                         # bytes of large answers in all, those in work and those on their way
 OVERHEAD = 1024                         # bytes that a message takes besides its content, about
 AT_ONCE = 100                           # messages taken before the next batch is encoded
-CHARACTERS = 400                        # of a text are read for each word piece that is kept, so none takes for ever
-TOKENS = 2**14                          # of a batch's texts go through the model at once
-LONGEST = 2**20                         # tokens; a tokenizer says more where it knows of no bound
-CLIP = ("clip", "clip_text_model")      # what configurations call it
-# Whose vectors were others once, by the texts beside them or segments that they do not have, and may be kept so.
-OTHER_BEFORE = ("convbert", "flaubert", "fnet", "mobilebert", "nystromformer", "xlm", "yoso")
 READ_AT_ONCE = 2**18                    # characters in a batch: half a second's
 JOINING = 2.0                           # seconds that requests wait for their client to subscribe
 READING = 10.0                          # seconds that a large answer may lie unread when others need its memory
 
 log = logging.getLogger("bert_server")
-
-Sentence = str | list[str]              # a text, or its word pieces
-
-
-POOLING: dict[str, Callable[[Tensor], Tensor]] = {                              # (B, T, D) -> (B, D), no padding in it
-    "REDUCE_MEAN": lambda states: states.mean(1), "REDUCE_MAX": lambda states: states.amax(1),
-    "CLS_TOKEN": lambda states: states[:, 0]}
-
 
 class Sparing(logging.Filter):
     """Lets ten complaints a minute pass: a flood of bad requests must not fill a disk, or a pipe that no one reads."""
@@ -220,330 +202,6 @@ class Sparing(logging.Filter):
         if self.count == 10:
             record.msg = f"{record.msg} (more will be counted, see SHOW_STATUS, but not shown before the next minute)"
         return self.count <= 10
-
-
-class ModelError(Exception):
-    """The model cannot be served; the message says what to do."""
-
-
-class SentenceEncoder:
-    """A BERT-type model in eval mode, float32: sentences to vectors.
-
-    folder: a local folder or a hub name. layer: of the encoder, -1 the last. length: most tokens of a sentence,
-    [CLS] and [SEP] included; None for as many as the model can take. Raises ModelError.
-    """
-
-    def __init__(self, folder: str, layer: int = -2, pooling: str = "REDUCE_MEAN", length: int | None = 25,
-                 device: str = "cpu"):
-        self.tokenizer, model = loaded(folder, transformers.AutoModel)
-        self.fingerprint = fingerprint(self.tokenizer, model)                   # before it is used: it keeps how it was
-        longest = min(positions(model), self.tokenizer.model_max_length)
-        if not length and longest > LONGEST:
-            raise ModelError(f"-max_seq_len NONE: the model {folder!r} says no longest text; give a number")
-        self.length, self.pool, self.layer = length or longest, POOLING[pooling], layer
-        self.between = self.separators(folder)
-        # Some models of the type have no segments, and some take something else by that name.
-        self.segments = ("token_type_ids" in inspect.signature(model.forward).parameters
-                         and getattr(model.config, "type_vocab_size", 0) >= 2)
-        kind = f"{folder!r} (of the type {model.config.model_type})"
-        try:
-            self.model, self.device = model.eval().to(device), device
-            self.choose_layer(kind)
-            self.check_alone(kind)
-        except ModelError:
-            raise
-        except Exception as error:                                              # from within any of a hundred models
-            raise ModelError(f"cannot use {kind} with -device {device} and -max_seq_len {self.length} (it has "
-                             f"{positions(model)} positions): {first_line(error)}") from None
-
-    def separators(self, folder: str) -> list[int]:
-        """Between the two texts of a pair. Raises ModelError where the tokenizer's way is not [CLS] text [SEP]."""
-        cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        try:
-            plain, = self.plain_ids(["a"])
-            single, pair = self.tokenizer("a").input_ids, self.tokenizer("a", "a").input_ids
-        except (TypeError, ValueError) as error:                                # some want more than a text
-            raise ModelError(f"the tokenizer of {folder!r} takes no plain texts ({first_line(error)})") from None
-        if single != [cls, *plain, sep]:
-            raise ModelError(f"the tokenizer of {folder!r} does not put [CLS] before and [SEP] after a text, but makes "
-                             f"{' '.join(self.tokenizer.convert_ids_to_tokens(single))!r} of 'a': it is no BERT-type "
-                             "model")
-        between = pair[1 + len(plain):-1 - len(plain)]
-        return between if between and set(between) == {sep} else [sep]
-
-    def choose_layer(self, kind: str) -> None:
-        """Where in hidden_states, which begin with the embedding, the layer is; the layers above it are dropped. Raises
-        ModelError where it has no such layer."""
-        longest = self.trial(self.length)
-        with torch.inference_mode():
-            states = getattr(self.model(**self.inputs([longest]), output_hidden_states=True), "hidden_states", None)
-        layers = len(states or ()) - 1
-        if layers < 1:
-            raise ModelError(f"{kind} shows no states of its layers: it is no BERT-type model")
-        if not -layers <= self.layer < layers:
-            raise ModelError(f"-pooling_layer {self.layer}: the model has {layers} layers, so give one from "
-                             f"{-layers} to -1")
-        self.layer = 1 + self.layer % layers
-        if states[self.layer].shape[:2] != (1, len(longest[0])):
-            raise ModelError(f"{kind} has other states in this layer than one for each word piece: it is no BERT-type "
-                             "model")
-        self.dim = states[self.layer].shape[2]
-        self.drop_layers_above(layers, longest, self.pool(states[self.layer]).cpu().numpy())
-
-    def drop_layers_above(self, count: int, longest: tuple[list[int], int], expected: np.ndarray) -> None:
-        """They add nothing to the vector, unless the model treats its last layer's output apart, as some do, or goes
-        through its layers by number."""
-        whole = self.layer
-        for layers in self.model.modules():
-            if isinstance(layers, torch.nn.ModuleList) and len(layers) == count:
-                above = list(layers[whole:])
-                del layers[whole:]
-                self.layer = -1
-                with contextlib.suppress(Exception):                            # from within any of a hundred models
-                    if np.allclose(self.encode([longest]), expected, rtol=1e-4, atol=1e-5):
-                        return
-                layers.extend(above)
-                self.layer = whole
-
-    def check_alone(self, kind: str) -> None:
-        """Raises ModelError where a text's vector depends on those beside it, on those before it, or on chance."""
-        texts = [self.trial(self.length), *(self.trial(min(length, self.length), turn) for length in (12, 3)
-                                            for turn in (0, 1))]
-        alone = np.concatenate([self.encode([text]) for text in texts])
-        together = self.encode(texts)
-        if not np.abs(together - alone).max() <= 1e-3 * np.abs(alone).max():    # nor where it is no number
-            raise ModelError(f"{kind} does not give a text the same vector each time, so it cannot be used; with a "
-                             "lower -max_seq_len it may do")
-
-    def trial(self, length: int, turn: int = 0) -> tuple[list[int], int]:
-        """So many tokens of no text."""
-        special = {self.tokenizer.pad_token_id, *self.tokenizer.all_special_ids}
-        words = [word for word in range(min(len(self.tokenizer), 1000)) if word not in special] or [0]
-        return self.joined([words[(7 * place + turn) % len(words)] for place in range(length - 2)])
-
-    def token_ids(self, sentences: Sequence[Sentence]) -> list[tuple[list[int], int]]:
-        """For each sentence its ids, [CLS] first, and how many of them are the first segment's."""
-        pairs = [split_pair(sentence) for sentence in sentences]
-        ids = iter(self.plain_ids([part for pair in pairs for part in pair]))
-        return [self.joined(*(next(ids) for _ in pair)) for pair in pairs]
-
-    def plain_ids(self, parts: list[Sentence]) -> list[list[int]]:
-        """Ids of texts, tokenized together, and of word pieces, among which an unknown one is [UNK]."""
-        texts = [part[:CHARACTERS * self.length].encode("utf-8", "replace").decode()  # half a surrogate pair is no text
-                 for part in parts if isinstance(part, str)]
-        ids = iter(self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False,
-                                  split_special_tokens=True).input_ids if texts else ())  # "[SEP]" in a text is text
-        return [next(ids) if isinstance(part, str) else self.tokenizer.convert_tokens_to_ids(part[:self.length])
-                for part in parts]
-
-    def joined(self, first: list[int], second: Sequence[int] = ()) -> tuple[list[int], int]:
-        """[CLS] first [SEP], or [CLS] first [SEP] second [SEP], cut on the right to `length`: the longer part first."""
-        cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        if not second:
-            return [cls, *first[:self.length - 2], sep], min(len(first) + 2, self.length)
-        room = max(0, self.length - 2 - len(self.between))
-        kept = min(len(second), max(room // 2, room - len(first)))
-        first = first[:room - kept]
-        return [cls, *first, *self.between, *second[:kept], sep], len(first) + 2
-
-    def encode(self, ids: Sequence[tuple[list[int], int]]) -> np.ndarray:
-        """Results of `token_ids` -> (B, dim) float32. Those of one length go through the model together and nothing is
-        padded: it would take time, and not every model is blind to it."""
-        batches = list(of_one_length(ids))
-        with torch.inference_mode():
-            found = torch.cat([self.alike_to_vectors([ids[place] for place in places]) for places in batches])
-        found = found.float().cpu().numpy()
-        vectors = np.empty_like(found)
-        vectors[np.concatenate(batches)] = found
-        return vectors
-
-    def inputs(self, ids: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
-        """Of sentences of one length, each (B, T)."""
-        tokens = torch.tensor([tokens for tokens, _ in ids], device=self.device)
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        if self.segments:
-            first = torch.tensor([first for _, first in ids], device=self.device)
-            inputs["token_type_ids"] = (torch.arange(tokens.shape[1], device=self.device) >= first[:, None]).long()
-        return inputs
-
-    def alike_to_vectors(self, ids: Sequence[tuple[list[int], int]]) -> Tensor:
-        """Sentences of one length to (B, dim)."""
-        states = self.model(**self.inputs(ids), output_hidden_states=True).hidden_states[self.layer]  # (B, T, dim)
-        return self.pool(states)
-
-    def tokens(self, ids: tuple[list[int], int]) -> list[str]:
-        return self.tokenizer.convert_ids_to_tokens(ids[0])
-
-
-class ClipTexts(SentenceEncoder):
-    """A CLIP model's text tower and its projection, in eval mode, float32: sentences to vectors of its joint space.
-
-    folder: a local folder or a hub name. length: most tokens of a sentence, its start and end included; None for as
-    many as the model can take. Layers and pooling are the tower's own, and it knows no pairs. Raises ModelError.
-    """
-
-    segments = False
-
-    def __init__(self, folder: str, length: int | None = 25, device: str = "cpu"):
-        self.tokenizer, model = loaded(folder, transformers.CLIPTextModelWithProjection)
-        longest = model.config.max_position_embeddings
-        self.length, self.dim = min(length or longest, longest), model.config.projection_dim
-        self.fingerprint = fingerprint(self.tokenizer, model)
-        try:
-            self.model, self.device = model.eval().to(device), device
-        except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"cannot use the model with -device {device}: {first_line(error)}") from None
-
-    def token_ids(self, sentences: Sequence[Sentence]) -> list[tuple[list[int], int]]:
-        """For each sentence its ids from start to end, and how many they are."""
-        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        whole = ([first, *ids[:self.length - 2], last] for ids in self.plain_ids(sentences))
-        return [(ids, len(ids)) for ids in whole]
-
-    def alike_to_vectors(self, ids: Sequence[tuple[list[int], int]]) -> Tensor:
-        return self.model(**self.inputs(ids)).text_embeds
-
-
-def sentence_encoder(folder: str, layer: int = -2, pooling: str = "REDUCE_MEAN", length: int | None = 25,
-                     device: str = "cpu") -> SentenceEncoder:
-    """Whichever the model is for. Raises ModelError."""
-    if configuration(folder).model_type in CLIP:
-        return ClipTexts(folder, length, device)
-    return SentenceEncoder(folder, layer, pooling, length, device)
-
-
-def loaded(folder: str, kind: type) -> tuple[transformers.PreTrainedTokenizerBase, torch.nn.Module]:
-    """The tokenizer and the model in a folder, whole. No code that comes with it is run. Raises ModelError."""
-    quieten()
-    config = configuration(folder)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    except Exception as error:                                                  # hub and file errors of many types
-        raise not_loaded(folder, error, "tokenizer of", "tokenizer.json") from None
-    check_tokenizer(folder, tokenizer, config)
-    try:
-        model, loading = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
-                                              **({} if config.model_type in CLIP else {"config": config}),
-                                              trust_remote_code=False)
-    except Exception as error:
-        raise not_loaded(folder, error) from None
-    check_whole(folder, loading)
-    return tokenizer, model
-
-
-def configuration(folder: str) -> transformers.PreTrainedConfig:
-    """A model's, if it is of a type that is served. Folders of BERT's first years have one that does not say so. Raises
-    ModelError."""
-    files = [path for name in ("config.json", "bert_config.json") if (path := Path(folder, name)).is_file()]
-    try:
-        if not files or "model_type" in json.loads(files[0].read_text()):
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        elif [*Path(folder).glob("*.bin"), *Path(folder).glob("*.safetensors")]:
-            config = transformers.BertConfig.from_json_file(files[0])
-        else:
-            raise ModelError(f"{folder!r} holds no weights of PyTorch, but perhaps TensorFlow's: Google's models are "
-                             "on the Hugging Face hub, as bert-base-uncased is, or converted with transformers 4 by "
-                             "python -m transformers.models.bert.convert_bert_original_tf_checkpoint_to_pytorch")
-    except ModelError:
-        raise
-    except Exception as error:                                                  # hub and file errors of many types
-        raise not_loaded(folder, error) from None
-    if config.model_type in CLIP:
-        return config
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{folder!r} is of the type {config.model_type}, which has a decoder; name a BERT-type model, "
-                         "which only reads, as bert-base-uncased")
-    if hasattr(config, "text_config") or hasattr(config, "vision_config"):
-        raise ModelError(f"{folder!r} is of the type {config.model_type}, for images and texts: of those only CLIP's "
-                         "own is served; the trainer has many more, as --text_encoder open_clip:MODEL/TAG")
-    if not all(hasattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")):
-        raise ModelError(f"{folder!r} is of the type {config.model_type}; name a BERT-type model, as bert-base-uncased")
-    return config
-
-
-def quieten() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()                                 # of reading weights, a second's work
-    huggingface_hub.utils.enable_progress_bars()                                # of downloading them
-
-
-def not_loaded(folder: str, error: Exception, part: str = "model",
-               files: str = "config.json, the weights and vocab.txt") -> ModelError:
-    if "trust_remote_code" in str(error):
-        return ModelError(f"the {part} of {folder!r} is made by code that comes with it, and no such code is run here; "
-                          "name a model of a type that transformers has, as bert-base-uncased")
-    fetched = (huggingface_hub.constants.HF_HUB_OFFLINE and isinstance(error, OSError) and not Path(folder).exists()
-               and HUB_NAME.fullmatch(folder))
-    hint = "; HF_HUB_OFFLINE=0 has it fetched" if fetched else ""
-    return ModelError(f"cannot load the {part} {folder!r} ({first_line(error)}); name a folder with {files}, or a "
-                      f"model of the Hugging Face hub{hint}")
-
-
-def check_tokenizer(folder: str, tokenizer, config: transformers.PreTrainedConfig) -> None:
-    """Without its files transformers makes an empty tokenizer and says nothing. Raises ModelError."""
-    words, known = len(tokenizer), config.get_text_config().vocab_size
-    if not known / 2 < words <= known:
-        raise ModelError(f"the tokenizer of {folder!r} has {words} word pieces, its model {known}: get the model's "
-                         f"{files_of(type(tokenizer))}, which is missing or another model's")
-    if config.model_type not in CLIP and None in (tokenizer.cls_token_id, tokenizer.sep_token_id):
-        raise ModelError(f"{folder!r} is of the type {config.model_type} and its tokenizer has no [CLS] or no [SEP]; "
-                         "name a BERT-type model, as bert-base-uncased")
-
-
-def files_of(tokenizer: type) -> str:
-    """Which files make a tokenizer of this class."""
-    names = getattr(tokenizer, "vocab_files_names", {})
-    others = " and ".join(name for kind, name in names.items() if kind != "tokenizer_file")
-    return " or ".join(filter(None, (names.get("tokenizer_file"), others))) or "tokenizer.json"
-
-
-def positions(model: torch.nn.Module) -> int | float:
-    """How many tokens a model has places for; those of RoBERTa's kind number them from one beyond padding's."""
-    padding = [place.padding_idx + 1 for name, place in model.named_modules() if name.endswith("position_embeddings")
-               and getattr(place, "padding_idx", None) is not None]
-    return getattr(model.config, "max_position_embeddings", math.inf) - max(padding, default=0)
-
-
-def check_whole(folder: str, loading: dict) -> None:
-    """Raises ModelError where the files lack weights that count."""
-    if missing := sorted(name for name in loading["missing_keys"] if not name.startswith("pooler.")):
-        raise ModelError(f"{folder!r} lacks {len(missing)} of its model's weights, first {missing[0]}; "
-                         "download it again")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def of_one_length(ids: Sequence[tuple[list[int], int]]) -> Iterator[list[int]]:
-    """Places in `ids`, those of one length together, as many as a model takes at once."""
-    def length(place: int) -> int:
-        return len(ids[place][0])
-    for tokens, same in groupby(sorted(range(len(ids)), key=length), key=length):
-        places, most = list(same), max(1, TOKENS // tokens)
-        yield from (places[start:start + most] for start in range(0, len(places), most))
-
-
-def split_pair(sentence: Sentence) -> list[Sentence]:
-    """A text with ' ||| ', or word pieces with '|||', is a pair of sentences."""
-    if isinstance(sentence, str):
-        first, _, second = sentence.strip().rpartition(" ||| ")
-        return [first, second] if first else [second]
-    place = sentence.index("|||") if "|||" in sentence else len(sentence)
-    return [sentence[:place], *([sentence[place + 1:]] if place < len(sentence) else [])]
-
-
-def fingerprint(tokenizer, model: torch.nn.Module) -> str:
-    """Twelve digits that change with any weight or word: what a client may keep vectors under."""
-    reading = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(tokenizer.init_kwargs)  # lower case?
-    digest = hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), reading, model.config.to_diff_dict()],
-                                       default=str).encode())
-    if model.config.model_type in OTHER_BEFORE:
-        digest.update(b"alone")
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True)

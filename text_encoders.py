@@ -86,7 +86,7 @@ class HuggingFace(InProcess):
     at_once = 256                       # so that many are of one length
 
     def __init__(self, folder: str, layer: int, length: int):
-        from bert_server import ModelError, sentence_encoder  # only here: transformers takes seconds
+        from machine.sentence_encoder import ModelError, sentence_encoder  # only here: transformers takes seconds
 
         try:
             self.encoder = sentence_encoder(folder, layer, length=length)

@@ -17,7 +17,7 @@ import transformers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from bert_server import ModelError, sentence_encoder
+from machine.sentence_encoder import ModelError, sentence_encoder
 
 TEXTS = ["red", "is darker and has a longer hem than the one before, with a ribbon at its end and no belt", "old dog",
          "a wet dog on a red bus", "ripe tomato", "replace red with blue", "red " * 70]

