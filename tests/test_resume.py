@@ -232,6 +232,43 @@ def test_a_run_goes_on_only_as_the_same_run(mitstates, tmp_path, capsys):
     assert run.checkpoint.read_bytes() == content
 
 
+def about_cosines(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if "another cosine" in line]
+
+
+def test_a_cosine_that_ends_elsewhere_says_both_rates(mitstates, tmp_path, capsys):
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=2, schedule="cosine")
+
+    def said(num_iters):
+        assert main.main(flags("mitstates", mitstates, tmp_path / "logs", num_iters=num_iters, schedule="cosine",
+                               resume=run.folder)) == 0
+        return about_cosines(capsys)
+    assert said(4) == ["note: --num_iters 4 (before: 2) has another cosine: after iteration 2 the learning rate is "
+                       "5e-05 instead of 0"]
+    assert [rate for _, rate in run.scalars()[tag("learning_rate")]] == pytest.approx(
+        [5e-5, 0, 1e-4 * (1 - 0.5**0.5) / 2, 0], rel=1e-6, abs=1e-12)
+    assert said(4) == said(3) == []                                             # nothing is left to do
+    assert len(said(8)) == 1 and said(8) == []                                  # by then it is the run's own
+
+
+def test_a_cosine_cut_shorter_says_both_rates_too_and_one_that_was_stopped_says_none(mitstates, tmp_path, capsys):
+    def words(num_iters):
+        return flags("mitstates", mitstates, tmp_path, num_iters=num_iters, schedule="cosine", resume="auto")
+    assert stopped_after(2, words(8)) == stopped_after(4, words(8)) == 143
+    assert about_cosines(capsys) == []
+    assert main.main(words(6)) == 0
+    (line,) = about_cosines(capsys)
+    assert line.endswith("after iteration 4 the learning rate is 2.5e-05 instead of 5e-05")  # cosine of 120, of 90
+
+
+def test_a_rate_that_falls_in_steps_goes_on_as_it_was(mitstates, tmp_path, capsys):
+    words = {"warmup": 3, "learning_rate_decay_frequency": 3}
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=2, **words)
+    assert main.main(flags("mitstates", mitstates, tmp_path / "logs", num_iters=4, resume=run.folder, **words)) == 0
+    assert "instead of" not in capsys.readouterr().err
+    assert [rate for _, rate in run.scalars()[tag("learning_rate")]] == pytest.approx([5e-5, 7.5e-5, 1e-5, 1e-5])
+
+
 def test_checkpoints_without_a_run_to_go_on_with(mitstates, tmp_path, capsys):
     run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=1)
     state = torch.load(run.checkpoint, weights_only=True)

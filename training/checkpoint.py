@@ -161,7 +161,8 @@ def check_same_run(state: dict, path: Path, flags: dict, samples: int, features:
 
 
 def resume(state: dict, optimizer: torch.optim.Optimizer, device: torch.device) -> dict:
-    """Put back rates, momenta and random numbers, as after the iteration of the checkpoint. Returns its progress."""
+    """Put back rates, momenta and random numbers, as after the iteration of the checkpoint. Returns its progress, and
+    as its `rate` that of the first weights' next step."""
     try:
         if wrong := not_finite(momenta(state["optimizer_state_dict"])):
             raise InputError(f"the checkpoint's {wrong} is not finite, so that its run cannot go on at any "
@@ -171,10 +172,10 @@ def resume(state: dict, optimizer: torch.optim.Optimizer, device: torch.device) 
         torch.set_rng_state(state["random"]["cpu"])
         if device.type != "cpu" and (of_gpu := state["random"].get(device.type)):
             random_numbers(device).set_rng_state(of_gpu[0])
+        return {**state["progress"], "rate": float(optimizer.param_groups[0]["lr"])}
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"the checkpoint's run cannot go on: its optimizer or random numbers do not fit ({error!r}); "
                          "start a new one with --model_checkpoint") from None
-    return state["progress"]
 
 
 def content_of(path: str | Path, glance: bool = False):

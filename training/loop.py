@@ -232,6 +232,10 @@ class Training:
         sums = {name: value.to(self.model.a.device) for name, value in past["sums"].items()}
         self.meter = LossMeter(sums, past["steps"])
         self.set_rates()
+        steps, before = self.args.num_iters, state["opt"].get("num_iters")
+        if self.args.schedule == "cosine" and before != steps > self.it:
+            note(f"note: --num_iters {steps} (before: {before}) has another cosine: after iteration {self.it} the "
+                 f"learning rate is {self.optimizer.param_groups[0]['lr']:g} instead of {past['rate']:g}")
 
     def save(self, best: bool = False) -> None:
         """All that was logged, then the checkpoint: what a checkpoint's run has logged is on disk."""
