@@ -14,7 +14,8 @@ from machine.folder_lock import whole_folder
 from machine.streams import shown
 from searching import as_onnx
 from searching.gallery import Encoder
-from training.report import recalls
+from training.report import markdown_recalls
+from training.writers import markdown_table
 
 CARD = "README.md"
 RECORDED = "it", "opt", "example_texts", "sentences", "results"                 # of a checkpoint, beside the recipe
@@ -74,8 +75,8 @@ def card(encoder: Encoder, record: dict) -> str:
         shown(f"# {made_of.composer}, trained on {dataset}"), "",
         "A model for composed image retrieval: a picture and a text that says what to change, into one vector near "
         "those of the pictures that are meant.", "",
-        *table("| | |", [("composer", made_of.composer), *encoders(encoder),
-                         ("data set", dataset), ("steps", record["it"])]),
+        *markdown_table("| | |", [("composer", made_of.composer), *encoders(encoder),
+                                  ("data set", dataset), ("steps", record["it"])]),
         "", "## Recalls", "", *measured(record.get("results", {}), record["it"], dataset),
         "", "## Trained with", "", *indented(command(opt)),
         "", "## Use", "", "In the folder of the program that wrote this one, `FOLDER` being this one:", "",
@@ -102,9 +103,7 @@ def measured(results: dict, it: int, dataset: str) -> list[str]:
     """The run's recalls as a table, and where they are from."""
     if not results:
         return ["The checkpoint does not tell any; the second command below measures them."]
-    rows, ks, others = recalls(results)
-    cells = [(name, *(f"{100 * row[k]:.2f}" if k in row else "" for k in ks)) for name, row in rows.items()]
-    return [*table(f"| | {' | '.join(f'R@{k}' for k in ks)} |", cells), *(["", *others] if others else []), "",
+    return [markdown_recalls(results), "",
             shown(f"R@K: percent of the queries with a right image among the first K. Measured by the run that trained "
                   f"it, after step {it}, on the splits of {dataset} that the rows name; it learned from train.")]
 
@@ -122,7 +121,7 @@ def onnx_section(encoder: Encoder, told: dict) -> list[str]:
     made_of, differences = encoder.model.recipe, told["largest_difference_from_torch"]
     features = ("the LSTM is not among them: `model.model.encode_text([...])` gives it" if encoder.vocabulary else
                 f"the vector of {made_of.text_encoder}")
-    return ["", "## ONNX", "", *table("| file | inputs | output | largest difference from torch |", [
+    return ["", "## ONNX", "", *markdown_table("| file | inputs | output | largest difference from torch |", [
         (as_onnx.IMAGE_ENCODER, f"`pixels` (B, 3, {made_of.image_size}, {made_of.image_size}) uint8",
          f"`feature` (B, {made_of.image_dim})", f"{differences[as_onnx.IMAGE_ENCODER]:.1e}"),
         (as_onnx.COMPOSER, f"`image` (B, {made_of.image_dim}), `text` (B, {made_of.text_dim})",
@@ -132,11 +131,6 @@ def onnx_section(encoder: Encoder, told: dict) -> list[str]:
         "normalized within. `image` is the encoder's `feature` as it is, `text` the text's feature: "
         f"{shown(features)}. A gallery's features, divided by their lengths, times `query` are cosines. The difference "
         "is of the largest number, on random pixels, as found when the files were written."]
-
-
-def table(header: str, rows: list[tuple]) -> list[str]:
-    return [header, "|" + " --- |" * (header.count("|") - 1),
-            *(f"| {' | '.join(shown(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows)]
 
 
 def indented(*lines: str) -> list[str]:

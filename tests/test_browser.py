@@ -19,7 +19,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from .conftest import picture, some
+from .conftest import picture, run_main, some
 from .services import ROOT, free_ports
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -79,7 +79,7 @@ def test_tensorboard_shows_scalars_and_the_pictures_of_results(trained, tab):
     with program(port, "-m", "tensorboard.main", "--logdir", trained.folder.parent, "--port", port, "--bind_all"):
         opened("timeseries")
         sections = tab.locator("metrics-card-group-toolbar .group-title")
-        expect(sections).to_have_text(["loss", "model", "optimizer", "pictures", "ranks", "recall", "speed"])
+        expect(sections).to_have_text(["loss", "recall", "retrieval", "training"])
         opened("images")
         shown = tab.locator("img[src*='individualImage'], tf-image-loader img")
         expect(shown.first).to_be_visible()
@@ -91,6 +91,23 @@ def test_tensorboard_shows_scalars_and_the_pictures_of_results(trained, tab):
         expect(cells.filter(has_text=trained.folder.name)).to_have_count(1)     # one entry a run
         for title in ("batch_size", "image_encoder", "learning_rate", "loss", "model", "recall/test/composition@10"):
             expect(cells.get_by_text(title, exact=True)).to_have_count(1)
+
+
+@pytest.mark.long("TensorBoard and a run of its own")
+def test_tensorboards_first_screen_is_thirty_cards_at_most_and_all_recalls_are_one_text(mitstates, tmp_path, tab):
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=2, model="TransformerAE", baselines=True)
+    (port,) = free_ports(1)
+    with program(port, "-m", "tensorboard.main", "--logdir", run.folder.parent, "--port", port, "--bind_all"):
+        tab.goto(f"http://127.0.0.1:{port}/#timeseries")
+        counts = tab.locator("metrics-card-group-toolbar .group-card-count")
+        expect(counts).to_have_text(["3 cards", "9 cards", "6 cards", "9 cards"])  # loss, recall, retrieval, training
+        tab.goto("about:blank")
+        tab.goto(f"http://127.0.0.1:{port}/#text")
+        table = tab.locator("table table", has_text="R@10")                     # the outer one is TensorBoard's
+        expect(table).to_have_count(1)
+        expect(table.locator("tbody tr")).to_have_count(3 * 5)                  # of train, test and three baselines
+        recall = run.metrics["baselines"]["test chance"]["recall_top10_correct_adj"]
+        expect(table.locator("tr", has_text="test chance correct_adj")).to_contain_text(f"{100 * recall:.2f}")
 
 
 @pytest.fixture

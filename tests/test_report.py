@@ -26,9 +26,9 @@ from training import report
 from training.report import QualitativeResult, QualitativeResults, about_chance
 from training.writers import LINES, JsonLines, TensorBoard, tag
 
-from .conftest import flags, run_main, write_mitstates
+from .conftest import flags, run_main, write_fashion_iq, write_mitstates
 
-ROOT = Path(main.__file__).parent
+ROOT, KS = Path(main.__file__).parent, (1, 5, 10, 50, 100)
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +44,19 @@ def stopped_and_resumed(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "place"), [
     ("soft_triplet", "loss/soft_triplet"), ("total training loss", "loss/total"), ("L2_loss_text", "loss/L2_loss_text"),
-    ("learning_rate", "optimizer/learning_rate"), ("gradient norm", "optimizer/gradient_norm"),
-    ("scale", "model/scale"), ("a 3", "model/a3"), ("queries per second", "speed/queries_per_second"),
+    ("learning_rate", "training/learning_rate"), ("gradient norm", "training/gradient_norm"),
+    ("scale", "training/scale"), ("a 3", "training/a_3"), ("queries per second", "training/queries_per_second"),
     ("test recall_top10_correct_composition", "recall/test/composition@10"),
     ("train recall_top1_correct_adj", "recall/train/adj@1"),
     ("test recall_top50_own_gallery_mean", "recall/test/own_gallery_mean@50"),
     ("test recall_mean_own_gallery", "recall/test/mean_own_gallery"), ("test recall_mean", "recall/test/mean"),
     ("validation recall_top1_own_gallery_toy cars", "recall/validation/own_gallery_toy_cars@1"),
-    ("test source image alone recall_top5_correct_noun", "baseline/test/source_image_alone/noun@5"),
-    ("validation chance recall_mean", "baseline/validation/chance/mean"),
-    ("test results correct_dress", "pictures/results/test/dress"),
-    ("train features correct_composition", "pictures/features/train/composition"),
-    ("test log10 rank correct_adj", "ranks/test/adj"), ("test log10 rank subset", "ranks/test/subset")])
+    ("test source image alone recall_top5_correct_noun", "recall/test/noun@5/source_image_alone"),
+    ("validation chance recall_mean", "recall/validation/mean/chance"),
+    ("test results correct_dress", "retrieval/results/test/dress"),
+    ("train features correct_composition", "retrieval/features/train/composition"),
+    ("test log10 rank correct_adj", "retrieval/log10_rank/test/adj"),
+    ("test log10 rank subset", "retrieval/log10_rank/test/subset")])
 def test_what_is_logged_is_in_groups(name, place):
     assert tag(name) == place
 
@@ -82,10 +83,11 @@ def test_the_recalls_of_a_split_are_one_chart(stopped_and_resumed):
     events = stopped_and_resumed.events()
     layout = Layout.FromString(events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
-    assert charts == {"train": ["recall/train/"], "test": ["recall/test/"], "all parts": ["loss/"]}
+    assert [*charts.items()] == [("all parts", ["loss/"]), ("test", ["recall/test/"]), ("train", ["recall/train/"])]
     tags = events.Tags()["scalars"]
-    assert {name.split("/")[0] for name in tags} == {"loss", "model", "optimizer", "recall", "speed"}
-    assert sum(re.match("recall/test/", name) is not None for name in tags) == 15          # three metrics at five K
+    assert {name.split("/")[0] for name in tags} == {"loss", "recall", "training"}
+    assert [name for name in tags if re.match("recall/test/", name)] == [
+        f"recall/test/composition@{k}" for k in (1, 5, 10)]
 
 
 def test_the_projector_has_every_point_with_its_picture(stopped_and_resumed):
@@ -116,15 +118,59 @@ def test_what_the_projector_gets_is_bounded():
     assert points.labels[1000] == ("+ wet\ttwo", "query")
 
 
-def test_lines_of_json_hold_what_tensorboard_shows(stopped_and_resumed):
+def test_lines_of_json_hold_what_tensorboard_shows_and_every_recall(stopped_and_resumed):
     lines = [json.loads(line) for line in (stopped_and_resumed.folder / LINES).read_text().splitlines()]
-    assert [line["it"] for line in lines] == [1, 2, 2, 3, 4, 4]                 # at 2 and 4 a test, too
+    assert [line.pop("it") for line in lines] == [1, 2, 2, 3, 4, 4]             # at 2 and 4 a test, too
     found = {}
-    for line in lines:
+    for it, line in zip([1, 2, 2, 3, 4, 4], lines, strict=True):
         for name, value in line.items():
-            found.setdefault(tag(name), []).append((line["it"], pytest.approx(value, rel=1e-6)))
-    del found["loss/it"]
-    assert stopped_and_resumed.scalars() == found
+            found.setdefault(tag(name), []).append((it, pytest.approx(value, rel=1e-6)))
+    shown = stopped_and_resumed.scalars()
+    assert shown == {name: found[name] for name in shown} and len(found) == len(shown) + 2 * 12  # of two splits' 15
+    assert lines[-1] == {f"{split} {name}": value for split in ("train", "test")
+                         for name, value in stopped_and_resumed.metrics[split].items()}
+
+
+def test_a_runs_first_screen_is_its_losses_recalls_and_results_and_no_more(mitstates, tmp_path):
+    """What TensorBoard makes a card of, by its plugins: every scalar, picture and histogram."""
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=2, eval_frequency=1, baselines=True)
+    tags = run.events().Tags()
+    cards = sorted([*tags["scalars"], *tags["images"], *tags["histograms"]])
+    assert cards == [
+        *(f"loss/{name}" for name in ("L2_loss", "L2_loss_text", "rot_sym_loss", "soft_triplet", "total")),
+        "recall/test/composition@1", "recall/test/composition@10",
+        *(f"recall/test/composition@10/{way}" for way in ("chance", "source_image_alone", "text_alone")),
+        "recall/test/composition@5",
+        *(f"recall/train/composition@{k}" for k in (1, 10, 5)),
+        *(f"retrieval/{what}/{split}/composition" for what in ("features", "log10_rank", "results")
+          for split in ("test", "train")),
+        *(f"training/{name}" for name in ("a_0", "a_1", "a_2", "a_3", "gradient_norm", "images_per_second",
+                                          "learning_rate", "queries_per_second", "scale"))]
+    assert len(cards) == 29
+
+
+def test_all_recalls_of_a_test_are_one_table(mitstates, tmp_path):
+    run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=4, eval_frequency=1, baselines=True)
+    tables = run.events().Tensors("recalls/text_summary")
+    assert [table.step for table in tables] == [2, 4]
+    lines = tables[-1].tensor_proto.string_val[0].decode().splitlines()
+    assert lines[:2] == ["| | R@1 | R@5 | R@10 | R@50 | R@100 |", "| --- | --- | --- | --- | --- | --- |"]
+    results = {split: run.metrics[split] for split in ("train", "test")} | run.metrics["baselines"]
+    counts = results.pop("test queries solved by")
+    assert lines[2:-5] == [" ".join([f"| {split} correct_{metric} |", *(
+        f"{100 * recalls[f'recall_top{k}_correct_{metric}']:.2f} |" for k in KS)])
+        for split, recalls in results.items() for metric in ("composition", "adj", "noun")]
+    assert lines[-5:] == ["", *(f"- test queries solved by {name}: {count}" for name, count in counts.items())]
+
+
+def test_the_metric_that_chooses_the_best_checkpoint_has_curves_too(tmp_path):
+    run = run_main("fashionIQ", write_fashion_iq(tmp_path / "data"), tmp_path / "logs", num_iters=1, baselines=True,
+                   best_metric="recall_top50_VAL_gallery_dress")
+    recalls = {name.removeprefix("recall/") for name in run.scalars() if name.startswith("recall/")}
+    headline = {f"{split}/{name}" for split in ("train", "test")
+                for name in ("own_gallery_mean@10", "own_gallery_mean@50", "mean_own_gallery")}
+    ways = {f"test/VAL_gallery_dress@50/{way}" for way in ("chance", "source_image_alone", "text_alone")}
+    assert recalls == headline | {"test/VAL_gallery_dress@50"} | ways
 
 
 def test_what_goes_on_within_a_second_writes_over_nothing(tmp_path):
@@ -133,7 +179,7 @@ def test_what_goes_on_within_a_second_writes_over_nothing(tmp_path):
         writer.scalars({"scale": 4.0 + after}, after + 1)
         writer.close()
     read = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in read.Scalars(".", "model/scale")] == [
+    assert [(event.step, event.value) for event in read.Scalars(".", "training/scale")] == [
         (after + 1, 4.0 + after) for after in range(5)]
 
 
@@ -160,7 +206,7 @@ def test_a_package_that_is_not_there_is_one_line_before_anything_else(tmp_path, 
 def test_the_table_is_told_what_chance_is():
     def tested(value):
         sightings = QualitativeResults(None, 0)
-        sightings["correct_x"] = QualitativeResult([], {}, None, None, {"recall_top10_correct_x": value})
+        sightings["correct_x"] = QualitativeResult([], np.zeros(0), None, None, {"recall_top10_correct_x": value})
         return report.SplitResult({}, sightings)
     assert about_chance({"train": tested(0.004), "test": tested(0.125)}) == (
         "R@10 of a random order: train 0.40, test 12.50; train is asked among the targets of other training samples, "

@@ -19,10 +19,11 @@ from machine.errors import InputError
 from machine.folder_lock import FolderLock, write_whole
 from machine.image_store import DeviceStore, ImageStore
 from machine.progress import say
+from machine.streams import shown
 from test_retrieval import NEVER, CorrectImages, chance, rankings
 from text_model import spread
 from training.pictures import Answer, feature_map, sheet
-from training.writers import WRITERS, JsonLines, Points
+from training.writers import WRITERS, JsonLines, Points, markdown_table
 
 BENCHMARKS = "correct_"                 # begins the names of what a benchmark asks; others ask of groups, or of few
 
@@ -56,7 +57,7 @@ def run_folder(log_dir: str | Path, comment: str, lock: FolderLock | None = None
 class QualitativeResult:
     """What is worth looking at in the answers to one query set."""
     answers: list[Answer]
-    ranks: dict[str, np.ndarray]        # by metric
+    ranks: np.ndarray                   # (Q,) by its first metric
     map: Image.Image
     points: Points | None               # of the benchmark's own metrics alone
     chance: dict[str, float]            # recalls of a random order
@@ -82,9 +83,8 @@ class QualitativeResults(dict):
         others = np.random.default_rng(self.it).choice(count, min(half, count), replace=False)
         chosen = np.union1d(spread(range(count), half), others)
         metric = query_set.metrics[0]
-        ranks = {metric.name: rank for metric, rank in zip(query_set.metrics, found, strict=True)}
-        self[metric.name] = QualitativeResult(self.answers(query_set, ids, queries, gallery, found[0], chosen), ranks,
-                                              self.map(metric, queries, gallery),
+        self[metric.name] = QualitativeResult(self.answers(query_set, ids, queries, gallery, found[0], chosen),
+                                              found[0], self.map(metric, queries, gallery),
                                               self.points(query_set, ids, queries, gallery)
                                               if metric.name.startswith(BENCHMARKS) else None, chance(query_set))
 
@@ -152,12 +152,14 @@ class Report:
     """Logs one run. Results are {"train": {metric: value}, "test": {metric: value}}.
 
     after: the iteration after which a resumed run goes on; what was logged beyond it is taken back. headline: the
-    metrics that say most. silent: nothing is logged, as by every process but the first.
+    metrics that say most, beside the one that chooses the best checkpoint. silent: nothing is logged, as by every
+    process but the first.
     """
 
     def __init__(self, folder: Path, flags: dict, after: int | None = None, headline: Sequence[str] = (),
                  silent: bool = False):
-        self.folder, self.headline, self.results, self.seen = folder, headline, {}, {}
+        self.folder, self.results, self.seen, self.chosen_by = folder, {}, {}, flags["best_metric"]
+        self.headline = [*dict.fromkeys((*headline, self.chosen_by))]
         kinds = () if silent else (JsonLines, WRITERS[flags["report_to"]])
         self.writers = [kind(folder, flags, after) for kind in kinds]
 
@@ -178,12 +180,16 @@ class Report:
             for writer in self.writers:
                 writer.tested(list(results), headline)
         self.results = results
-        shown = {**results, **baselines}
-        self.scalars({f"{split} {name}": value for split, values in shown.items() for name, value in values.items()},
-                     it)
+        every = {**results, **baselines}
+        values = {f"{split} {name}": value for split, found in every.items() for name, value in found.items()}
+        curves = [f"{split} {name}" for split, found in results.items() for name in self.headline if name in found]
+        curves += [f"{way} {self.chosen_by}" for way, found in baselines.items() if self.chosen_by in found]
+        for writer in self.writers:
+            writer.recalls(values, curves, markdown_recalls(every), it)
+        self.flush()
         content = {"it": it, **results, **({"baselines": baselines} if baselines else {})}
         write_whole(self.folder / "metrics.json", (json.dumps(content, indent=1) + "\n").encode())
-        return f"iteration {it}\n{recall_table(shown)}"
+        return f"iteration {it}\n{recall_table(every)}"
 
     def qualitative(self, split: str, seen: QualitativeResults, it: int) -> None:
         """Log sheets of results, maps of features, and histograms of ranks (log10: 0 is the first place)."""
@@ -192,9 +198,8 @@ class Report:
             for writer in self.writers:
                 writer.picture(f"{split} results {name}", results, it)
                 writer.picture(f"{split} features {name}", result.map, it)
-                for metric, ranks in result.ranks.items():
-                    if len(known := ranks[ranks != NEVER]):
-                        writer.histogram(f"{split} log10 rank {metric}", np.log10(known + 1.0), it)
+                if len(known := result.ranks[result.ranks != NEVER]):
+                    writer.histogram(f"{split} log10 rank {name}", np.log10(known + 1.0), it)
         self.seen = seen
         self.flush()
 
@@ -258,3 +263,11 @@ def recall_table(results: dict[str, dict[str, float]]) -> str:
     lines += [f"{name:<{width}}" + "".join(f"{100 * row[k]:8.2f}" if k in row else " " * 8 for k in ks)
               for name, row in rows.items()]
     return "\n".join(lines + others)
+
+
+def markdown_recalls(results: dict[str, dict[str, float]]) -> str:
+    """The same as a table in Markdown."""
+    rows, ks, others = recalls(results)
+    cells = [(name, *(f"{100 * row[k]:.2f}" if k in row else "" for k in ks)) for name, row in rows.items()]
+    header = "".join(f" R@{k} |" for k in ks)
+    return "\n".join([*markdown_table(f"| |{header}", cells), "", *(f"- {shown(line)}" for line in others)])

@@ -1,10 +1,11 @@
 """Where what a run reports goes: lines of JSON in its folder, always; and TensorBoard, Weights & Biases, or neither."""
 
+import html
 import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,26 +23,29 @@ from machine.streams import shown
 LINES = "log.jsonl"
 # What stands under HPARAMS, where TensorBoard ticks five by itself; the TEXT tab has all flags.
 HEADLINE_FLAGS = ("model", "loss", "learning_rate", "batch_size", "image_encoder", "text_encoder", "seed")
-GROUPS = {"total training loss": "loss/total", "learning_rate": "optimizer/learning_rate",
-          "gradient norm": "optimizer/gradient_norm", "scale": "model/scale",
-          "queries per second": "speed/queries_per_second", "images per second": "speed/images_per_second"}
+WATCHED = re.compile(r"learning_rate|gradient norm|scale|a \d+|(queries|images) per second")  # beside the losses
 
 
 def tag(name: str) -> str:
-    """Where TensorBoard shows what is logged as `name`: test recall_top10_correct_adj is recall/test/adj@10."""
+    """Where TensorBoard shows what is logged as `name`: test recall_top10_correct_adj is recall/test/adj@10. Its
+    sections stand in the alphabet's order, so that loss and recall come first."""
     if found := re.fullmatch(r"(\w+) (?:(.+) )?recall_(?:top(\d+)_)?(.+)", name):
-        split, method, k, metric = found.groups()
-        group = f"baseline/{split}/{method}" if method else f"recall/{split}"
-        return f"{group}/{metric.removeprefix('correct_')}{f'@{k}' if k else ''}".replace(" ", "_")
-    if found := re.fullmatch(r"(\w+) (results|features|log10 rank) (.+)", name):
+        split, way, k, metric = found.groups()
+        place = f"recall/{split}/{metric.removeprefix('correct_')}{f'@{k}' if k else ''}{f'/{way}' if way else ''}"
+    elif found := re.fullmatch(r"(\w+) (results|features|log10 rank) (.+)", name):
         split, what, metric = found.groups()
-        group = "ranks" if what == "log10 rank" else f"pictures/{what}"
-        return f"{group}/{split}/{metric.removeprefix('correct_')}"
-    if found := re.fullmatch(r"(\w+) queries solved by (.+)", name):
-        return f"baseline/{found[1]}/queries_solved_by/{found[2]}".replace(" ", "_")
-    if found := re.fullmatch(r"a (\d+)", name):
-        return f"model/a{found[1]}"
-    return GROUPS.get(name, f"loss/{name}")
+        place = f"retrieval/{what}/{split}/{metric.removeprefix('correct_')}"
+    elif WATCHED.fullmatch(name):
+        place = f"training/{name}"
+    else:
+        place = f"loss/{'total' if name == 'total training loss' else name}"
+    return place.replace(" ", "_")
+
+
+def markdown_table(header: str, rows: Iterable[Sequence]) -> list[str]:
+    """Its lines; header: as Markdown has it."""
+    return [header, "|" + " --- |" * (header.count("|") - 1),
+            *(f"| {' | '.join(shown(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows)]
 
 
 class Points(NamedTuple):
@@ -67,6 +71,14 @@ class Writer:
 
     def scalars(self, values: dict[str, float], it: int) -> None:
         pass
+
+    def recalls(self, values: dict[str, float], curves: Sequence[str], table: str, it: int) -> None:
+        """All numbers of a test, the names of those that are worth a curve, and all as Markdown."""
+        self.scalars({name: values[name] for name in curves}, it)
+        self.text("recalls", table, it)
+
+    def text(self, name: str, content: str, it: int) -> None:
+        """content: Markdown."""
 
     def picture(self, name: str, picture: Image.Image, it: int) -> None:
         pass
@@ -113,6 +125,9 @@ class JsonLines(Writer):
     def scalars(self, values: dict[str, float], it: int) -> None:
         self.on_disk(self.append, json.dumps({"it": it, **values}) + "\n")
 
+    def recalls(self, values: dict[str, float], curves: Sequence[str], table: str, it: int) -> None:
+        self.scalars(values, it)
+
     def append(self, line: str) -> None:
         with open(self.folder / LINES, "a", encoding="utf-8") as file:
             file.write(line)
@@ -138,8 +153,7 @@ class TensorBoard(Writer):
         if self.after is not None:                                              # TensorBoard drops steps from here on
             self.add(self.after + 1, session_log=SessionLog(status=SessionLog.START))
             return
-        rows = "\n".join(f"| {name} | {shown(value)} |" for name, value in sorted(self.flags.items()))
-        self.add(0, summary=text("flags", f"| flag | value |\n| --- | --- |\n{rows}"))
+        self.text("flags", "\n".join(markdown_table("| flag | value |", sorted(self.flags.items()))), 0)
 
     def open(self, suffix: str) -> None:
         self.events = EventsWriter(str(self.folder / "events"), suffix)
@@ -152,6 +166,9 @@ class TensorBoard(Writer):
         """Not by tensorboardX's, which would make a _ of the @."""
         found = [Summary.Value(tag=tag(name), simple_value=value) for name, value in values.items()]
         self.add(it, summary=Summary(value=found))
+
+    def text(self, name: str, content: str, it: int) -> None:
+        self.add(it, summary=text(name, content))
 
     def picture(self, name: str, picture: Image.Image, it: int) -> None:
         self.add(it, summary=image(tag(name), np.asarray(picture), dataformats="HWC"))
@@ -183,9 +200,10 @@ class TensorBoard(Writer):
         self.on_disk(write)
 
     def tested(self, splits: Sequence[str], headline: Sequence[str]) -> None:
-        """A chart for the recalls of each split; one entry under HPARAMS, with the last recalls that are logged."""
-        charts = {split: ["Multiline", [f"recall/{split}/"]] for split in splits}
-        self.add(summary=custom_scalars({"recall": charts, "loss": {"all parts": ["Multiline", ["loss/"]]}}))
+        """A chart for the recalls of each split, the test's first, and one for the loss; one entry under HPARAMS, with
+        the last recalls that are logged."""
+        charts = {split: ["Multiline", [f"recall/{split}/"]] for split in reversed(splits)}
+        self.add(summary=custom_scalars({"loss": {"all parts": ["Multiline", ["loss/"]]}, "recall": charts}))
         # Not by add_hparams, which would make a run of its own of them.
         told = {name: self.flags[name] for name in HEADLINE_FLAGS}
         experiment, start, self.ending = hparams(told, dict.fromkeys(map(tag, headline)))
@@ -226,6 +244,9 @@ class WandB(Writer):
 
     def scalars(self, values: dict[str, float], it: int) -> None:
         self.run.log({tag(name): value for name, value in values.items()}, step=it)
+
+    def text(self, name: str, content: str, it: int) -> None:
+        self.run.log({name: self.wandb.Html(f"<pre>{html.escape(content)}</pre>")}, step=it)
 
     def picture(self, name: str, picture: Image.Image, it: int) -> None:
         self.run.log({tag(name): self.wandb.Image(picture)}, step=it)
