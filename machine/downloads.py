@@ -6,6 +6,7 @@ import http.client
 import os
 import re
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,16 @@ def fetched(address: str, hashed: bool = False) -> Path:
     with reaching(address, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(address, str(path), begins and begins[1], progress=True)
+        if not begins and (size := path.stat().st_size) != size_at(address, size):  # torch believes what broke off
+            path.unlink()
+            raise RuntimeError("it broke off")
     return path
+
+
+def size_at(address: str, unless_told: int) -> int:
+    """Bytes of the file at this address."""
+    with urllib.request.urlopen(urllib.request.Request(address, method="HEAD")) as answer:
+        return int(answer.headers.get("Content-Length") or unless_told)
 
 
 @contextmanager

@@ -200,7 +200,8 @@ def test_a_file_of_torchvisions_is_checked_by_the_hash_in_its_name(tmp_path, mon
     right = hashlib.sha256(content).hexdigest()[:8]
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    with stand_in.serving({"o/r": {f"net-{right}.pth": content, "net-0123abcd.pth": content}}) as hub:
+    with stand_in.serving({"o/r": {f"net-{right}.pth": content, "net-0123abcd.pth": content,
+                                   "net-plain.pth": content}}) as hub:
         address = f"{hub.address}/o/r/resolve/main/net-"
         assert fetched(f"{address}{right}.pth", hashed=True).read_bytes() == content
         for way in ("another file", "cut"):
@@ -208,6 +209,11 @@ def test_a_file_of_torchvisions_is_checked_by_the_hash_in_its_name(tmp_path, mon
                 hub.ways["/o/r/resolve/main/net-0123abcd.pth"] = "cut"
             with pytest.raises(ValueError, match=r"is cut short or another file .*net-0123abcd.pth"):
                 fetched(f"{address}0123abcd.pth", hashed=True)
+        hub.ways["/o/r/resolve/main/net-plain.pth"] = "cut once"
+        with pytest.raises(ValueError, match=r"is cut short or another file \(it broke off\): try again"):
+            fetched(f"{address}plain.pth")
+        assert fetched(f"{address}plain.pth").read_bytes() == content
         with pytest.raises(ValueError, match=r"404.*: get .* elsewhere and put it at .*/net-1.pth"):
             fetched(f"{address}1.pth")
-    assert [file.name for file in (tmp_path / "torch" / "hub" / "checkpoints").iterdir()] == [f"net-{right}.pth"]
+    assert {file.name for file in (tmp_path / "torch" / "hub" / "checkpoints").iterdir()} == {
+        f"net-{right}.pth", "net-plain.pth"}
