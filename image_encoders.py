@@ -246,9 +246,12 @@ class Timm:
         else goes with it."""
         own = {"file": str(path), "custom_load": True} if path.suffix == ".npz" else {
             "state_dict": read_weights(path), "num_classes": -1}                # never its own number: all may differ
-        with nothing_loaded() as states:
-            made = self.timm.create_model(model, num_classes=0, pretrained=True, pretrained_cfg_overlay=own,
-                                          **self.sized(model, encoder.size))
+        try:
+            with nothing_loaded() as states:
+                made = self.timm.create_model(model, num_classes=0, pretrained=True, pretrained_cfg_overlay=own,
+                                              **self.sized(model, encoder.size))
+        except OSError:                                                         # a hybrid's backbone would be fetched,
+            states = [own["state_dict"]]                                        # whose weights are in the file, too
         with torch.device("meta"):                                              # names alone
             whole = self.timm.create_model(model, num_classes=1000).state_dict()
         classifier = whole.keys() - encoder.backbone.state_dict().keys()
