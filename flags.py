@@ -195,7 +195,7 @@ def get_parser() -> TrainingParser:
     data = parser.add_argument_group("data")
     add_dataset_flags(data, required=False)
     add(data, "--skip_bad_images", False, "check every image first and leave out broken and missing ones, with what "
-        "refers to them, in place of stopping at the first")
+        "refers to them, and lines of your own table that do not fit, in place of stopping at the first")
     add(data, "--image_size", 0, "side in pixels of the square images the encoder sees; 0 for its own, or a "
         "checkpoint's. Published: 224, which is resnet18's own", type=image_side, metavar="S")
     add(data, "--image_cache", "auto", "folder that keeps the decoded images (3*S*S bytes each) and sentence vectors, "
@@ -218,7 +218,7 @@ def get_parser() -> TrainingParser:
     add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; other text encoders have their own",
         type=at_least(1), metavar="T")
     add(model, "--image_weights", "imagenet", "weights of the encoder to start from: 'imagenet' for its library's "
-        "own, downloaded once, 'none' (random), or a file of such a model's tensors, of torch.save or .safetensors",
+        "own, downloaded once, 'none' (random), or a file of such a model's tensors: .pth, .safetensors, .npz",
         type=path_or_word, metavar="imagenet|none|PATH")
     add(model, "--freeze_image_encoder", False, "keep the image encoder as it is, but for its last layer: what it "
         "makes of an image is computed once and kept beside the decoded images")

@@ -1,7 +1,10 @@
 """What lies in people's folders beside their photos, how its names are written, and what is behind links."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import unicodedata
 
 import numpy as np
@@ -19,6 +22,7 @@ from searching.metadata import placed
 
 from .conftest import picture
 from .index_faults import write_model
+from .services import ROOT
 from .test_search import made, quiet  # noqa: F401
 
 
@@ -167,7 +171,16 @@ def test_the_very_name_comes_first_and_of_several_others_it_is_said_in_what_they
 
 # Pictures of kinds that are not read
 
-without_heif = pytest.mark.skipif(bool(EXTRA), reason="pillow-heif is installed")
+without_heif = pytest.mark.skipif(bool(EXTRA), reason="run by the test below, which hides pillow-heif")
+
+
+@pytest.mark.long("a process that runs tests")
+def test_all_is_said_where_pillow_heif_is_missing(tmp_path):
+    (tmp_path / "pillow_heif.py").write_text("raise ImportError")
+    words = "-n", "0", "tests/test_folders.py", "-k", "counted_by_ending or told_what_helps"
+    done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0 and "6 passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
 
 @without_heif
@@ -237,7 +250,6 @@ def test_triplets_photos_behind_links_are_the_gallerys_each_once(tmp_path):
 
 
 def test_phones_pictures_are_read_where_pillow_heif_is_installed(tmp_path, model):
-    pytest.importorskip("pillow_heif")
     picture(tmp_path / "shop" / "a.jpg")
     with Image.open(tmp_path / "shop" / "a.jpg") as image:
         turned = Image.Exif()
