@@ -344,7 +344,7 @@ def frozen_test_row(split: Split, kind: str, sentences: SentenceTable, repetitio
     task = split.data.task()
     (query_set,) = task.query_sets
     queries, gallery = unit_rows(len(query_set.texts), CPU), unit_rows(len(task.gallery), CPU)
-    times = compare("frozen test", {"floor": lambda: recalls(queries, gallery, query_set.own, query_set.metrics),
+    times = compare("frozen test", {"floor": lambda: recalls(queries, gallery, query_set.excluded, query_set.metrics),
                                     "ours": lambda: evaluate(model, split.data, split.store)}, repetitions)
     return row(f"frozen test, {kind}, {len(query_set.texts)} queries x {len(task.gallery)} images (floor: ranking "
                "alone)", times["ours"], times["floor"], 1.2)

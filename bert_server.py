@@ -65,7 +65,7 @@ def sequence_length(text: str) -> int | None:
     return None if text.upper() == "NONE" else at_least(3)(text)
 
 
-class WithoutEffect(argparse.Action):
+class Ignored(argparse.Action):
     """What old command lines have and this server does not need: noted in `needless`."""
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -144,7 +144,7 @@ def get_parser() -> Parser:
     add("device_map", argparse.SUPPRESS, "the same as --device cuda:N", type=at_least(0), nargs="+", action=FirstGpu,
         metavar="N")
     for name, how in NEEDLESS.items():
-        add(name, argparse.SUPPRESS, argparse.SUPPRESS, action=WithoutEffect, **how)
+        add(name, argparse.SUPPRESS, argparse.SUPPRESS, action=Ignored, **how)
     for name, (why, fine) in REFUSED.items():
         how = {"nargs": 0} if fine == 0 else {"const": fine}
         add(name, argparse.SUPPRESS, argparse.SUPPRESS, action=Refused, metavar=why, **how)
@@ -186,7 +186,7 @@ READING = 10.0                          # seconds that a large answer may lie un
 
 log = logging.getLogger("bert_server")
 
-class Sparing(logging.Filter):
+class RateLimit(logging.Filter):
     """Lets ten complaints a minute pass: a flood of bad requests must not fill a disk, or a pipe that no one reads."""
 
     def __init__(self):
@@ -369,7 +369,7 @@ class Server:
             poller.poll(0 if busy else 20 if waiting else 500)
             self.note_subscriptions()
             self.take_requests()
-            self.tend_clients()
+            self.serve_waiting()
             busy = self.encode_batch()
 
     def close(self) -> None:
@@ -428,7 +428,7 @@ class Server:
         elif not client.reader.open():
             self.forget(client)
 
-    def tend_clients(self) -> None:
+    def serve_waiting(self) -> None:
         """Answer questions that had to wait; give up who does not subscribe."""
         for client in list(self.clients.values()):
             if client.reader is None and time.monotonic() - client.since > JOINING:
@@ -667,7 +667,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)             # what it meets, our own line says
     log.setLevel(logging.INFO)
-    log.filters[:] = [Sparing()]
+    log.filters[:] = [RateLimit()]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     server = None

@@ -71,7 +71,7 @@ class Headed(nn.Module):
 @cache
 def traits(name: str) -> Traits:
     """Raises InputError for a name that no library knows."""
-    library, model = found(name)
+    library, model = library_of(name)
     with torch.device("meta"), quiet():                                         # shapes alone
         return library.traits(model)
 
@@ -86,7 +86,7 @@ def image_encoder(name: str, image_dim: int, image_size: int) -> nn.Module:
 
     Raises InputError where it cannot take images of this size.
     """
-    known, (library, model) = traits(name), found(name)
+    known, (library, model) = traits(name), library_of(name)
     try:
         with quiet():
             encoder = library.encoder(model, image_size)
@@ -109,7 +109,7 @@ def load_image_weights(encoder: nn.Module, weights: str, name: str = "resnet18")
     """
     if weights == "none":
         return
-    head, (library, model) = f"{traits(name).head}.", found(name)
+    head, (library, model) = f"{traits(name).head}.", library_of(name)
     elsewhere = f"pass --image_weights PATH (a file saved from {library.name}'s {model}) or --image_weights none"
     try:
         path = library.fetched(model) if weights == "imagenet" else Path(weights)
@@ -119,7 +119,7 @@ def load_image_weights(encoder: nn.Module, weights: str, name: str = "resnet18")
         wanted = {weight: value for weight, value in encoder.state_dict().items() if not weight.startswith(head)}
         put(encoder, state, wanted, model)
     except Exception as error:                                                  # torch.load raises a dozen types
-        raise InputError(f"cannot load the image weights {weights!r} ({told(error)}); {elsewhere}") from None
+        raise InputError(f"cannot load the image weights {weights!r} ({reason(error)}); {elsewhere}") from None
     if weights != "imagenet" and (remark := library.remark(model)):
         log.warning("note: %s", remark)
 
@@ -134,7 +134,7 @@ def put(module: nn.Module, state: dict[str, Tensor], wanted: dict[str, Tensor], 
     module.load_state_dict(whole)
 
 
-def told(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What an error says; of those that torch collects, the first."""
     lines = str(error).strip().splitlines()
     return lines[1].strip() if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else first_line(error)
@@ -396,7 +396,7 @@ class OpenClip:
 LIBRARIES = {"timm": Timm(), "open_clip": OpenClip()}
 
 
-def found(name: str) -> tuple[Torchvision | Timm | OpenClip, str]:
+def library_of(name: str) -> tuple[Torchvision | Timm | OpenClip, str]:
     """Whose an encoder is, and what it is called there."""
     prefix, colon, model = name.partition(":")
     return (LIBRARIES[prefix], model) if colon and prefix in LIBRARIES else (Torchvision(), name)

@@ -43,11 +43,11 @@ def get_parser() -> Parser:
     def command(name: str, help: str) -> Parser:
         return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
 
-    def computes(made: Parser) -> None:
+    def add_device_flag(made: Parser) -> None:
         made.add_argument("--device", default="auto", choices=DEVICES, help="where the model runs")
 
-    def opens_index(made: Parser) -> None:
-        computes(made)
+    def add_index_flags(made: Parser) -> None:
+        add_device_flag(made)
         made.add_argument("--index", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                           help="folder made by search.py index (required)")
         made.add_argument("--images", type=a_path, metavar="DIR", default=argparse.SUPPRESS, help="folder where the "
@@ -62,7 +62,7 @@ def get_parser() -> Parser:
                 ("--bert_timeout", at_least(0.1, float, 86400), "SECONDS", "how long to wait for it")):
             service.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=help)
 
-    def weighs(made: Parser) -> None:
+    def add_score_flags(made: Parser) -> None:
         made.add_argument("--nearness", type=at_least(0, float, 1), default=0.0, metavar="W", help="from 0, as the "
                           "model was trained, to 1: how much results shall look like the picture besides; for things "
                           "that it was not trained with")
@@ -72,7 +72,7 @@ def get_parser() -> Parser:
 
     index = command("index", "make an index of a folder of images, or bring one up to date; stopped, the same command "
                     "goes on")
-    computes(index)
+    add_device_flag(index)
     index.add_argument("--model_checkpoint", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
                        help="a run's best_checkpoint.pth, or a folder that `export` wrote (required)")
     index.add_argument("--images", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
@@ -95,12 +95,12 @@ def get_parser() -> Parser:
     index.add_argument("--loader_num_workers", type=at_least(0), default=4, metavar="N", help="threads that read "
                        "images")
     query = command("query", "find the images nearest to a picture plus a change")
-    opens_index(query)
+    add_index_flags(query)
     query.add_argument("--image", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
                        help="the query's picture, any file (required)")
     query.add_argument("--text", default="", help="what to change, as the model was trained to be told; empty: images "
                        "that look like the picture")
-    weighs(query)
+    add_score_flags(query)
     query.add_argument("-k", type=at_least(1, most=MOST_RESULTS), default=20, metavar="K", help="how many results")
     query.add_argument("--qdrant", metavar="URL", default=argparse.SUPPRESS, help="search in a Qdrant database that "
                        "holds the exported vectors: http://HOST:PORT, or a folder of its local mode; its key is taken "
@@ -115,8 +115,8 @@ def get_parser() -> Parser:
     query.add_argument("--png", type=a_path, metavar="FILE", default=argparse.SUPPRESS, help="write the results as a "
                        "picture")
     serve = command("serve", "open a web page to search on, and to go on from what was found")
-    opens_index(serve)
-    weighs(serve)
+    add_index_flags(serve)
+    add_score_flags(serve)
     serve.add_argument("-k", type=at_least(1, most=100), default=20, metavar="K", help="how many results it shows")
     serve.add_argument("--host", default="127.0.0.1", help="address it listens on; no password is asked, so name "
                        "another only in a network you trust")
@@ -153,7 +153,7 @@ from machine.progress import progress_bar
 from searching.build import build
 from searching.gallery import Gallery, Hit
 from searching.qdrant import Qdrant
-from training.pictures import NOTE, Answer, sheet, thumbnail, wrapped
+from training.pictures import NOTE, QueryResults, sheet, thumbnail, wrapped
 
 
 def open_index(args: argparse.Namespace) -> Gallery:
@@ -216,8 +216,9 @@ def query(args: argparse.Namespace) -> None:
         for rank, hit in enumerate(hits, start=1):
             print(f"{rank:4}  {hit.score:6.4f}  {shown_name(hit.path)}" + f"  {shown(known(hit))}" * bool(hit.metadata))
     if "png" in args:
-        picture = sheet([Answer(thumbnail(args.image), words_of(args.text), [result(gallery, hit) for hit in hits],
-                                notes=[note(rank, hit) for rank, hit in enumerate(hits, start=1)])], tile=TILE)
+        shown_hits = QueryResults(thumbnail(args.image), words_of(args.text), [result(gallery, hit) for hit in hits],
+                                  notes=[note(rank, hit) for rank, hit in enumerate(hits, start=1)])
+        picture = sheet([shown_hits], tile=TILE)
         write(args.png, "--png", png(picture))
     if "html" in args:
         write(args.html, "--html", page_of(gallery, args, hits).encode("utf-8", "replace"))

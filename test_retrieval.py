@@ -276,7 +276,7 @@ def evaluate(model, dataset: CompositionDataset, store: Store, batch_size: int =
         for method, ask in methods.items():
             for query_set in task.query_sets:
                 queries = ask(query_set, rows(query_set.sources))
-                ranked = ranks(queries, gallery, query_set.own, query_set.metrics, progress)
+                ranked = ranks(queries, gallery, query_set.excluded, query_set.metrics, progress)
                 if watch is not None and method == "model":
                     watch(query_set, task.gallery, queries, gallery, ranked)
                 found[method] |= shares(query_set.metrics, ranked)
@@ -310,7 +310,7 @@ def chance(query_set: QuerySet) -> dict[str, float]:
     values = {}
     for metric in query_set.metrics:
         images = CorrectImages(metric)
-        own = query_set.own
+        own = query_set.excluded
         total = metric.ranked(own)
         own_is_correct = (own >= 0) & metric.is_correct(np.arange(len(own)), own)
         correct = images.counts - own_is_correct

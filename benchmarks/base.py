@@ -89,7 +89,7 @@ class QuerySet:
     """Queries that are judged alike."""
     sources: np.ndarray                 # (Q,) image ids
     texts: list[str]                    # Q
-    own: np.ndarray                     # (Q,) gallery position taken out of the query's ranking; -1 = nothing is
+    excluded: np.ndarray                # (Q,) gallery position taken out of the query's ranking; -1 = nothing is
     metrics: list[Metric | ListedMetric]
 
 

@@ -25,7 +25,7 @@ from benchmarks.base import (
     texts_of,
 )
 from machine.errors import InputError
-from machine.file_names import Named, told_apart
+from machine.file_names import Named, spelled_out
 from machine.picture_folder import Kind, Walk, why_not_listed
 from machine.tables import ENDINGS, read_table
 from machine.text_files import read_lines
@@ -179,7 +179,7 @@ class Triplets(AnnotatedDataset):
         alike = self.named.find(name)
         if len(alike) > 1:
             raise InputError(f"{where}: {name} is not in {self.walk.folder}, but {len(alike)} names that look the same "
-                             f"({told_apart(alike)}); rename one")
+                             f"({spelled_out(alike)}); rename one")
         if not alike and os.path.isfile(self.walk.folder / name):
             return self.by_file.get(os.path.realpath(self.walk.folder / name), name)
         return alike[0] if alike else name

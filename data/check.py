@@ -69,7 +69,7 @@ from machine.picture_folder import Kind, Walk
 from machine.progress import progress_bar, say
 from machine.streams import log_to_stderr, shown
 from text_model import SimpleVocab
-from training.pictures import Answer, sheet
+from training.pictures import QueryResults, sheet
 
 
 class Report:
@@ -177,7 +177,7 @@ def describe(data: CompositionDataset, known: SimpleVocab | None, report: Report
         texts = data.training_texts()
         report.row("training samples", len(data))
     else:
-        sets = asked_by(data)
+        sets = query_sets_of(data)
         texts = [text for query_set in sets for text in query_set.texts]
         counts = [len(right) for query_set in sets for right in right_answers(query_set)]
         report.row("queries", len(texts))
@@ -200,7 +200,7 @@ def left_out(data: CompositionDataset) -> str:
     return ", ".join(f"{count} {what}" for what, count in data.dropped.items() if count)
 
 
-def asked_by(data: CompositionDataset) -> list[QuerySet]:
+def query_sets_of(data: CompositionDataset) -> list[QuerySet]:
     """Each query of a split once: what a group or few images are asked besides is named otherwise."""
     return [query_set for query_set in data.task().query_sets if query_set.metrics[0].name.startswith("correct_")]
 
@@ -208,7 +208,7 @@ def asked_by(data: CompositionDataset) -> list[QuerySet]:
 def right_answers(query_set: QuerySet) -> Iterator[np.ndarray]:
     """Each query's right gallery positions, among those that are ranked."""
     places, first, counts = query_set.metrics[0].correct()
-    for own, start, count in zip(query_set.own, first, counts, strict=True):
+    for own, start, count in zip(query_set.excluded, first, counts, strict=True):
         right = places[start:start + count]
         yield right[right != own]
 
@@ -242,11 +242,11 @@ def look_at_files(root: Path, upright: bool, splits: dict[str, CompositionDatase
     report.count("missing or empty", missing)
     report.count("broken", list(broken.values()))
     report.count("duplicates", [" = ".join(images) for images in same.values() if len(images) > 1])
-    named = {name: asked_about(splits[name]) if name in splits else set() for name in ("train", "test")}
+    named = {name: queried_images(splits[name]) if name in splits else set() for name in ("train", "test")}
     leaks = [[next((image for image in images if image in about), None) for about in named.values()]
              for images in same.values()]
     report.count("in train and test", [" = ".join(dict.fromkeys(pair)) for pair in leaks if None not in pair])
-    look_at_doubles(splits, same, report)
+    check_duplicates(splits, same, report)
     if whole:
         report.count("never used", unused)
     else:
@@ -258,7 +258,7 @@ def look_at_files(root: Path, upright: bool, splits: dict[str, CompositionDatase
     return {*missing, *broken}
 
 
-def look_at_doubles(splits: dict[str, CompositionDataset], same: dict[bytes, list[str]], report: Report) -> None:
+def check_duplicates(splits: dict[str, CompositionDataset], same: dict[bytes, list[str]], report: Report) -> None:
     """Say which images of a gallery are the same picture as a right answer, and yet not right. same: by digest."""
     for name, data in splits.items():
         if name == "train":
@@ -267,8 +267,8 @@ def look_at_doubles(splits: dict[str, CompositionDataset], same: dict[bytes, lis
         places = {image: place for place, image in enumerate(gallery)}
         twins = {places[image]: [places[other] for other in images if other in places]
                  for images in same.values() if len(images) > 1 for image in images if image in places}
-        found = {place: answer for asked in asked_by(data)
-                 for own, right in zip(asked.own, map(np.ndarray.tolist, right_answers(asked)), strict=True)
+        found = {place: answer for asked in query_sets_of(data)
+                 for own, right in zip(asked.excluded, map(np.ndarray.tolist, right_answers(asked)), strict=True)
                  for answer in right if answer in twins
                  for place in twins[answer] if place != own and place not in right}
         lines = [f"{gallery[place]} = {gallery[answer]}" for place, answer in found.items()]
@@ -279,11 +279,11 @@ def look_at_doubles(splits: dict[str, CompositionDataset], same: dict[bytes, lis
                             f"wrong ones, first {lines[0]}: remove them, or name them as targets too")
 
 
-def asked_about(data: CompositionDataset) -> set[str]:
+def queried_images(data: CompositionDataset) -> set[str]:
     """The images that a split's queries come from or lead to; of the train split, all."""
     if data.split == "train":
         return set(data.images)
-    gallery, sets = data.task().gallery, asked_by(data)
+    gallery, sets = data.task().gallery, query_sets_of(data)
     ids = [ids for query_set in sets
            for ids in (query_set.sources, *(gallery[right] for right in right_answers(query_set)))]
     return {data.images[image] for image in np.concatenate(ids)}
@@ -303,7 +303,7 @@ def draw(data: CompositionDataset) -> Image.Image:
     """Queries drawn by a fixed seed, each with its first right answers, as training sees them."""
     def picture(image: int) -> Image.Image:
         return Image.fromarray(decode(data.paths[image], TILE, upright=data.upright))
-    gallery, sets = data.task().gallery, asked_by(data)
+    gallery, sets = data.task().gallery, query_sets_of(data)
     every = [(query_set, number) for query_set in sets for number in range(len(query_set.texts))]
     rights = (right for query_set in sets for right in right_answers(query_set))
     chosen = set(np.random.default_rng(0).choice(len(every), min(SHOWN, len(every)), replace=False).tolist())
@@ -311,9 +311,9 @@ def draw(data: CompositionDataset) -> Image.Image:
     for place, ((query_set, number), right) in enumerate(zip(every, rights, strict=True)):
         if place in chosen:
             images = list(dict.fromkeys(gallery[right].tolist()))               # the train split's gallery repeats some
-            answers.append(Answer(picture(query_set.sources[number]), f"+ {query_set.texts[number]}",
-                                  [picture(image) for image in images[:RESULTS]], [True] * RESULTS,
-                                  verdict=f"{len(images)} right"))
+            answers.append(QueryResults(picture(query_set.sources[number]), f"+ {query_set.texts[number]}",
+                                        [picture(image) for image in images[:RESULTS]], [True] * RESULTS,
+                                        remark=f"{len(images)} right"))
     return sheet(answers, RESULTS, TILE)
 
 

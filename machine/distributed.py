@@ -36,29 +36,29 @@ def launched() -> bool:
     return dist.is_torchelastic_launched()
 
 
-def told(name: str, otherwise: int) -> int:
+def env_number(name: str, otherwise: int) -> int:
     """A number that torchrun told this process."""
     return int(os.environ[name]) if launched() else otherwise
 
 
 def rank() -> int:
     """Which of the job's processes this is, from 0."""
-    return told("RANK", 0)
+    return env_number("RANK", 0)
 
 
 def world() -> int:
     """How many processes the job has, on all machines."""
-    return told("WORLD_SIZE", 1)
+    return env_number("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """Which of this machine's processes this is, from 0."""
-    return told("LOCAL_RANK", 0)
+    return env_number("LOCAL_RANK", 0)
 
 
 def local_world() -> int:
     """How many processes this machine has."""
-    return told("LOCAL_WORLD_SIZE", 1)
+    return env_number("LOCAL_WORLD_SIZE", 1)
 
 
 def first() -> bool:
@@ -68,7 +68,7 @@ def first() -> bool:
 
 def restarted() -> bool:
     """Whether torchrun started the job's processes again, as one of them had ended; the first process knows."""
-    return rounds > 1 or told("TORCHELASTIC_RESTART_COUNT", 0) > 0
+    return rounds > 1 or env_number("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def launch() -> str:
@@ -143,7 +143,7 @@ def first_to_say(line: str) -> bool:
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                               timeout=timedelta(seconds=5))
-        return store.add(f"said {told('TORCHELASTIC_RESTART_COUNT', 0)} {line}", 1) == 1
+        return store.add(f"said {env_number('TORCHELASTIC_RESTART_COUNT', 0)} {line}", 1) == 1
     except (RuntimeError, KeyError):                                            # better twice than not at all
         return True
 
@@ -155,7 +155,7 @@ def meet() -> None:
 
 
 @contextmanager
-def a_machines_first_goes_first() -> Iterator[None]:
+def local_first() -> Iterator[None]:
     """What the body leaves on a machine's disk, the machine's other processes find there."""
     if local_rank() > 0:
         meet()

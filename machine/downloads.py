@@ -41,7 +41,7 @@ def fetched(address: str, hashed: bool = False) -> Path:
     if offline():
         raise ValueError(f"HF_HUB_OFFLINE is set: get {address} and put it at {path}")
     begins = HASH.search(path.name) if hashed else None
-    with reaching(address, path):
+    with download_errors(address, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(address, str(path), begins and begins[1], progress=True)
         if not begins and (size := path.stat().st_size) != size_at(address, size):  # torch believes what broke off
@@ -57,7 +57,7 @@ def size_at(address: str, unless_told: int) -> int:
 
 
 @contextmanager
-def reaching(address: str, path: Path) -> Iterator[None]:
+def download_errors(address: str, path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:                                               # torch's, of another hash
@@ -105,7 +105,7 @@ def from_repository(repository: str, name: str, by_hand: Path) -> Path | None:
     elsewhere = f"or get {address_of(repository, name)} elsewhere and put it at {by_hand}"
     try:
         path = get()
-        whole = as_the_hub_says(path) or (not offline() and as_the_hub_says(path := get(anew=True)))
+        whole = matches_its_digest(path) or (not offline() and matches_its_digest(path := get(anew=True)))
     except errors.RemoteEntryNotFoundError:
         return None
     except errors.LocalEntryNotFoundError as error:
@@ -126,7 +126,7 @@ def from_repository(repository: str, name: str, by_hand: Path) -> Path | None:
     return path
 
 
-def as_the_hub_says(path: Path) -> bool:
+def matches_its_digest(path: Path) -> bool:
     """Whether a file of the hub's cache is what its checksum says: large files lie there under their SHA-256."""
     digest = path.resolve().name
     if not re.fullmatch(r"[0-9a-f]{64}", digest):

@@ -33,6 +33,6 @@ class Named:
         return self.exact.get(name) or self.alike.get(looks(name), [])
 
 
-def told_apart(names: Iterable[str]) -> str:
+def spelled_out(names: Iterable[str]) -> str:
     """Names that look the same, each with what else it is made of: 'caf\\xe9.jpg', 'cafe\\u0301.jpg'."""
     return ", ".join(map(ascii, names))

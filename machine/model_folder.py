@@ -35,7 +35,7 @@ def read(folder: str | Path, glance: bool = False) -> dict:
 
     glance: the record alone, its checksum not verified.
     """
-    weights, told = (found(Path(folder) / name) for name in (WEIGHTS, RECORD))
+    weights, told = (regular_or_unreadable(Path(folder) / name) for name in (WEIGHTS, RECORD))
     if told.stat().st_size > LARGEST_RECORD:
         raise Unreadable(f"its {RECORD} is larger than any model's")
     record = read_json(told)
@@ -49,7 +49,7 @@ def read(folder: str | Path, glance: bool = False) -> dict:
     return {**record, "model_state_dict": read_safetensors(weights)}
 
 
-def found(path: Path) -> Path:
+def regular_or_unreadable(path: Path) -> Path:
     try:
         return regular(path)
     except FileNotFoundError:

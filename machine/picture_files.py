@@ -70,7 +70,7 @@ EIGHT_OF_SIXTEEN = ((np.arange(2**16) + 128) // 257).astype(np.uint8)
 warnings.filterwarnings("ignore", module=r"PIL\.")                              # what is wrong is said in our own line
 
 
-class Beyond(InputError):
+class TooLarge(InputError):
     """A picture, maybe, but beyond the bounds."""
 
 
@@ -116,10 +116,10 @@ def opened(path: str | os.PathLike | InMemory, halved: bool = False) -> Iterator
         with Image.open(Metered(content), formats=FORMATS) as image:
             check(image, content, scans, halved)
             yield image
-    except Beyond as error:
-        raise Beyond(f"{path} {error}") from None
+    except TooLarge as error:
+        raise TooLarge(f"{path} {error}") from None
     except Image.DecompressionBombError:                                        # at 179 megapixels, by Pillow
-        raise Beyond(f"{path} has more than {LARGEST_PICTURE // MEGA} megapixels; make it smaller") from None
+        raise TooLarge(f"{path} has more than {LARGEST_PICTURE // MEGA} megapixels; make it smaller") from None
     except MemoryError:
         raise OSError(errno.ENOMEM, "no memory left to read the image", str(path)) from None
     except Exception as error:                                                  # PIL's plugins raise anything at all
@@ -152,7 +152,7 @@ def read(path: str | os.PathLike | InMemory) -> bytes:
     else:
         with open_regular(path) as file:
             if (length := os.fstat(file.fileno()).st_size) > LARGEST_FILE:
-                raise Beyond(f"has more than {LARGEST_FILE // MEGA} MB; make it smaller")
+                raise TooLarge(f"has more than {LARGEST_FILE // MEGA} MB; make it smaller")
             content = file.read(length)
     if not content:
         raise InputError("the file is empty")
@@ -172,19 +172,19 @@ class Metered(io.BytesIO):
         part = super().read(count)
         self.reads, self.bytes = self.reads - 1, self.bytes - len(part)
         if self.reads < 0 or self.bytes < 0:
-            raise Beyond(MANY_PARTS)
+            raise TooLarge(MANY_PARTS)
         return part
 
 
 def check(image: Image.Image, content: bytes, scans: int, halved: bool) -> None:
-    """Raise Beyond for a picture that is."""
+    """Raise TooLarge for a picture that is."""
     most, (width, height) = LARGEST_OF_PAGES.get(image.format, LARGEST_PICTURE), image.size
     if max(width, height) > LONGEST * min(width, height):
-        raise Beyond(f"is over {LONGEST} times as long as wide ({width} x {height} pixels); cut a part out of it")
+        raise TooLarge(f"is over {LONGEST} times as long as wide ({width} x {height} pixels); cut a part out of it")
     if image.format in ("JPEG", "MPO"):
         most = LARGEST_JPEG
         if scans > MOST_SCANS or scans * width * height > MOST_PASSED:
-            raise Beyond(f"is a JPEG of {scans} scans or more, {width} x {height} pixels; save it not progressive")
+            raise TooLarge(f"is a JPEG of {scans} scans or more, {width} x {height} pixels; save it not progressive")
         if halved and scans == 1 and width * height > LARGEST_PICTURE:
             parts = 2 if width * height <= 4 * LARGEST_PICTURE else 4
             image.draft(None, (width // parts, height // parts))
@@ -198,11 +198,11 @@ def check(image: Image.Image, content: bytes, scans: int, halved: bool) -> None:
     elif "A" in image.getbands():
         most = min(most, LARGEST_WITH_ALPHA)
     if width * height > most:
-        raise Beyond(f"has more than {most / MEGA:g} megapixels ({width} x {height}); make it smaller")
+        raise TooLarge(f"has more than {most / MEGA:g} megapixels ({width} x {height}); make it smaller")
 
 
 def scans_of(content: bytes) -> int:
-    """How many scans a JPEG's first picture has, MOST_SCANS + 1 for more. Raises Beyond for too much Exif."""
+    """How many scans a JPEG's first picture has, MOST_SCANS + 1 for more. Raises TooLarge for too much Exif."""
     place, scans, exif = 2, 0, 0
     while scans <= MOST_SCANS and (found := JPEG_MARKER.search(content, place)):
         marker, place = found[1][0], found.end()
@@ -212,7 +212,7 @@ def scans_of(content: bytes) -> int:
         if marker == APP1 and content.startswith(b"Exif\0\0", place + 2):
             exif += length
         if exif > LARGEST_EXIF:
-            raise Beyond("has more Exif than a JPEG may have; save it anew")
+            raise TooLarge("has more Exif than a JPEG may have; save it anew")
         scans, place = scans + (marker == SOS), place + length
         if scans == 1 and content.find(b"\xff\xda", place) < 0:                 # most often: no need to look further
             break
@@ -220,18 +220,18 @@ def scans_of(content: bytes) -> int:
 
 
 def check_tiff(image: Image.Image, content: bytes) -> None:
-    """Raise Beyond for tiles larger than any picture, and for JPEGs of several scans within."""
+    """Raise TooLarge for tiles larger than any picture, and for JPEGs of several scans within."""
     tile = [image.tag_v2.get(side, 0) for side in (322, 323)]
     if not all(isinstance(side, int) for side in tile) or tile[0] * tile[1] > LARGEST_PICTURE:
-        raise Beyond("is a TIFF of huge tiles; save it anew")
+        raise TooLarge("is a TIFF of huge tiles; save it anew")
     if image.tag_v2.get(259) in (6, 7) and (b"\xff\xc2" in content or (
             len(image.getbands()) > 1 and b"\xff\xda\x00\x08\x01" in content)):
-        raise Beyond("is a TIFF of progressive JPEGs; save it anew")
+        raise TooLarge("is a TIFF of progressive JPEGs; save it anew")
 
 
 def without_texts(content: bytes) -> bytes:
     """A PNG without its texts and profiles, but for the first of each kind that is looked at, and not too long. Raises
-    Beyond for one of too many parts."""
+    TooLarge for one of too many parts."""
     parts, place, kept, seen_before = [], 8, 0, set()
     for _ in range((10_000 + len(content) // 500) // 3):                        # as Metered has it, of three reads each
         if place + 12 > len(content):
@@ -246,7 +246,7 @@ def without_texts(content: bytes) -> bytes:
                 kept = end
             seen_before.add(name)
         place = end
-    raise Beyond(MANY_PARTS)
+    raise TooLarge(MANY_PARTS)
 
 
 def is_looked_at(kind: bytes, name: bytes, data: bytes) -> bool:

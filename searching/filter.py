@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from machine.errors import InputError, first_line
 from machine.streams import shown
-from searching.image_list import Doubtful, ImageList
+from searching.image_list import ImageList, InvalidIndex
 from searching.metadata import Cells, kept
 from searching.numbers import is_number
 
@@ -60,9 +60,9 @@ class Filter:
 
     def __init__(self, images: ImageList):
         held, damaged = images.held()
-        with images.telling():
+        with images.errors_in_one_line():
             if damaged:
-                raise Doubtful("an entry is not what its checksum says")
+                raise InvalidIndex("an entry is not what its checksum says")
         rows = dict(kept(images))
         self.columns, self.lock = list(next(iter(rows.values()), ())), Lock()
         self.kinds = {name: kind_of(cells[name] for cells in rows.values()) for name in self.columns}

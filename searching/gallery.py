@@ -22,13 +22,13 @@ from torch import Tensor
 from machine.checksums import file_digest
 from machine.device import choose_device
 from machine.errors import InputError, first_line
-from machine.picture_files import Beyond, InMemory, decode
+from machine.picture_files import InMemory, TooLarge, decode
 from machine.progress import progress_bar
 from machine.resizing import plain_square
 from machine.tensor_files import bytes_of, fingerprint
 from searching.filter import Filter
 from searching.hubness import Hubness
-from searching.image_list import Doubtful, ImageList
+from searching.image_list import ImageList, InvalidIndex
 from searching.metadata import Cells, columns_of, metadata_of
 from searching.ranking import RANKING, Ranking, ranking_of, read_ranking, unit
 from text_encoders import sentence_source, text_encoder_of
@@ -68,7 +68,7 @@ def read_picture(path: str | Path | InMemory, size: int, resampling: str = "bili
     picture_files.py, within which no picture needs a time limit."""
     try:
         return decode(path, size, resampling, upright=True, to_square=plain_square)
-    except Beyond:
+    except TooLarge:
         raise
     except InputError:
         raise InputError(f"{path} is no picture that can be read; give a JPEG, PNG or WebP file") from None
@@ -273,9 +273,9 @@ class Gallery:
         dim, changes = self.encoder.model.image_dim, self.images.state()[1]
         try:
             if noted != (file_digest(path) if noted else None):
-                raise Doubtful("it is not what its checksum says")
+                raise InvalidIndex("it is not what its checksum says")
             return Ranking(read_ranking(path, dim)), ranked
-        except Doubtful as doubt:
+        except InvalidIndex as doubt:
             log.warning("note: %s is damaged (%s), so it is made again from the list for now; search.py index does so "
                         "for good", path, doubt)
         return Ranking(ranking_of(self.images, dim, "exact", progress_bar)), changes

@@ -42,7 +42,7 @@ BEFORE_CHECKSUMS = ("CREATE TABLE folder (path BLOB)", "CREATE TABLE images (id 
                     "path BLOB UNIQUE, bytes INT, modified_ns INT, feature BLOB)")
 
 
-class Has(NamedTuple):
+class Columns(NamedTuple):
     """What older lists lack."""
     checksums: bool
     metadata: bool                      # and all else of SINCE_METADATA
@@ -55,7 +55,7 @@ class FolderRow(NamedTuple):
     beside: bytes | None
 
 
-class Doubtful(ValueError):
+class InvalidIndex(ValueError):
     """A row that is not what was written, or nothing that we would write."""
 
 
@@ -102,16 +102,16 @@ def lies_below(path: bytes) -> bool:
 
 def checked(row: tuple) -> Entry:
     """(id, path, bytes, modified_ns, feature, content, checksum or None where there are none) as an entry. Raises
-    Doubtful."""
+    InvalidIndex."""
     number, path, length, modified, feature, content, noted = row
     kinds = [type(value) for value in row[:5]]
     if (kinds != [int, bytes, int, int, bytes] or number < 1 or len(feature) % 4 or not feature
             or not isinstance(content, str | None)):
-        raise Doubtful("an entry is of the wrong kind")
+        raise InvalidIndex("an entry is of the wrong kind")
     if not lies_below(path):
-        raise Doubtful(f"its path {os.fsdecode(path)!r} is none of an image in the folder")
+        raise InvalidIndex(f"its path {os.fsdecode(path)!r} is none of an image in the folder")
     if noted is not None and noted != checksum(number, path, length, modified, feature, content):
-        raise Doubtful("an entry is not what its checksum says")
+        raise InvalidIndex("an entry is not what its checksum says")
     return Entry(number, os.fsdecode(path), (length, modified), feature, content)
 
 
@@ -125,11 +125,12 @@ class ImageList:
         self.path = path
 
     @contextmanager
-    def opened(self, mode: str = "ro") -> Iterator[tuple[sqlite3.Connection, Has]]:
+    def opened(self, mode: str = "ro") -> Iterator[tuple[sqlite3.Connection, Columns]]:
         """A connection to the list, with its schema checked, and what it has; mode: ro, rw, or rwc to make a new
         one."""
-        with self.telling(), closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={mode}", timeout=30,
-                                                     uri=True, isolation_level=None)) as database:
+        address = f"{self.path.absolute().as_uri()}?mode={mode}"
+        with (self.errors_in_one_line(),
+              closing(sqlite3.connect(address, timeout=30, uri=True, isolation_level=None)) as database):
             database.execute("PRAGMA trusted_schema = OFF")
             found = frozenset(database.execute("SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT 20"))
             if mode == "rwc" and not found:
@@ -139,15 +140,15 @@ class ImageList:
                         database.execute(table)
                 found = schema(SCHEMA)
             if found not in (schema(SCHEMA), schema(BEFORE_METADATA), schema(BEFORE_CHECKSUMS)):
-                raise Doubtful("its tables are none of ours")
-            yield database, Has(found != schema(BEFORE_CHECKSUMS), found == schema(SCHEMA))
+                raise InvalidIndex("its tables are none of ours")
+            yield database, Columns(found != schema(BEFORE_CHECKSUMS), found == schema(SCHEMA))
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def errors_in_one_line(self) -> Iterator[None]:
         """What SQLite complains of, and what is doubtful, in a user's words."""
         try:
             yield
-        except Doubtful as doubt:
+        except InvalidIndex as doubt:
             raise InputError(f"{self.path} is damaged, or none of this program's ({doubt}); remove "
                              f"{self.path.parent} and make it again with search.py index") from None
         except sqlite3.Error as error:
@@ -210,7 +211,7 @@ class ImageList:
 
     def add_checksums(self, database: sqlite3.Connection) -> None:
         """To a list that was made before there were any."""
-        row = self.folder_row(database, Has(False, False))
+        row = self.folder_row(database, Columns(False, False))
         last = database.execute("SELECT seq FROM sqlite_sequence WHERE name = 'images'").fetchone()
         database.execute("DROP TABLE folder")
         database.execute("ALTER TABLE images RENAME TO older")
@@ -231,20 +232,20 @@ class ImageList:
                          "VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, checksum(*row)))
 
     @staticmethod
-    def folder_row(database: sqlite3.Connection, has: Has) -> FolderRow:
-        """Raises Doubtful."""
+    def folder_row(database: sqlite3.Connection, has: Columns) -> FolderRow:
+        """Raises InvalidIndex."""
         columns = f"path, {'changes' if has.checksums else '0'}, {'beside' if has.metadata else 'NULL'}"
         noted = "checksum" if has.checksums else "NULL"
         rows = database.execute(f"SELECT {columns}, {noted} FROM folder LIMIT 2").fetchall()
         if len(rows) != 1 or [type(value) for value in rows[0][:2]] != [bytes, int]:
-            raise Doubtful("it does not say its folder")
+            raise InvalidIndex("it does not say its folder")
         *values, noted = rows[0]
         row = FolderRow(*values)
         if not isinstance(row.beside, bytes | None) or (has.checksums and noted != folder_checksum(*row)):
-            raise Doubtful("its folder is not what its checksum says")
+            raise InvalidIndex("its folder is not what its checksum says")
         if (not row.path.startswith(b"/") or b"\0" in row.path + (row.beside or b"")
                 or set(row.path.split(b"/")[1:]) & {b"", b"..", b"."}):
-            raise Doubtful(f"its folder {os.fsdecode(row.path)!r} is none that could be indexed")
+            raise InvalidIndex(f"its folder {os.fsdecode(row.path)!r} is none that could be indexed")
         return row
 
     def row(self) -> FolderRow:
@@ -289,12 +290,12 @@ class ImageList:
                 if has.checksums and row[6] is None:
                     row = (*row[:6], "")
                 if not isinstance(row[0], int) or row[0] <= last:
-                    raise Doubtful("its ids are in no order")
+                    raise InvalidIndex("its ids are in no order")
                 last = row[0]
                 yield row
 
     def entries(self, where: str, values: Sequence = ()) -> list[Entry]:
-        with self.telling():
+        with self.errors_in_one_line():
             return [checked(row) for row in self.rows(where, values)]
 
     def held(self) -> tuple[dict[str, Held], list[int]]:
@@ -304,9 +305,9 @@ class ImageList:
             try:
                 entry = checked(row)
                 if entry.path in whole:
-                    raise Doubtful("an image is listed twice")
+                    raise InvalidIndex("an image is listed twice")
                 whole[entry.path] = Held(entry.number, entry.version, entry.content)
-            except Doubtful:
+            except InvalidIndex:
                 damaged.append(row[0])
         return whole, damaged
 
@@ -351,19 +352,19 @@ class ImageList:
         for start in range(0, len(numbers), ROWS_AT_ONCE):
             part = sorted({int(number) for number in numbers[start:start + ROWS_AT_ONCE]})
             found += self.entries(f"id IN ({','.join('?' * len(part))})", part)
-        with self.telling():
+        with self.errors_in_one_line():
             return [entry.number for entry in found], unpacked(found, dim)
 
     def all_features(self, every: int = 1, dim: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids (n,) and features (n, D) of all images, or of about one in `every`, some thousand at a time."""
         for part in self.parts(every):
-            with self.telling():
+            with self.errors_in_one_line():
                 yield np.array([entry.number for entry in part]), unpacked(part, dim)
 
     def parts(self, every: int = 1) -> Iterator[list[Entry]]:
         """The same of the entries, in the order of their ids."""
         rows, part = self.rows("id % ? = 0", (every,)), []
-        with self.telling():
+        with self.errors_in_one_line():
             for row in rows:
                 part.append(checked(row))
                 if len(part) == ROWS_AT_ONCE:
@@ -401,11 +402,11 @@ class ImageList:
 
 
 def unpacked(entries: Sequence[Entry], dim: int | None) -> np.ndarray:
-    """Their features (n, D). Raises Doubtful where they are of several sizes or of another, or not finite."""
+    """Their features (n, D). Raises InvalidIndex where they are of several sizes or of another, or not finite."""
     sizes = {len(entry.feature) // 4 for entry in entries}
     if len(sizes | {dim or size for size in sizes}) > 1:
-        raise Doubtful(f"features of {' and '.join(map(str, sorted(sizes)))} values" + f", not {dim}" * bool(dim))
+        raise InvalidIndex(f"features of {' and '.join(map(str, sorted(sizes)))} values" + f", not {dim}" * bool(dim))
     features = np.frombuffer(b"".join(entry.feature for entry in entries), "<f4")
     if not np.isfinite(features).all():
-        raise Doubtful("features that are not finite")
+        raise InvalidIndex("features that are not finite")
     return features.reshape(len(entries), -1 if entries else 0)

@@ -11,10 +11,10 @@ from pathlib import Path
 from machine import distributed
 from machine.checksums import digest
 from machine.errors import InputError
-from machine.file_names import Named, told_apart
+from machine.file_names import Named, spelled_out
 from machine.streams import shown
 from machine.tables import read_table
-from searching.image_list import ROWS_AT_ONCE, Doubtful, ImageList
+from searching.image_list import ROWS_AT_ONCE, ImageList, InvalidIndex
 from searching.numbers import Cell, is_number, read_column
 
 FILE_NAME = "file_name"                 # the column of the images' names; where there is none, the first
@@ -91,7 +91,7 @@ def placed(rows: dict[str, Cells], paths: Iterable[str]) -> tuple[dict[str, Cell
         if len(meant) == 1 and found.setdefault(meant[0], rows[name]) == rows[name]:
             continue
         left_out[name] = ("no image has this name" if not meant else f"another row is of {meant[0]}"
-                          if len(meant) == 1 else f"several images have this name ({told_apart(meant[:2])})")
+                          if len(meant) == 1 else f"several images have this name ({spelled_out(meant[:2])})")
     return found, left_out
 
 
@@ -115,23 +115,23 @@ def kept(images: ImageList, where: str = "true", values: Sequence = ()) -> Itera
                                              "BY rowid", values) if has.metadata else ():
             path, cells = checked(*row)
             if columns is None and wrong_column(columns := list(cells)):
-                raise Doubtful("its metadata's columns are none of ours")
+                raise InvalidIndex("its metadata's columns are none of ours")
             if number <= last or list(cells) != columns:
-                raise Doubtful("its metadata's rows do not fit each other")
+                raise InvalidIndex("its metadata's rows do not fit each other")
             last = number
             yield path, cells
 
 
 def checked(path, content, noted) -> tuple[str, Cells]:
-    """A row as it was written. Raises Doubtful."""
+    """A row as it was written. Raises InvalidIndex."""
     if [type(path), type(content)] != [bytes, str] or noted != checksum(path, content):
-        raise Doubtful("a row of its metadata is not what its checksum says")
+        raise InvalidIndex("a row of its metadata is not what its checksum says")
     try:
         cells = json.loads(content)
     except (ValueError, RecursionError):
-        raise Doubtful("a row of its metadata is no JSON") from None
+        raise InvalidIndex("a row of its metadata is no JSON") from None
     if not isinstance(cells, dict) or not all(map(is_cell, cells.values())):
-        raise Doubtful("a row of its metadata is none of ours")
+        raise InvalidIndex("a row of its metadata is none of ours")
     return os.fsdecode(path), cells
 
 

@@ -81,7 +81,7 @@ class Result(Image):
     score: float
 
 
-class Answer(BaseModel):
+class SearchResponse(BaseModel):
     """image: the id of the query's picture, with which it can be asked about again; path: its, or an upload's name."""
     image: int | str
     path: str
@@ -92,7 +92,7 @@ class Answer(BaseModel):
     seconds: float
 
 
-class Offer(BaseModel):
+class GalleryPage(BaseModel):
     """Some of the gallery's images; count: how many there are to choose from."""
     images: list[Image]
     count: int
@@ -152,11 +152,11 @@ class Page:
     def images(self, name: Annotated[str, Query(description="part of their paths, in capitals or not")] = "",
                k: Annotated[int, Query(ge=1, le=MOST_RESULTS, description="how many")] = 60,
                shuffle: Annotated[bool, Query(description="others each time, in place of some from first to last")] =
-               False) -> Offer:
+               False) -> GalleryPage:
         """Images of the gallery to choose from."""
         found = self.gallery.images.ids(name.strip())
         chosen = sample(found, min(k, len(found))) if shuffle else spread(found, k)
-        return Offer(images=self.described(chosen), count=len(found))
+        return GalleryPage(images=self.described(chosen), count=len(found))
 
     def described(self, images: list[int]) -> list[Image]:
         """Those that are still listed, in this order."""
@@ -165,7 +165,7 @@ class Page:
         return [Image(image=image, path=printable(path), metadata=metadata.get(path, {}))
                 for image in images if (path := paths.get(image))]
 
-    def search(self, question: Annotated[OwnPicture, Query()]) -> Answer:
+    def search(self, question: Annotated[OwnPicture, Query()]) -> SearchResponse:
         """The images nearest to a picture that the server knows plus a change, best first."""
         if question.image.startswith("u"):
             upload = self.uploads.find(question.image)
@@ -176,7 +176,8 @@ class Page:
         source = self.gallery.own_picture(image)
         return self.answer(question, source, image, printable(self.gallery.images.path_of(image) or ""))
 
-    async def search_by_file(self, question: Annotated[AnyPicture, Form(media_type="multipart/form-data")]) -> Answer:
+    async def search_by_file(
+            self, question: Annotated[AnyPicture, Form(media_type="multipart/form-data")]) -> SearchResponse:
         """The same for any picture. The answer tells an id, by which it can be asked about again for an hour."""
         if question.file.size > LARGEST_UPLOAD:
             raise Refused(413, f"the file has more than {LARGEST_UPLOAD // 2**20} MB; make it smaller")
@@ -185,7 +186,7 @@ class Page:
         upload = self.uploads.find(number)
         return await run_sync(self.answer, question, upload.source, number, name)
 
-    def answer(self, question: Question, source: Source, image: int | str, path: str) -> Answer:
+    def answer(self, question: Question, source: Source, image: int | str, path: str) -> SearchResponse:
         start, text = time.perf_counter(), printable(question.text)
         nearness = self.about.nearness if question.nearness is None else question.nearness
         hits = self.gallery.search(source, text, question.k, not question.keep, question.where, nearness)
@@ -197,7 +198,7 @@ class Page:
         results = [Result(rank=rank, score=hit.score, image=hit.image, metadata=hit.metadata,
                           path=printable(str(hit.path.relative_to(self.gallery.folder))))
                    for rank, hit in enumerate(hits, start=1)]
-        return Answer(image=image, path=path, results=results, warnings=warnings, unknown_words=unknown,
+        return SearchResponse(image=image, path=path, results=results, warnings=warnings, unknown_words=unknown,
                       metadata=self.gallery.metadata(image, question.where) if isinstance(image, int) else {},
                       seconds=time.perf_counter() - start)
 
@@ -272,7 +273,7 @@ def number_of(image: str) -> int:
     return int(image)
 
 
-async def told(request: Request, error: InputError) -> Response:
+async def mendable(request: Request, error: InputError) -> Response:
     """What the visitor can mend."""
     return JSONResponse({"error": printable(str(error))}, 400)
 
@@ -292,7 +293,7 @@ async def failed(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": "this failed, and the program's log says where"}, 500)
 
 
-HANDLERS = {InputError: told, HTTPException: refused, RequestValidationError: not_understood, Exception: failed}
+HANDLERS = {InputError: mendable, HTTPException: refused, RequestValidationError: not_understood, Exception: failed}
 
 
 @contextmanager

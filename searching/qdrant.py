@@ -36,12 +36,12 @@ class Qdrant:
             raise InputError("--qdrant needs its client: pip install -r requirements-export.txt") from None
         self.models = qdrant_client.models
         self.how = {"search_params": self.models.SearchParams(exact=True)} if server else {}    # a folder's is always
-        with self.telling():
+        with self.errors_in_one_line():
             self.client = qdrant_client.QdrantClient(
                 **{"url": where, "timeout": PATIENCE, "api_key": os.environ.get("QDRANT_API_KEY"),
                    "check_compatibility": False} if server else {"path": where})
         try:
-            with self.telling():
+            with self.errors_in_one_line():
                 self.changes = self.opened(model)
         except InputError:
             self.client.close()                                                 # a folder is one client's at a time
@@ -67,7 +67,7 @@ class Qdrant:
         return int(about["changes"])
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def errors_in_one_line(self) -> Iterator[None]:
         """What the client and all beneath it complain of, in one line."""
         try:
             yield
@@ -82,7 +82,7 @@ class Qdrant:
         """As FAISS's `Ranking`."""
         scores, numbers = np.full(k, -np.inf, np.float32), np.full(k, -1, np.int64)
         only = None if among is None else self.models.Filter(must=[self.models.HasIdCondition(has_id=among)])
-        with self.telling():
+        with self.errors_in_one_line():
             points = self.client.query_points(self.collection, query.tolist(), query_filter=only, limit=k,
                                               with_payload=False, **self.how).points
             scores[:len(points)] = [point.score for point in points]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from machine.checksums import file_digest
 from machine.errors import InputError, first_line
-from searching.image_list import Doubtful, ImageList
+from searching.image_list import ImageList, InvalidIndex
 
 RANKING = "index.faiss"
 MOST_CELLS = 4096                       # with more, filling them takes hours at tens of millions
@@ -113,7 +113,7 @@ class Ranking:
 
 
 def read_ranking(path: Path, dim: int):
-    """A ranking of features of `dim` values from its file. Raises Doubtful where it is none of ours.
+    """A ranking of features of `dim` values from its file. Raises InvalidIndex where it is none of ours.
 
     FAISS is told that no part of it is longer than the file, and what it has read is looked at piece by piece.
     """
@@ -125,12 +125,12 @@ def read_ranking(path: Path, dim: int):
     try:
         ranking = library.read_index(str(path))
     except (RuntimeError, MemoryError) as error:
-        raise Doubtful(first_line(error)) from None
+        raise InvalidIndex(first_line(error)) from None
     finally:
         library.set_deserialization_vector_byte_limit(before[0])
         library.set_deserialization_loop_limit(before[1])
     if not (is_exact if type(ranking) is library.IndexIDMap else is_ivf)(library, ranking, dim, length):
-        raise Doubtful("its parts do not fit")
+        raise InvalidIndex("its parts do not fit")
     return ranking
 
 

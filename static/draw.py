@@ -19,7 +19,7 @@ from flags import Parser
 from machine.image_store import ImageStore
 from searching.gallery import Encoder
 from test_retrieval import compose_queries, encode_images
-from training.pictures import GREEN, INK, PAPER, QUIET, RED, Answer, font, sheet
+from training.pictures import GREEN, INK, PAPER, QUIET, RED, QueryResults, font, sheet
 
 IMAGE_HUE, TEXT_HUE, BOTH_HUE = "#dbe9fb", "#fdebd0", "#e3f5e1"
 RESULTS = 6
@@ -39,8 +39,8 @@ def sample(model, path: Path, rows: int, size: int) -> Image.Image:
     def picture(image: int) -> Image.Image:
         with Image.open(data.paths[image]) as opened:
             return opened.convert("RGB")
-    return sheet([Answer(picture(query.source), f"+ {query.text}", [picture(image) for image in found],
-                         [data.captions[image] == data.captions[query.target] for image in found])
+    return sheet([QueryResults(picture(query.source), f"+ {query.text}", [picture(image) for image in found],
+                               [data.captions[image] == data.captions[query.target] for image in found])
                   for query, found in zip(queries, best, strict=True)], tile=128)
 
 

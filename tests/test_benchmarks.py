@@ -49,7 +49,7 @@ def test_cirr_leaves_the_reference_out_everywhere(tmp_path):
                                   (20, 50, 21, 22, 23, 24)])
     data = CIRR(root, "test")
     (asked,) = data.task().query_sets
-    found = data.with_means(recalls(turned([-1] * 4), turned(range(60)), asked.own, asked.metrics))
+    found = data.with_means(recalls(turned([-1] * 4), turned(range(60)), asked.excluded, asked.metrics))
     whole, subset = {1: 1 / 4, 5: 2 / 4, 10: 3 / 4, 50: 1}, {1: 1 / 4, 2: 2 / 4, 3: 3 / 4}
     assert found == {**{f"recall_top{k}_correct_composition": share for k, share in whole.items()},
                      **{f"recall_top{k}_subset": share for k, share in subset.items()},
@@ -160,7 +160,7 @@ def test_fashion_iq_ranks_in_both_galleries(tmp_path):
     gallery = turned([ANGLES[name[0]] + int(name[1:]) for name in names])
     task, found = data.task(), {}
     for asked, angle in zip(task.query_sets, ANGLES.values(), strict=True):
-        found |= recalls(turned([angle - 1] * len(asked.texts)), gallery, asked.own, asked.metrics)
+        found |= recalls(turned([angle - 1] * len(asked.texts)), gallery, asked.excluded, asked.metrics)
     found = data.with_means(found)
     own, val = ({"dress": {10: r10, 50: r50}, "shirt": {10: 1, 50: 1}, "toptee": {10: 1, 50: 1}}
                 for r10, r50 in ((1 / 7, 5 / 7), (5 / 7, 1)))
@@ -243,7 +243,7 @@ def test_every_benchmark_counts_each_query_once(name, tmp_path):
             if metric.name.startswith(data.solved_at[0]):
                 for query, source in enumerate(asked.sources):
                     among = range(len(task.gallery)) if metric.among is None else metric.among
-                    others = [place for place in among if place != asked.own[query]]
+                    others = [place for place in among if place != asked.excluded[query]]
                     for solved, angle in ((image, degrees[source]), (text, heard[asked.texts[query]])):
                         nearest = sorted(others, key=lambda place: -np.cos(np.radians(degrees[place] - angle)))[:2]
                         if metric.is_correct(query, nearest).any():

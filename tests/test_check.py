@@ -15,7 +15,7 @@ from PIL import Image
 
 from data import check
 from machine.picture_files import decode
-from training.pictures import Answer, sheet
+from training.pictures import QueryResults, sheet
 
 from .conftest import DAMAGE, WRITERS, picture
 from .test_bad_input import CASES
@@ -306,10 +306,10 @@ def test_the_sheet_shows_queries_with_their_right_answers(fashion200k, tmp_path,
     def shown(name):
         return Image.fromarray(decode(fashion200k / "women" / "test" / f"{name}.jpeg", 128))
     assert checked("fashion200k", fashion200k, "--out", tmp_path / "sheet.png")[0] == 0
-    expected = sheet([Answer(shown("0/0_0"), "+ replace red with blue", [shown("1/1_0"), shown("1/1_1")], [True, True],
-                             verdict="2 right"),
-                      Answer(shown("1/1_1"), "+ replace dress with skirt", [shown("2/2_0"), shown("2/2_1")],
-                             [True, True], verdict="2 right")], 8, 128)
+    expected = sheet([QueryResults(shown("0/0_0"), "+ replace red with blue", [shown("1/1_0"), shown("1/1_1")],
+                                   [True, True], remark="2 right"),
+                      QueryResults(shown("1/1_1"), "+ replace dress with skirt", [shown("2/2_0"), shown("2/2_1")],
+                                   [True, True], remark="2 right")], 8, 128)
     assert (np.asarray(Image.open(tmp_path / "sheet.png")) == np.asarray(expected)).all()
 
 

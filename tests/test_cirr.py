@@ -20,11 +20,11 @@ def test_recalls_are_those_by_hand(cirr):
     data = CIRR(cirr, "test")
     assert data.images == [f"img_raw/dev/dev-{i}.png" for i in range(8)]
     (asked,) = data.task().query_sets
-    assert asked.sources.tolist() == asked.own.tolist() == [3, 1]
+    assert asked.sources.tolist() == asked.excluded.tolist() == [3, 1]
     assert asked.texts == ["is Seen from above", "two of them"]
     angles = np.radians([10 * i for i in range(8)]), np.radians([46, 24])
     gallery, queries = (torch.tensor(np.stack([np.cos(at), np.sin(at)], 1), dtype=torch.float32) for at in angles)
-    found = data.with_means(recalls(queries, gallery, asked.own, asked.metrics))
+    found = data.with_means(recalls(queries, gallery, asked.excluded, asked.metrics))
     whole = {f"recall_top{k}_correct_composition": share for k, share in ((1, 0.5), (5, 1), (10, 1), (50, 1))}
     assert found == whole | {"recall_top1_subset": 0.5, "recall_top2_subset": 1, "recall_top3_subset": 1,
                              "recall_mean": 0.75}

@@ -78,7 +78,7 @@ def test_mitstates_queries_are_every_image_with_every_other_adjective(mitstates)
                      (("tomato", ("ripe", "sliced", "old")), ("fig", ("ripe", "sliced")))
                      for a in states for b in states if a != b for i in range(2)}
     assert len(asked.texts) == len(found) == 16
-    assert (asked.own == asked.sources).all()
+    assert (asked.excluded == asked.sources).all()
     whole = MITStates(mitstates, "test", complete_text=True).task().query_sets[0]
     assert set(whole.texts) == {"ripe tomato", "sliced tomato", "old tomato", "ripe fig", "sliced fig"}
 
@@ -151,7 +151,7 @@ def test_fashion_iq_texts_gallery_and_metrics(fashion_iq):
         f"{kind}_{category}" for category in ("dress", "shirt", "toptee")
         for kind in ("correct", "own_gallery", "VAL_gallery")]
     shirt = task.query_sets[1]
-    assert (shirt.own == -1).all()
+    assert (shirt.excluded == -1).all()
     assert [test.images[i] for i in shirt.metrics[1].among] == [f"all_imgs/{name}.jpg" for name in
                                                                ("SV000", "SV001", "SV002", "SV003", "BOTHV1")]
     assert [test.images[i] for i in shirt.metrics[0].query_labels] == [f"all_imgs/SV00{i}.jpg" for i in (1, 2, 3)]
@@ -210,7 +210,7 @@ def test_the_train_split_is_judged_against_its_own_targets(name, label, tmp_path
     dataset, again = (DATASETS[name](path, "train") for _ in range(2))
     task = dataset.task(seed=3)
     (asked,) = task.query_sets
-    assert len(task.gallery) == len(asked.sources) == len(dataset) and (asked.own == -1).all()
+    assert len(task.gallery) == len(asked.sources) == len(dataset) and (asked.excluded == -1).all()
     assert asked.metrics[0].name == f"correct_{label}"
     assert (asked.metrics[0].query_labels == asked.metrics[0].gallery_labels).all()
     assert again.task(seed=4).gallery.tolist() != task.gallery.tolist() == again.task(seed=3).gallery.tolist()
@@ -288,7 +288,7 @@ def test_validation_takes_whole_nouns_out_of_what_is_trained_on(mitstates):
     states = len(set(validation.captions))
     (asked,) = validation.task().query_sets
     assert len(asked.sources) == len(validation.images) * (states - 1)          # as the test asks
-    assert asked.own.tolist() == asked.sources.tolist()
+    assert asked.excluded.tolist() == asked.sources.tolist()
     assert test.captions == MITStates(mitstates, "test").captions
 
 

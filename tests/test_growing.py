@@ -18,7 +18,7 @@ from qdrant_client import QdrantClient, models
 import bench
 from machine.errors import InputError
 from searching import image_list, qdrant
-from searching.image_list import Doubtful, ImageList
+from searching.image_list import ImageList, InvalidIndex
 from searching.metadata import keep
 from searching.ranking import rank, read_ranking
 
@@ -223,7 +223,7 @@ def test_codes_find_nearly_all_in_a_fraction_of_the_memory(tmp_path):
     opened = features_index(tmp_path, features, "pq")
     assert read_ranking(tmp_path / "index.faiss", 16).pq.code_size == 2
     assert (tmp_path / "index.faiss").stat().st_size < 10_000 * (2 + 8 + 8)     # code, id, and what all share
-    with pytest.raises(Doubtful):
+    with pytest.raises(InvalidIndex):
         read_ranking(tmp_path / "index.faiss", 32)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     recalls = []

@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from machine.errors import InputError
 from machine.image_store import ImageStore
-from machine.picture_files import LARGEST_FILE, Beyond, decode
+from machine.picture_files import LARGEST_FILE, TooLarge, decode
 from machine.resizing import plain_square
 from searching.gallery import read_picture
 from training.pictures import thumbnail
@@ -89,7 +89,7 @@ def test_what_would_cost_too_much_is_refused_before_it_costs(tmp_path, case):
     for way in ("training", "query"):
         tracemalloc.start()
         try:
-            with pytest.raises(Beyond, match=said) as error:
+            with pytest.raises(TooLarge, match=said) as error:
                 WAYS[way](file)
             assert tracemalloc.get_traced_memory()[1] < 100e6
         finally:
@@ -100,7 +100,7 @@ def test_what_would_cost_too_much_is_refused_before_it_costs(tmp_path, case):
 def test_a_file_larger_than_any_photograph_is_not_read(tmp_path):
     file = written(tmp_path, saved(flat(64, 64), "JPEG"))
     os.truncate(file, LARGEST_FILE + 1)                                         # sparse
-    with pytest.raises(Beyond, match="256 MB"):
+    with pytest.raises(TooLarge, match="256 MB"):
         decode(file, 32)
 
 

@@ -11,7 +11,7 @@ from datasets import Metric, QuerySet
 from machine.image_store import DeviceStore
 from test_retrieval import NEVER
 from training import pictures
-from training.pictures import GAP, GREEN, LINE, QUIET, RED, TILE, Answer, feature_map, sheet, wrapped
+from training.pictures import GAP, GREEN, LINE, QUIET, RED, TILE, QueryResults, feature_map, sheet, wrapped
 from training.report import QualitativeResults
 
 from .conftest import run_main
@@ -25,8 +25,9 @@ def plain(colour):
 
 
 def test_a_sheet_shows_source_results_and_frames():
-    answers = [Answer(plain("blue"), "+ red", [plain("red"), plain("yellow"), plain("black")], [True, False, None]),
-               Answer(None, "only words", [plain("white")])]
+    answers = [QueryResults(plain("blue"), "+ red", [plain("red"), plain("yellow"), plain("black")],
+                            [True, False, None]),
+               QueryResults(None, "only words", [plain("white")])]
     picture = sheet(answers)
     assert picture.size == (FIRST + 3 * (TILE + GAP), GAP + 2 * ROW)
     def at(x, y):
@@ -69,10 +70,10 @@ def test_results_are_the_best_and_marked_right_or_wrong():
     def shown(answer):
         return [image.getpixel((0, 0))[0] // 40 for image in answer.results]
     assert shown(first) == [3, 2, 4, 5, 1] and list(first.right) == [False, True, True, False, False]
-    assert first.text == "+ wet" and first.verdict == "first right one: 2"
+    assert first.text == "+ wet" and first.remark == "first right one: 2"
     assert first.source.getpixel((9, 9)) == (0, 0, 0)
     assert shown(second)[:2] == [1, 4] and shown(second)[-1] == 5               # its own image comes last
-    assert not any(second.right) and second.verdict == "none is right"
+    assert not any(second.right) and second.remark == "none is right"
     assert list(seen) == ["correct_composition"] and sighting.map.size == (640, 640)
 
 

@@ -23,7 +23,7 @@ from data import check
 from flags import VERSION, Parser, add, meant
 from machine.image_store import DeviceStore
 from training import report
-from training.report import QualitativeResult, QualitativeResults, about_chance
+from training.report import QualitativeResult, QualitativeResults, chance_line
 from training.writers import LINES, JsonLines, TensorBoard, tag
 
 from .conftest import flags, run_main, write_fashion_iq, write_mitstates
@@ -208,11 +208,11 @@ def test_the_table_is_told_what_chance_is():
         sightings = QualitativeResults(None, 0)
         sightings["correct_x"] = QualitativeResult([], np.zeros(0), None, None, {"recall_top10_correct_x": value})
         return report.SplitResult({}, sightings)
-    assert about_chance({"train": tested(0.004), "test": tested(0.125)}) == (
+    assert chance_line({"train": tested(0.004), "test": tested(0.125)}) == (
         "R@10 of a random order: train 0.40, test 12.50; train is asked among the targets of other training samples, "
         "not in the test's gallery, so its recalls can be the lower ones")
-    assert about_chance({"test": tested(0.125)}) == "R@10 of a random order: test 12.50"
-    assert about_chance({"test": report.SplitResult({}, QualitativeResults(None, 0))}) == ""
+    assert chance_line({"test": tested(0.125)}) == "R@10 of a random order: test 12.50"
+    assert chance_line({"test": report.SplitResult({}, QualitativeResults(None, 0))}) == ""
 
 
 NEAR = [(main, "--dataset=mitstate --dataset_path=x", "did you mean mitstates?"),

@@ -68,7 +68,7 @@ def found(data, degrees):
     for asked in task.query_sets:
         rows = [data.all_queries.index(next(line for line in data.all_queries if (line.source, line.text) == query))
                 for query in zip(asked.sources.tolist(), asked.texts, strict=True)]
-        done |= recalls(turned(degrees)[rows], gallery[torch.as_tensor(task.gallery)], asked.own, asked.metrics)
+        done |= recalls(turned(degrees)[rows], gallery[torch.as_tensor(task.gallery)], asked.excluded, asked.metrics)
     return done
 
 
@@ -120,7 +120,7 @@ def test_a_gallery_file_says_what_is_found_among(shop):
     data = Triplets(shop, "test")
     assert data.gallery == 5 and data.images == [f"test/{letter}.jpg" for letter in "hcdefab"]
     (asked, *_) = data.task().query_sets
-    assert asked.own.tolist() == [-1, -1, 1, 2]                                 # a and b are not in it
+    assert asked.excluded.tolist() == [-1, -1, 1, 2]                            # a and b are not in it
     assert found(data, DEGREES)["recall_top5_correct_composition"] == 1         # h: after e d f c
     assert "those of gallery.txt" in data.about
     (shop / "test" / "gallery.txt").write_text("c.jpg\n")
@@ -372,7 +372,7 @@ def test_a_dataset_of_ones_own_is_read_and_queries_alone(shop):
     of seven."""
     data, train = Pairs(shop / "test", "test"), Pairs(shop / "test", "train")
     (asked,) = data.task().query_sets
-    recall = recalls(turned([10, 20, 30, 40, 50, 60, 70, 31]), turned(range(0, 80, 10)), asked.own, asked.metrics)
+    recall = recalls(turned([10, 20, 30, 40, 50, 60, 70, 31]), turned(range(0, 80, 10)), asked.excluded, asked.metrics)
     assert [recall[f"recall_top{k}_correct_composition"] for k in (1, 5, 10)] == [7 / 8, 7 / 8, 1]
     assert data.metric_names() == train.metric_names() and data.best_metric in data.metric_names()
     assert sorted(Epoch(train, 0, 0)) == sorted(train.queries()) and len(train) == 8

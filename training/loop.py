@@ -79,7 +79,7 @@ class Part(NamedTuple):
 
 def prepare(sentences: SentenceTable, texts: Iterable[str]) -> None:
     """Have the vectors of these texts, from the service or, in all processes but one of a machine, from its disk."""
-    with distributed.a_machines_first_goes_first():
+    with distributed.local_first():
         sentences.prepare(texts, progress_bar)
 
 

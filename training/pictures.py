@@ -16,26 +16,26 @@ TILE, GAP, LINE, TEXT, NOTE = 72, 8, 30, 24, 16
 
 
 @dataclass
-class Answer:
+class QueryResults:
     """A query and its results, best first; right says which are correct, None where nobody knows."""
     source: Image.Image | None
     text: str
     results: list[Image.Image]
     right: Sequence[bool | None] = field(default_factory=list)
     notes: Sequence[str] = ()                                                   # one a result, of some lines, under it
-    verdict: str = ""                                                           # at the end of the query's text
+    remark: str = ""                                                            # at the end of the query's text
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def sheet(answers: Sequence[Answer], per_row: int = 8, tile: int = TILE) -> Image.Image:
+def sheet(answers: Sequence[QueryResults], per_row: int = 8, tile: int = TILE) -> Image.Image:
     """A row a query: its text, below it its image, then its results in frames: green for right ones, red for wrong."""
     shown = max(1, min(per_row, max((len(answer.results) for answer in answers), default=1)))
     first = 4 * GAP + tile                                                      # where the results begin
     width = max(first + shown * (tile + GAP), 4 * tile)
-    texts = [wrapped(answer.text, int(width - 4 * GAP - font(TEXT).getlength(answer.verdict)), TEXT)
+    texts = [wrapped(answer.text, int(width - 4 * GAP - font(TEXT).getlength(answer.remark)), TEXT)
              for answer in answers]
     rows = [tile + GAP + (NOTE + GAP) * max((1 + note.count("\n") for note in answer.notes), default=0)
             for answer in answers]
@@ -46,7 +46,7 @@ def sheet(answers: Sequence[Answer], per_row: int = 8, tile: int = TILE) -> Imag
     for answer, row, lines, height in zip(answers, rows, texts, heights, strict=True):
         for number, line in enumerate(lines):
             draw.text((GAP, y + LINE * number), line, INK, font(TEXT))
-        draw.text((width - GAP, y), answer.verdict, QUIET, font(TEXT), anchor="ra")
+        draw.text((width - GAP, y), answer.remark, QUIET, font(TEXT), anchor="ra")
         top = y + LINE * max(1, len(lines))
         if answer.source is not None:
             framed(picture, answer.source, (GAP, top), tile, QUIET, 2)

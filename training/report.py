@@ -22,7 +22,7 @@ from machine.progress import say
 from machine.streams import shown
 from test_retrieval import NEVER, CorrectImages, chance, rankings
 from text_model import spread
-from training.pictures import Answer, feature_map, sheet
+from training.pictures import QueryResults, feature_map, sheet
 from training.writers import WRITERS, JsonLines, Points, markdown_table
 
 BENCHMARKS = "correct_"                 # begins the names of what a benchmark asks; others ask of groups, or of few
@@ -56,7 +56,7 @@ def run_folder(log_dir: str | Path, comment: str, lock: FolderLock | None = None
 @dataclass
 class QualitativeResult:
     """What is worth looking at in the answers to one query set."""
-    answers: list[Answer]
+    answers: list[QueryResults]
     ranks: np.ndarray                   # (Q,) by its first metric
     map: Image.Image
     points: Points | None               # of the benchmark's own metrics alone
@@ -89,17 +89,18 @@ class QualitativeResults(dict):
                                               if metric.name.startswith(BENCHMARKS) else None, chance(query_set))
 
     def answers(self, query_set: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor, ranks: np.ndarray,
-                chosen: np.ndarray) -> list[Answer]:
+                chosen: np.ndarray) -> list[QueryResults]:
         """The chosen queries with their first results."""
-        metric, own = query_set.metrics[0], query_set.own[chosen]
+        metric, own = query_set.metrics[0], query_set.excluded[chosen]
         scores = rows_of(queries, chosen) @ gallery.T                           # (rows, N)
         masked = np.flatnonzero(own >= 0)
         scores[masked, own[masked]] = -torch.inf
         best = scores.topk(min(self.RESULTS, len(gallery)), dim=1).indices.cpu().numpy()
-        return [Answer(self.picture(query_set.sources[query]), f"+ {query_set.texts[query]}",
-                       [self.picture(ids[place]) for place in places],
-                       metric.is_correct(query, places),
-                       verdict="none is right" if ranks[query] == NEVER else f"first right one: {ranks[query] + 1}")
+        return [QueryResults(self.picture(query_set.sources[query]), f"+ {query_set.texts[query]}",
+                             [self.picture(ids[place]) for place in places],
+                             metric.is_correct(query, places),
+                             remark="none is right" if ranks[query] == NEVER
+                             else f"first right one: {ranks[query] + 1}")
                 for query, places in zip(chosen, best, strict=True)]
 
     def map(self, metric: Metric, queries: Tensor, gallery: Tensor) -> Image.Image:
@@ -135,7 +136,7 @@ class Submission:
         self.folder, self.data = folder, data
 
     def __call__(self, query_set: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor, _) -> None:
-        answers = self.data.submission(ids[order] for order in rankings(queries, gallery, query_set.own))
+        answers = self.data.submission(ids[order] for order in rankings(queries, gallery, query_set.excluded))
         for name, content in answers.items():
             write_whole(self.folder / name, json.dumps(content).encode())
             say(f"{self.folder / name}: {len(query_set.texts)} answers for the test server")
@@ -223,14 +224,14 @@ def show_results(log: Report, tested: dict[str, SplitResult], it: int) -> dict[s
     baselines = {f"{name} {method}": metrics for name, split in tested.items()
                  for method, metrics in split.results.items() if method != "model"}
     say(log.metrics(results, baselines, it))
-    if note := about_chance(tested):
+    if note := chance_line(tested):
         say(note)
     for name, split in tested.items():
         log.qualitative(name, split.qualitative, it)
     return results
 
 
-def about_chance(tested: dict[str, SplitResult]) -> str:
+def chance_line(tested: dict[str, SplitResult]) -> str:
     """A line on what the table's rows are not to be compared with; nothing where no R@10 was seen."""
     found = {split: [result.chance[name] for metric, result in seen.qualitative.items() if metric.startswith(BENCHMARKS)
                      and (name := f"recall_top10_{metric}") in result.chance] for split, seen in tested.items()}
