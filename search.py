@@ -22,6 +22,7 @@ from pathlib import Path
 
 from flags import DEVICES, MOST_RESULTS, Parser, a_path, add, at_least, port_number
 from machine.errors import InputError
+from machine.file_names import on_disk
 from machine.stopping import ending, starting
 from machine.streams import log_to_stderr, shown, shown_name
 
@@ -33,6 +34,10 @@ EXAMPLES = """examples:
   python search.py serve --index INDEX
 
 search.py COMMAND --help explains each command's flags."""
+
+
+def image_path(text: str) -> Path:
+    return on_disk(a_path(text))
 
 
 def get_parser() -> Parser:
@@ -96,7 +101,7 @@ def get_parser() -> Parser:
                        "images")
     query = command("query", "find the images nearest to a picture plus a change")
     add_index_flags(query)
-    query.add_argument("--image", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
+    query.add_argument("--image", required=True, type=image_path, metavar="PATH", default=argparse.SUPPRESS,
                        help="the query's picture, any file (required)")
     query.add_argument("--text", default="", help="what to change, as the model was trained to be told; empty: images "
                        "that look like the picture")

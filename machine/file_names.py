@@ -1,8 +1,10 @@
 """Names of files as people read them: the same to an eye may be other characters to a disk."""
 
+import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 
 HYPHENS = dict.fromkeys(map(ord, "\u2010\u2011"), "-")                          # the second does not break
 
@@ -36,3 +38,11 @@ class Named:
 def spelled_out(names: Iterable[str]) -> str:
     """Names that look the same, each with what else it is made of: 'caf\\xe9.jpg', 'cafe\\u0301.jpg'."""
     return ", ".join(map(ascii, names))
+
+
+def on_disk(path: Path) -> Path:
+    """The file of this very name; where there is none, the only one of its folder that looks the same."""
+    if os.path.lexists(path) or not path.parent.is_dir():
+        return path
+    named = Named((name, name) for name in os.listdir(path.parent)).find(path.name)
+    return path.parent / named[0] if len(named) == 1 else path

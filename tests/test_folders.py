@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import search
 from benchmarks.triplets import Triplets
 from data import check
 from machine.errors import InputError
@@ -150,6 +151,8 @@ def test_a_name_that_looks_the_same_is_the_one_that_is_meant(model, tmp_path, on
     (root / "gallery.txt").write_text(f"{written}\nx.jpg\n", "utf-8")
     assert sorted(Triplets(root, "test").images) == sorted([on_disk, "x.jpg"])
     assert placed({written: {"price": 1}}, [f"below/{on_disk}", "x.jpg"]) == ({f"below/{on_disk}": {"price": 1}}, {})
+    words = ["query", "--index", "x", "--image", f"{root}/{written}"]
+    assert search.get_parser().parse_args(words).image == root / on_disk
     indexed(model, root, tmp_path)
     images = ImageList(tmp_path / "out" / "images.sqlite")
     assert images.paths(images.ids(written[:-4].upper())) == {images.id_of(on_disk): on_disk}
