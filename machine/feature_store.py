@@ -37,7 +37,7 @@ class FeatureStore:
         if cache is not None:
             try:
                 made_by += "_upright" * images.upright
-                self.file = RowFile(Path(cache), f"features_{made_by}", "features", images.paths, (width,), np.float32,
+                self.file = RowFile(Path(cache), f"features_{made_by}", "features", images.names, (width,), np.float32,
                                     made_by + ":sRGB" * images.upright)
             except OSError as error:
                 log.warning("no features are kept in %s (%s): every run encodes the images anew", cache, error)

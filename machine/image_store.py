@@ -23,6 +23,7 @@ import PIL
 import torch
 from torch import Tensor
 
+from machine.cropping import square_of
 from machine.device import free_memory, send, usable_cores
 from machine.errors import InputError
 from machine.picture_files import decode
@@ -196,10 +197,15 @@ class ImageStore:
 
     paths: by image id. size: side S in pixels. cache: folder for the decoded images, or None. resampling: Pillow's
     filter, by name; each has its own file there. upright: images as they are looked at, see picture_files.decode.
+    crops: by image id, the box that is cut out of it, see cropping.py, or None.
     """
 
     def __init__(self, paths: Sequence[str], size: int = 224, cache: str | Path | None = None,
-                 resampling: str = "bilinear", upright: bool = False):
+                 resampling: str = "bilinear", upright: bool = False,
+                 crops: Sequence[tuple[float, ...] | None] | None = None):
+        self.crops = crops or [None] * len(paths)
+        self.names = [path if box is None else f"{path}#{','.join(map(repr, box))}"     # each is kept by itself
+                      for path, box in zip(paths, self.crops, strict=True)]
         self.paths, self.size, self.resampling, self.upright = list(paths), size, resampling, upright
         self.versions = [file_version(path) for path in self.paths]
         self.file, self.writable = None, True
@@ -208,7 +214,7 @@ class ImageStore:
         if cache is not None:
             try:
                 name = f"images_{size}" + f"_{resampling}" * (resampling != "bilinear") + "_upright" * upright
-                self.file = RowFile(Path(cache), name, "pixels", self.paths, (size, size, 3), np.uint8,
+                self.file = RowFile(Path(cache), name, "pixels", self.names, (size, size, 3), np.uint8,
                                     f"{PIL.__version__}:channels last" + ":sRGB" * upright)
             except OSError as error:
                 log.warning("no image cache in %s (%s): images are decoded each time they are used", cache, error)
@@ -224,7 +230,8 @@ class ImageStore:
     def decode(self, index: int) -> np.ndarray:
         """One image's pixels (S, S, 3) from its file, kept in the cache. Raises InputError."""
         try:
-            pixels = decode(self.paths[index], self.size, self.resampling, self.upright, told=self.more_than_rgb.append)
+            pixels = decode(self.paths[index], self.size, self.resampling, self.upright, square_of(self.crops[index]),
+                            self.more_than_rgb.append)
         except InputError as error:
             raise InputError(f"{error}; replace it, or pass --skip_bad_images True to leave such images out") from None
         if self.file and self.writable:
