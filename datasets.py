@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.base import (
+    MAP_KS,
     TEST_EPOCH,
     TRAIN_QUERIES,
     CompositionDataset,
@@ -24,7 +25,12 @@ from benchmarks.base import (
     require,
     texts_of,
 )
+from benchmarks.circo import CIRCO
 from benchmarks.cirr import CIRR
+from benchmarks.genecis import GeneCIS
+from benchmarks.imagenet_r import ImageNetR
+from benchmarks.lasco import LaSCo
+from benchmarks.shoes import Shoes
 from benchmarks.triplets import Triplets
 from machine.errors import InputError
 from machine.picture_files import SUFFIXES
@@ -38,6 +44,7 @@ class CaptionedDataset(CompositionDataset):
     """A benchmark with one caption an image; a hit is any gallery image with the target caption."""
 
     captions: list[str]                 # by image id
+    tabled = ("recall",)                # as its papers; metrics.json has the mAP too
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -56,7 +63,7 @@ class CaptionedDataset(CompositionDataset):
         return self.captions
 
     def metrics(self, query_captions: list[str], gallery_captions: list[str]) -> list[Metric]:
-        return [Metric("correct_composition", *integer_labels(query_captions, gallery_captions))]
+        return [Metric("correct_composition", *integer_labels(query_captions, gallery_captions), map_ks=MAP_KS)]
 
     def test_task(self) -> RetrievalTask:
         sources = np.array([query.source for query in self.test_queries])
@@ -85,6 +92,11 @@ class MITStates(CaptionedDataset):
     noun."""
 
     group_size = 2                      # one source, two targets
+    title = "MIT-States"
+
+    @property
+    def template(self) -> str:
+        return "{adjective} {noun}" if self.complete_text else "{adjective}"
 
     def read(self) -> None:
         self.images, self.captions = [], []
@@ -181,6 +193,10 @@ class MITStates(CaptionedDataset):
 
 class Fashion200k(CaptionedDataset):
     """Captions that become equal once a word is dropped are siblings; the text is 'replace A with B'."""
+
+    @property
+    def template(self) -> str:
+        return "{target_caption}" if self.complete_text else "replace {word} with {word}"
 
     def read(self) -> None:
         self.images, self.captions = [], []
@@ -294,6 +310,7 @@ class FashionIQ(CompositionDataset):
     """
 
     CATEGORIES = ("dress", "shirt", "toptee")
+    tested_as = "val"
     best_metric = "recall_mean_own_gallery"
     solved_at = OWN_GALLERIES[0], OWN_GALLERY_KS[0]
     headline = (*(f"recall_top{k}_own_gallery_mean" for k in OWN_GALLERY_KS), best_metric)
@@ -322,6 +339,10 @@ class FashionIQ(CompositionDataset):
         if not self.triplets:
             raise InputError(f"no usable triplet of the {self.split} split in the cap.*.{self.files}.json files of "
                              f"{self.root / 'captions'}")
+
+    @property
+    def template(self) -> str:
+        return "{category} {caption} and it {caption}" if self.category == "all" else "{caption} {caption}"
 
     @property
     def files(self) -> str:
@@ -428,6 +449,7 @@ class FashionIQ(CompositionDataset):
 
 
 DATASETS = {"mitstates": MITStates, "fashion200k": Fashion200k, "fashionIQ": FashionIQ, "cirr": CIRR,
+            "circo": CIRCO, "genecis": GeneCIS, "imagenet_r": ImageNetR, "shoes": Shoes, "lasco": LaSCo,
             "triplets": Triplets}
 
 

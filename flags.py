@@ -99,7 +99,7 @@ def refuse(args: argparse.Namespace, device: str) -> None:
     if args.sync_bn and device not in ("auto", "cuda"):
         raise InputError("--sync_bn True: torch's synchronized batch norm is for CUDA GPUs alone; drop it")
     if args.write_submission and args.dataset and not DATASETS[args.dataset].served:
-        having = ", ".join(name for name, kind in DATASETS.items() if kind.served)
+        having = next(name for name, kind in DATASETS.items() if kind.served)
         raise InputError(f"--write_submission: {args.dataset} has no test server, as {having} has; drop it")
     if os.sep in args.comment:
         raise InputError(f"--comment {args.comment!r} ends a folder's name and cannot hold a {os.sep!r}")
@@ -183,6 +183,8 @@ def add_dataset_flags(data, required: bool) -> None:
         "on too; best_checkpoint.pth is then the best on these. Published: 0, the best on the test split",
         type=at_least(0, float, 0.9), metavar="SHARE")
     add(data, "--keep_source", False, "triplets: a query's own picture stays in its ranking, as FashionIQ has it")
+    add(data, "--shared_concept", False, "CIRCO: queries also say what their two pictures have in common, which makes "
+        "them easier. Published by most: the caption alone")
     add(data, "--any_suffix", False, "MIT-States: read images that end in .JPG, .png and the like, too. Published: in "
         ".jpg alone")
 
@@ -281,7 +283,7 @@ def get_parser() -> TrainingParser:
     add(testing, "--baselines", False, "tests also judge, on the test split, the source image alone, the text "
         "alone, and chance, and count the queries that one of the first two solves")
     add(testing, "--write_submission", False, "in the end, also write into the run's folder what the benchmark's test "
-        "server takes: CIRR's, of the split test1")
+        "server takes: CIRR's of the split test1, CIRCO's of the split test")
     add(testing, "--best_metric", "auto", "metric of the test split, or with --validation of that one, by which "
         "best_checkpoint.pth is kept; auto takes R@10 of the composition, on FashionIQ the mean over each category's "
         "own gallery", metavar="NAME")

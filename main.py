@@ -26,6 +26,7 @@ from machine.device import choose_device, compiled, seed_everything, set_up
 from machine.folder_lock import FolderLock
 from machine.progress import progress_bar, say
 from machine.streams import log_to_stderr
+from machine.tensor_files import fingerprint
 from test_retrieval import evaluate
 from text_model import SimpleVocab, spread
 from training import checkpoint, report
@@ -102,7 +103,7 @@ def open_log(args: argparse.Namespace, start: Start, data: Data, lock: FolderLoc
     folder = start.resumed.parent if start.resumed else distributed.from_first(
         partial(report.run_folder, args.log_dir, args.comment, lock))
     return report.Report(folder, plain(args), start.state["it"] if start.resumed else None, data.test.headline,
-                         silent=not distributed.first())
+                         silent=not distributed.first(), tabled=data.test.tabled)
 
 
 def introduce(args: argparse.Namespace, start: Start, data: Data, device: torch.device, folder: Path) -> None:
@@ -124,12 +125,13 @@ def evaluate_split(args: argparse.Namespace, model: ImgTextCompositionBase, spli
 def evaluate_splits(args: argparse.Namespace, model: ImgTextCompositionBase, data: Data,
                 it: int) -> dict[str, report.SplitResult]:
     """The retrieval test of each split, and what is to be seen of it, after so many iterations."""
-    tested = {}
+    tested, weights = {}, fingerprint(model.state_dict())[:12]
     for name, split in data.splits.items():
         seen = report.QualitativeResults(split.store, it, split.data.images)
         tested[name] = report.SplitResult(evaluate_split(
             args, model, split, baselines=args.baselines and split.data is data.test,
-            watch=seen if distributed.first() else None), seen)
+            watch=seen if distributed.first() else None), seen,
+            {**split.data.protocol(args.seed), "weights": weights})
     return tested
 
 

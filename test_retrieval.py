@@ -1,7 +1,9 @@
-"""The retrieval test: recall@K of composed queries against a gallery. Returns numbers; prints and writes nothing.
+"""The retrieval test: recall@K and mAP@K of composed queries against a gallery. Returns numbers; prints and writes
+nothing.
 
-Every image is encoded once. A query's rank is one plus the number of gallery images that score above its best
-correct one, so nothing is sorted and the queries x gallery table is only ever held a few rows at a time.
+Every image is encoded once. The rank of a correct image is one plus the number of gallery images that score above it,
+so nothing is sorted and the queries x gallery table is only ever held a few rows at a time. Recall asks for the best
+correct one's alone.
 Where several processes test together, each takes its share of the batches, which are the same batches, so that all
 numbers are those of one process.
 """
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.base import CompositionDataset, ListedMetric, Metric, QuerySet
+from benchmarks.base import CompositionDataset, Judged, QuerySet
 from machine import distributed
 from machine.compiled import compiled
 from machine.device import send
@@ -27,7 +29,7 @@ TEXTS_AT_ONCE = 1024
 COMPOSED_AT_ONCE = {"cpu": 256, "cuda": 1024}                               # by each of a CPU's threads, or by a GPU
 # Ranked at once by each of a CPU's threads, or by a GPU, and at most so many scores: 32 MiB a thread, or 128 in all.
 QUERIES_AT_ONCE, SCORES_AT_ONCE = {"cpu": 256, "cuda": 4096}, {"cpu": 2**23, "cuda": 2**25}
-NEVER = np.iinfo(np.int64).max          # the rank of a query without a correct image: no hit at any K
+NEVER = np.iinfo(np.int64).max          # the rank of what is not there, as a correct image: no hit at any K
 IMAGE, TEXT, SOLVED = "source image alone", "text alone", "queries solved by"
 
 Store = ImageStore | DeviceStore | FeatureStore
@@ -96,60 +98,85 @@ def compose_queries(model, images: Tensor, sources: Tensor, texts: list[str],
 
 
 class CorrectImages:
-    """For a metric: which images are correct for a query, as places among those it looks at."""
+    """For a metric: which images are correct for a query, as places among those it looks at; and how many of their
+    ranks are asked for, `width`, of those among the first `depth`."""
 
-    def __init__(self, metric: Metric | ListedMetric):
+    def __init__(self, metric: Judged):
         self.among = metric.among
         self.places, self.first, self.counts = metric.correct()
-        self.candidates = metric.candidates
+        self.candidates, self.pessimistic, self.depth = metric.candidates, metric.pessimistic, metric.depth
+        self.width = max(1, min(self.depth, int(self.counts.max(initial=0))))
 
 
 @compiled
-def rank_rows(scores, among, places, first, counts):
-    """0-based rank of each row's best correct image, ties going to the earlier one: (q, N) -> (q,) ints.
+def rank_rows(scores, among, places, first, counts, width, depth, pessimistic):
+    """0-based ranks of each row's best correct images, (q, N) -> (q, width) ints, ties going to the earlier image; or
+    `pessimistic`, to all others.
 
     Of row q it looks at `among`, or at all; its correct images are places[first[q]:][:counts[q]] there, ascending.
-    A row with none, or with none but masked ones, gets NEVER. It reads each score once: beside the product that made
-    them it takes a tenth of its time, `rank_table` on a CPU one and a half times as long as the product.
+    Past the last of them, masked ones not counted, and past the one that is not among the first `depth`, stands NEVER.
+    For each rank it reads each score once: beside the product that made them it takes a tenth of its time, `rank_table`
+    on a CPU one and a half times as long as the product.
     """
-    found = np.full(len(scores), NEVER)
+    found = np.full((len(scores), width), NEVER)
     for q in range(len(scores)):
         row = scores[q] if among is None else scores[q][among]
-        best, leader = np.float32(-np.inf), 0
-        for place in places[first[q]:first[q] + counts[q]]:
-            if row[place] > best:
-                best, leader = row[place], place
-        if best > -np.inf:
+        right = places[first[q]:first[q] + counts[q]]
+        best, leader = np.float32(np.inf), -1
+        for nth in range(min(width, len(right))):
+            last, before = best, leader                                         # the nth - 1 best ones end here
+            best, leader = np.float32(-np.inf), 0
+            for place in right:
+                if row[place] > best and (row[place] < last or (row[place] == last and place > before)):
+                    best, leader = row[place], place
+            if best == -np.inf:
+                break
             above = 0
             # Unsigned: places that might count from the end would keep vector instructions out.
             for place in range(np.uintp(leader)):
                 above += row[place] >= best
             for place in range(np.uintp(leader), np.uintp(len(row))):
                 above += row[place] > best
-            found[q] = above
+            if pessimistic:
+                for place in range(np.uintp(leader + 1), np.uintp(len(row))):
+                    above += row[place] == best
+            found[q, nth] = above
+            if above >= depth:
+                break
     return found
 
 
-def rank_table(scores: Tensor, among, places, first, counts) -> Tensor:
-    """What `rank_rows` finds, by operations on the whole table, for a GPU: (q, N) -> (q,) ints."""
+def rank_table(scores: Tensor, among, places, first, counts, width: int = 1, depth: int = 0,
+               pessimistic: bool = False) -> Tensor:
+    """What `rank_rows` finds, by operations on the whole table, for a GPU: (q, N) -> (q, width) ints."""
     device = scores.device
     if among is not None:
         scores = scores[:, send(torch.as_tensor(among), device)]
     rows = np.repeat(np.arange(len(counts)), counts)                            # (P,) the correct images as pairs
     nth = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     rows, places = (send(torch.as_tensor(part), device) for part in (rows, places[np.repeat(first, counts) + nth]))
-    correct, width = scores[rows, places], scores.shape[1]
-    best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, correct, "amax")
-    leader = torch.full_like(best, width, dtype=torch.long).scatter_reduce(
-        0, rows, torch.where(correct == best[rows], places, width), "amin")     # of equally good ones the first
-    is_before = torch.arange(width, device=device) < leader[:, None]
-    higher = torch.where(is_before, scores >= best[:, None], scores > best[:, None])
-    above = higher.sum(1, dtype=torch.int32).long()                             # else int64's whole table is summed up
-    return torch.where(best == -torch.inf, NEVER, above)
+    correct, width_of_row = scores[rows, places], scores.shape[1]
+    columns = torch.arange(width_of_row, device=device)
+    best = scores.new_full((len(scores),), torch.inf)
+    leader = torch.full_like(best, -1, dtype=torch.long)
+    found = leader.new_full((len(scores), width), NEVER)
+    for rank in range(width):
+        is_left = (correct < best[rows]) | ((correct == best[rows]) & (places > leader[rows]))
+        left = torch.where(is_left, correct, -torch.inf)
+        best = torch.full_like(best, -torch.inf).scatter_reduce(0, rows, left, "amax")
+        leader = torch.full_like(leader, width_of_row).scatter_reduce(
+            0, rows, torch.where(left == best[rows], places, width_of_row), "amin")     # of equally good ones the first
+        counts_ties = columns != leader[:, None] if pessimistic else columns < leader[:, None]
+        higher = torch.where(counts_ties, scores >= best[:, None], scores > best[:, None])
+        above = higher.sum(1, dtype=torch.int32).long()                         # else int64's whole table is summed up
+        found[:, rank] = torch.where(best == -torch.inf, NEVER, above)
+        if rank + 1 < width and not (found[:, rank] < depth).any():
+            break
+    return found
 
 
-def rank_of_best(scores: Tensor, images: CorrectImages, chunk: slice) -> Tensor:
-    """Each row's rank, the rows being the queries of `chunk`: (q, N) -> (q,) ints."""
+def ranks_in(scores: Tensor, images: CorrectImages, chunk: slice) -> Tensor:
+    """Each row's ranks, the rows being the queries of `chunk`: (q, N) -> (q, width) ints."""
     if images.candidates is not None:                                           # all others are as if masked
         looked_at = images.candidates[chunk]
         rows = torch.as_tensor(np.repeat(np.arange(len(looked_at)), [len(listed) for listed in looked_at]))
@@ -157,9 +184,10 @@ def rank_of_best(scores: Tensor, images: CorrectImages, chunk: slice) -> Tensor:
         rows, places = send(rows, scores.device), send(places, scores.device)
         scores = torch.full_like(scores, -torch.inf).index_put_((rows, places), scores[rows, places])
     correct = images.among, images.places, images.first[chunk], images.counts[chunk]
+    asked = images.width, images.depth, images.pessimistic
     if scores.device.type == "cpu":
-        return torch.from_numpy(rank_rows(scores.numpy(), *correct))
-    return rank_table(scores, *correct)
+        return torch.from_numpy(rank_rows(scores.numpy(), *correct, *asked))
+    return rank_table(scores, *correct, *asked)
 
 
 def on_each_core(make: Callable, items: Iterable) -> Iterator:
@@ -180,11 +208,13 @@ def on_each_core(make: Callable, items: Iterable) -> Iterator:
 
 
 @torch.inference_mode()
-def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, metrics: Sequence[Metric],
-          progress: Progress = no_progress) -> list[np.ndarray]:
-    """For each metric, the (Q,) 0-based rank of every query's best correct image.
+def ranks_of_right(queries: Tensor, gallery: Tensor, own: np.ndarray, metrics: Sequence[Judged],
+                   progress: Progress = no_progress, galleries: np.ndarray | None = None) -> list[np.ndarray]:
+    """For each metric, (Q, W) 0-based ranks of every query's right images, ascending, and NEVER past the last: of its
+    best one, or where the metric has a depth of all that are so far ahead.
 
     queries: (Q, D), gallery: (N, D), unit rows. own: (Q,) gallery position left out of a query's ranking, -1 for none.
+    galleries: (Q, C) the gallery positions that each query ranks alone, -1 past its last.
     Raises FloatingPointError where features are not finite: every comparison with NaN is false, which would count
     as a perfect rank.
     """
@@ -197,47 +227,67 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, metrics: Sequence[M
     kind, each_part = in_parts(queries.device)
     correct = [CorrectImages(metric) for metric in metrics]
     own = torch.as_tensor(own, device=queries.device)
-    step = max(1, min(QUERIES_AT_ONCE[kind], SCORES_AT_ONCE[kind] // len(gallery)))
+    columns, held = (len(gallery), len(gallery)) if galleries is None else (
+        galleries.shape[1], galleries.shape[1] * gallery.shape[1])              # of a query: scores, numbers at once
+    galleries = None if galleries is None else torch.as_tensor(galleries, device=queries.device)
+    step = max(1, min(QUERIES_AT_ONCE[kind], SCORES_AT_ONCE[kind] // held))
     at_once = torch.get_num_threads() if kind == "cpu" else 1
-    tables = deque(queries.new_empty(step, len(gallery)) for _ in range(at_once))   # those not in use
+    tables = deque(queries.new_empty(step, columns) for _ in range(at_once))    # those not in use
 
     def rank(start: int) -> Tensor:
-        """(q, metrics) ranks of a chunk of queries."""
+        """(q, sum of widths) ranks of a chunk of queries."""
         chunk, table = slice(start, start + step), tables.pop()
-        scores = torch.mm(queries[chunk], gallery.T, out=table[:len(queries[chunk])])  # (q, N)
-        masked = (own[chunk] >= 0).nonzero()[:, 0]
-        scores[masked, own[chunk][masked]] = -torch.inf
-        found = [rank_of_best(scores, images, chunk) for images in correct]
+        asked, scores = queries[chunk], table[:len(queries[chunk])]
+        if galleries is None:
+            torch.mm(asked, gallery.T, out=scores)                              # (q, N)
+            masked = (own[chunk] >= 0).nonzero()[:, 0]
+            scores[masked, own[chunk][masked]] = -torch.inf
+        else:                                   # summed up alike in each column, so that an image listed twice is a tie
+            listed = galleries[chunk]                                           # (q, C)
+            torch.sum(gallery[listed.clamp(min=0)] * asked[:, None], dim=2, out=scores)     # of (q, C, D)
+            scores[listed < 0] = -torch.inf
+        found = [ranks_in(scores, images, chunk) for images in correct]
         tables.append(table)
-        return torch.stack(found, 1)
+        return torch.cat(found, 1)
     starts = range(0, len(queries), step)
     mine = distributed.share(starts)
     parts = progress(each_part(rank, mine), desc="ranking", total=len(mine))
-    lengths = [min(step, len(queries) - start) for start in starts]
-    found = distributed.collect(torch.cat([own.new_empty(0, len(metrics)), *parts]), lengths)
-    return [*found.T.cpu().numpy()]
+    lengths, widths = [min(step, len(queries) - start) for start in starts], [images.width for images in correct]
+    found = distributed.collect(torch.cat([own.new_empty(0, sum(widths)), *parts]), lengths)
+    return [part.cpu().numpy() for part in found.split(widths, 1)]
+
+
+def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, metrics: Sequence[Judged],
+          progress: Progress = no_progress) -> list[np.ndarray]:
+    """For each metric, the (Q,) 0-based rank of every query's best correct image; as `ranks_of_right`."""
+    return [found[:, 0] for found in ranks_of_right(queries, gallery, own, metrics, progress)]
 
 
 @torch.inference_mode()
-def rankings(queries: Tensor, gallery: Tensor, own: np.ndarray) -> Iterator[np.ndarray]:
-    """Of each query all gallery positions but its own, the best first, of equally good ones the earlier; as `ranks`."""
-    step = QUERIES_AT_ONCE["cpu"]
+def rankings(queries: Tensor, gallery: Tensor, own: np.ndarray, first: int | None = None) -> Iterator[np.ndarray]:
+    """Of each query all gallery positions but its own, or the `first` of them, the best first, of equally good ones the
+    earlier; as `ranks`."""
+    step = max(1, min(QUERIES_AT_ONCE["cpu"], SCORES_AT_ONCE["cpu"] // len(gallery)))
     for start in range(0, len(queries), step):
-        scores = queries[start:start + step] @ gallery.T                        # (q, N)
-        best = scores.argsort(dim=1, descending=True, stable=True).cpu().numpy()
-        yield from (order[order != mine] for order, mine in zip(best, own[start:start + step], strict=True))
+        scores = (queries[start:start + step] @ gallery.T).cpu().numpy()        # (q, N)
+        for row, mine in zip(scores, own[start:start + step], strict=True):
+            places = np.arange(len(row))
+            if first is not None and first + 1 < len(row):                      # all that score as high as the last one
+                places = np.flatnonzero(row >= np.partition(row, -first - 1)[-first - 1])
+            places = places[np.argsort(-row[places], kind="stable")]
+            yield places[places != mine][:first]
 
 
-def shares(metrics: Sequence[Metric], found: Sequence[np.ndarray]) -> dict[str, float]:
-    """{recall_top{K}_{name}: share of the queries with a correct image among the first K}, from each metric's ranks."""
-    return {f"recall_top{k}_{metric.name}": float((rank < k).mean())
-            for metric, rank in zip(metrics, found, strict=True) for k in metric.ks}
+def values_of(metrics: Sequence[Judged], found: Sequence[np.ndarray], own: np.ndarray) -> dict[str, float]:
+    """{name: value} of what the metrics say, from each one's ranks."""
+    return {name: value for metric, ranked in zip(metrics, found, strict=True)
+            for name, value in metric.values(ranked, own).items()}
 
 
-def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, metrics: Sequence[Metric],
-            progress: Progress = no_progress) -> dict[str, float]:
-    """Recall@K of unit query vectors (Q, D) against a gallery of unit rows (N, D)."""
-    return shares(metrics, ranks(queries, gallery, own, metrics, progress))
+def recalls(queries: Tensor, gallery: Tensor, own: np.ndarray, metrics: Sequence[Judged],
+            progress: Progress = no_progress, galleries: np.ndarray | None = None) -> dict[str, float]:
+    """Recall@K, and what else the metrics say, of unit query vectors (Q, D) against a gallery of unit rows (N, D)."""
+    return values_of(metrics, ranks_of_right(queries, gallery, own, metrics, progress, galleries), own)
 
 
 @torch.inference_mode()
@@ -276,11 +326,13 @@ def evaluate(model, dataset: CompositionDataset, store: Store, batch_size: int =
         for method, ask in methods.items():
             for query_set in task.query_sets:
                 queries = ask(query_set, rows(query_set.sources))
-                ranked = ranks(queries, gallery, query_set.excluded, query_set.metrics, progress)
+                ranked = ranks_of_right(queries, gallery, query_set.excluded, query_set.metrics, progress,
+                                        query_set.galleries)
+                best = [each[:, 0] for each in ranked]
                 if watch is not None and method == "model":
-                    watch(query_set, task.gallery, queries, gallery, ranked)
-                found[method] |= shares(query_set.metrics, ranked)
-                hits[method] += hits_of(dataset, query_set, ranked)
+                    watch(query_set, task.gallery, queries, gallery, best)
+                found[method] |= values_of(query_set.metrics, ranked, query_set.excluded)
+                hits[method] += hits_of(dataset, query_set, best)
     finally:
         model.train(was_training)
     if baselines:
@@ -306,18 +358,5 @@ def solved(hits: dict[str, list[np.ndarray]]) -> dict[str, int]:
 
 
 def chance(query_set: QuerySet) -> dict[str, float]:
-    """Expected recalls of a random order: 1 - C(N - m, K) / C(N, K) for a query with m correct among N."""
-    values = {}
-    for metric in query_set.metrics:
-        images = CorrectImages(metric)
-        own = query_set.excluded
-        total = metric.ranked(own)
-        own_is_correct = (own >= 0) & metric.is_correct(np.arange(len(own)), own)
-        correct = images.counts - own_is_correct
-        for k in metric.ks:
-            miss = np.ones(len(own))
-            for drawn in range(k):                                              # each draw misses all m once more
-                left = np.maximum(total - drawn, 1)
-                miss *= np.clip((left - correct) / left, 0, 1)
-            values[f"recall_top{k}_{metric.name}"] = float(1 - miss.mean())
-    return values
+    """Expected recalls of a random order."""
+    return {name: value for metric in query_set.metrics for name, value in metric.chance(query_set.excluded).items()}

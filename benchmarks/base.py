@@ -7,18 +7,21 @@ A dataset opens no image and knows no model. Image ids are positions in `images`
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
+from machine.checksums import digest
 from machine.errors import InputError
 from machine.picture_folder import is_passed_over, tell_of_unread
 
 RECALL_KS = (1, 5, 10, 50, 100)
+MAP_KS = (5, 10, 25, 50)                # CIRCO's
 TEST_EPOCH = 2**32 - 1
 TRAIN_QUERIES = 9600                    # the train split is judged on this many random samples (TIRG's protocol)
 
@@ -30,15 +33,90 @@ class Sample(NamedTuple):
     text: str
 
 
+class Judged:
+    """What a metric makes of its queries' ranks, which `test_retrieval.ranks_of_right` finds.
+
+    Recall@K is the share of queries with a right image among the first K. mAP@K is the mean over queries of
+    AP@K = sum over the right images at places k <= K of (right ones among the first k) / k, divided by the number of
+    right ones or K, the smaller (CIRCO's, arXiv 2303.15247).
+    """
+
+    name: str                           # recall_top{K}_{name}, map_top{K}_{name}
+    ks: tuple[int, ...]
+    map_ks: tuple[int, ...]
+    among = candidates = None           # what is ranked: gallery positions for all queries, or for each; None = all
+    pessimistic = False                 # whether a right image comes after all that score the same, else as they lie
+    groups: Mapping[str, np.ndarray] = MappingProxyType({})     # {name: queries} whose mAP@K is averaged apart, too,
+    group_ks: tuple[int, ...] = ()                              # for these K
+
+    @property
+    def depth(self) -> int:
+        """Among how many first places all right images are looked for; 0 where the best one's rank is enough."""
+        return max(self.map_ks, default=0)
+
+    def correct(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        raise NotImplementedError
+
+    def is_correct(self, query, positions) -> np.ndarray:
+        raise NotImplementedError
+
+    def ranked(self, own: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def right_ones(self, own: np.ndarray) -> np.ndarray:
+        """(Q,) how many right images are ranked; own: as `ranked` takes it."""
+        lost = (own >= 0) & self.is_correct(np.arange(len(own)), own)
+        if self.among is not None:
+            lost &= np.isin(own, self.among)
+        return self.correct()[2] - lost
+
+    def values(self, ranks: np.ndarray, own: np.ndarray) -> dict[str, float]:
+        """{name: value} of (Q, W) 0-based ranks of right images, ascending, NEVER where there is no further one."""
+        found = {f"recall_top{k}_{self.name}": float((ranks[:, 0] < k).mean()) for k in self.ks}
+        if not self.map_ks:
+            return found
+        right = self.right_ones(own)
+        for k in self.map_ks:
+            each = average_precision(ranks, right, k)                           # (Q,)
+            found |= {f"map_top{k}_{name}": float(each[of].mean()) for name, of in self.averaged(k).items()}
+        return found
+
+    def names(self) -> list[str]:
+        """Of all that `values` gives."""
+        return [f"recall_top{k}_{self.name}" for k in self.ks] + [
+            f"map_top{k}_{name}" for k in self.map_ks for name in self.averaged(k)]
+
+    def averaged(self, k: int) -> dict[str, np.ndarray | slice]:
+        """{name: the queries that its mAP@k is the mean of}"""
+        return {self.name: slice(None), **(self.groups if k in self.group_ks else {})}
+
+    def chance(self, own: np.ndarray) -> dict[str, float]:
+        """Expected recalls of a random order: 1 - C(N - m, K) / C(N, K) for a query with m correct among N."""
+        total, correct, values = self.ranked(own), self.right_ones(own), {}
+        for k in self.ks:
+            miss = np.ones(len(own))
+            for drawn in range(k):                                              # each draw misses all m once more
+                left = np.maximum(total - drawn, 1)
+                miss *= np.clip((left - correct) / left, 0, 1)
+            values[f"recall_top{k}_{self.name}"] = float(1 - miss.mean())
+        return values
+
+
+def average_precision(ranks: np.ndarray, right: np.ndarray, k: int) -> np.ndarray:
+    """(Q, W) 0-based ranks of right images, ascending, and how many there are, (Q,) -> (Q,) AP@k; 0 where none is."""
+    precision = np.arange(1, ranks.shape[1] + 1) / (ranks + 1.0)                # (Q, W): of the list that ends there
+    return np.where(ranks < k, precision, 0).sum(1) / np.clip(right, 1, k)
+
+
 @dataclass
-class Metric:
+class Metric(Judged):
     """One way to count a query's hits: a gallery image is correct when its label equals the query's."""
-    name: str                           # recall_top{K}_{name}
+    name: str
     query_labels: np.ndarray            # (Q,) ints
     gallery_labels: np.ndarray          # (N,) ints
     among: np.ndarray | None = None     # gallery positions that are ranked; None = all of them
     ks: tuple[int, ...] = RECALL_KS
-    candidates = None
+    map_ks: tuple[int, ...] = ()
 
     def ranked(self, own: np.ndarray) -> np.ndarray:
         """(Q,) how many images are ranked; own: (Q,) gallery position of the one that is not, -1 for none."""
@@ -60,14 +138,16 @@ class Metric:
 
 
 @dataclass
-class ListedMetric:
+class ListedMetric(Judged):
     """The same, where what is correct is listed for each query, as what it is to be found among can be."""
     name: str
     right: list[np.ndarray]             # Q times gallery positions, ascending
     gallery: int                        # N
     candidates: list[np.ndarray] | None = None  # Q times the gallery positions that are ranked; None = all
     ks: tuple[int, ...] = RECALL_KS
-    among = None                        # as one of labels may have, the same for all queries
+    map_ks: tuple[int, ...] = ()
+    groups: dict[str, np.ndarray] = field(default_factory=dict)
+    group_ks: tuple[int, ...] = ()
 
     def ranked(self, own: np.ndarray) -> np.ndarray:
         if self.candidates is None:
@@ -85,12 +165,38 @@ class ListedMetric:
 
 
 @dataclass
+class OwnGalleryMetric(Judged):
+    """Of queries that rank a gallery of their own each (`QuerySet.galleries`): the image that stands first there is
+    right, and comes after all that score as high."""
+    name: str
+    sizes: np.ndarray                   # (Q,) of the galleries
+    ks: tuple[int, ...] = RECALL_KS
+    map_ks: tuple[int, ...] = ()
+    pessimistic = True
+
+    def ranked(self, own: np.ndarray) -> np.ndarray:
+        return self.sizes
+
+    def correct(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return np.zeros(1, int), np.zeros(len(self.sizes), int), np.ones(len(self.sizes), int)
+
+    def is_correct(self, query, positions) -> np.ndarray:
+        return np.broadcast_arrays(query, positions)[1] == 0
+
+
+@dataclass
 class QuerySet:
     """Queries that are judged alike."""
     sources: np.ndarray                 # (Q,) image ids
     texts: list[str]                    # Q
     excluded: np.ndarray                # (Q,) gallery position taken out of the query's ranking; -1 = nothing is
-    metrics: list[Metric | ListedMetric]
+    metrics: list[Judged]
+    galleries: np.ndarray | None = None     # (Q, C) gallery positions that each query ranks, -1 past its last; None =
+                                            # all rank all. The metrics' positions are then columns of this
+
+    def in_gallery(self, query: int, positions: np.ndarray) -> np.ndarray:
+        """Gallery positions of what the metrics call so."""
+        return positions if self.galleries is None else self.galleries[query][positions]
 
 
 @dataclass
@@ -127,6 +233,7 @@ class CompositionDataset:
     complete_text: queries say the whole target caption in place of the modification.
     keep_source: a query's own image stays in its ranking, where the benchmark does not say whether it does.
     any_suffix: images are read whatever kind of picture they end as, where the benchmark reads one ending alone.
+    shared_concept: CIRCO's queries also say what the two pictures have in common.
     without: images to leave out, with all that refers to them; `dropped` then counts what went, and `amiss` says it.
     None is the strict reading: anything amiss raises InputError, with file and line.
     """
@@ -136,15 +243,22 @@ class CompositionDataset:
     is_ones_own = False                 # whether who runs it can change it; the published are as they are
     about = ""                          # what is tested, where the benchmark's name does not say it
     served = ""                         # the split, where there is one, whose answers a test server alone knows
+    answers_served: int | None = None   # how many of a query's first images its server takes; None = it depends
     group_size = 1                      # consecutive samples of an epoch that belong in one batch
     best_metric = "recall_top10_correct_composition"  # by which a run's best checkpoint is chosen
     solved_at = "correct_composition", 10  # how its metrics' names begin, and K, by which a query counts as solved
     headline = tuple(f"recall_top{k}_correct_composition" for k in (1, 5, 10))  # what papers report of it
+    tabled: tuple[str, ...] = ("recall", "map", "precision")  # kinds of metrics that the table shows
+    title = ""                          # the benchmark's name and release, in the line above a table of results
+    tested_as = "test"                  # what the published files call the split `test`
+    without_training = False            # whether nothing is published to train on
+    crops: list[tuple[float, ...] | None] | None = None     # by image id, the box (x, y, width, height) that is cut
+                                        # out, with what is around it (machine/cropping.py); None = the whole picture
 
     def __init__(self, path: str | Path, split: str, complete_text: bool = False, category: str = "all",
                  without: frozenset[str] | None = None, held_out: float = 0.0, keep_source: bool = False,
-                 any_suffix: bool = False):
-        self.keep_source, self.any_suffix = keep_source, any_suffix
+                 any_suffix: bool = False, shared_concept: bool = False):
+        self.keep_source, self.any_suffix, self.shared_concept = keep_source, any_suffix, shared_concept
         self.root, self.split, self.complete_text, self.category = Path(path), split, complete_text, category
         self.published, self.held_out = "test" if split in ("test", self.served) else "train", held_out
         self.lenient, self.without = without is not None, without or frozenset()
@@ -176,6 +290,45 @@ class CompositionDataset:
             return self.split != "validation"
         lot = int.from_bytes(hashlib.sha256(group.encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
         return (lot < self.held_out) == (self.split == "validation")
+
+    @property
+    def template(self) -> str:
+        """What a query's text is made of."""
+        return "{target_caption}" if self.complete_text else "{text}"
+
+    def protocol(self, seed: int = 0) -> dict:
+        """What the numbers of a test are of, in plain values: with another protocol they would be others."""
+        task = self.task(seed)
+        listed = [query_set.galleries for query_set in task.query_sets if query_set.galleries is not None]
+        sizes = np.concatenate([(galleries >= 0).sum(1) for galleries in listed]) if listed else [len(task.gallery)]
+        least, most = int(min(sizes)), int(max(sizes))
+        split = {"test": self.tested_as, self.served: self.served.removeprefix("served_")}.get(self.split, self.split)
+        return {"benchmark": self.title or type(self).__name__, "split": split, "queries": len(task.texts),
+                "gallery": least if least == most else [least, most], "galleries": "one a query" if listed else "one",
+                "source": self.source_in(task), "text": self.template, "annotations": self.fingerprint(seed)[:12]}
+
+    @staticmethod
+    def source_in(task: RetrievalTask) -> str:
+        """Where a query's own image is when it is ranked."""
+        if any((query_set.excluded >= 0).any() for query_set in task.query_sets):
+            return "is left out of its ranking"
+        in_it = [np.isin(query_set.sources, task.gallery) if query_set.galleries is None else
+                 (query_set.galleries == query_set.sources[:, None]).any(1) for query_set in task.query_sets]
+        return "stays in its ranking" if np.concatenate(in_it).any() else "is in no gallery"
+
+    def fingerprint(self, seed: int = 0) -> str:
+        """Hexadecimal digits of what a test asks: its images' names, queries, and right answers."""
+        task = self.task(seed)
+        parts = [repr([self.images[image] for image in task.gallery])]
+        for query_set in task.query_sets:
+            sources = [self.images[image] for image in query_set.sources]
+            parts.append(repr((sources, query_set.texts, query_set.excluded.tolist())))
+            parts.append(repr(None if query_set.galleries is None else query_set.galleries.tolist()))
+            for metric in query_set.metrics:
+                among = None if metric.among is None else metric.among.tolist()
+                looked_at = metric.candidates and [listed.tolist() for listed in metric.candidates]
+                parts.append(repr((metric.name, among, looked_at, *(part.tolist() for part in metric.correct()))))
+        return digest(part.encode("utf-8", "surrogatepass") for part in [repr(self.crops), *parts])
 
     @property
     def paths(self) -> list[str]:
@@ -246,8 +399,8 @@ class CompositionDataset:
 
     def metric_names(self) -> list[str]:
         """Names of what the retrieval test gives."""
-        return list(self.with_means({f"recall_top{k}_{metric.name}": 0.0 for query_set in self.task().query_sets
-                                     for metric in query_set.metrics for k in metric.ks}))
+        return list(self.with_means({name: 0.0 for query_set in self.task().query_sets
+                                     for metric in query_set.metrics for name in metric.names()}))
 
     def submission(self, rankings: Iterable[np.ndarray]) -> dict[str, dict]:
         """Of the split `served`: {file name: what its test server takes}. rankings: of each query the images' ids, the

@@ -29,6 +29,7 @@ class CIRR(AnnotatedDataset):
     alike images; `recall_mean` is that of the former's R@5 and the latter's R@1, by which models are ranked.
     """
 
+    title, tested_as, template = "CIRR rc2", "val", "{caption}"
     best_metric = "recall_mean"
     headline = "recall_top5_correct_composition", "recall_top1_subset", best_metric
     solved_at = "correct_composition", 5

@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks import imagefolder
 from benchmarks.base import (
+    MAP_KS,
     RECALL_KS,
     AnnotatedDataset,
     Annotation,
@@ -48,6 +49,7 @@ class Triplets(AnnotatedDataset):
     """
 
     upright = is_ones_own = True
+    title = "own triplets"
     MOST_GROUPS = 50
 
     @classmethod
@@ -271,7 +273,9 @@ class Triplets(AnnotatedDataset):
 
         def listed(name: str, lines: list[Annotation], candidates: list | None = None, ks=RECALL_KS) -> ListedMetric:
             return ListedMetric(name, [np.array(line.targets) for line in lines], self.gallery, candidates, ks)
-        sets = [query_set(self.annotations, listed("correct_composition", self.annotations))]
+        whole = ListedMetric("correct_composition", [np.array(line.targets) for line in self.annotations], self.gallery,
+                             map_ks=MAP_KS)
+        sets = [query_set(self.annotations, whole)]
         for group in self.groups:
             lines = [line for line in self.annotations if line.group == group]
             named = {image for line in lines for image in (line.source, *line.targets, *line.negatives)}

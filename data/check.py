@@ -62,6 +62,7 @@ from PIL import Image
 
 from benchmarks.base import CompositionDataset, QuerySet, note_passed_over
 from datasets import DATASETS
+from machine.cropping import square_of
 from machine.device import usable_cores
 from machine.image_store import file_version, prefetch
 from machine.picture_files import decode
@@ -108,7 +109,8 @@ def check(args: argparse.Namespace, report: Report) -> None:
         raise InputError(f"{root} is no folder; check --dataset_path")
     report.say(f"{args.dataset} in {root}")
     read = partial(kind, root, complete_text=args.use_complete_text_query, category=args.category_to_train,
-                   held_out=args.validation, keep_source=args.keep_source, any_suffix=args.any_suffix)
+                   held_out=args.validation, keep_source=args.keep_source, any_suffix=args.any_suffix,
+                   shared_concept=args.shared_concept)
     try:
         names, whole = kind.splits(root, args.validation), True
     except (InputError, OSError) as error:
@@ -208,8 +210,8 @@ def query_sets_of(data: CompositionDataset) -> list[QuerySet]:
 def right_answers(query_set: QuerySet) -> Iterator[np.ndarray]:
     """Each query's right gallery positions, among those that are ranked."""
     places, first, counts = query_set.metrics[0].correct()
-    for own, start, count in zip(query_set.excluded, first, counts, strict=True):
-        right = places[start:start + count]
+    for query, (own, start, count) in enumerate(zip(query_set.excluded, first, counts, strict=True)):
+        right = query_set.in_gallery(query, places[start:start + count])
         yield right[right != own]
 
 
@@ -302,7 +304,8 @@ def look_at(root: Path, upright: bool, image: str) -> tuple[str, bytes]:
 def draw(data: CompositionDataset) -> Image.Image:
     """Queries drawn by a fixed seed, each with its first right answers, as training sees them."""
     def picture(image: int) -> Image.Image:
-        return Image.fromarray(decode(data.paths[image], TILE, upright=data.upright))
+        crop = square_of(data.crops and data.crops[image])
+        return Image.fromarray(decode(data.paths[image], TILE, upright=data.upright, to_square=crop))
     gallery, sets = data.task().gallery, query_sets_of(data)
     every = [(query_set, number) for query_set in sets for number in range(len(query_set.texts))]
     rights = (right for query_set in sets for right in right_answers(query_set))

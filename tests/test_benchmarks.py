@@ -104,7 +104,7 @@ def test_a_run_writes_the_submission_of_its_last_weights(tmp_path):
     run = run_main("cirr", root, tmp_path / "logs", batch_size=2, write_submission=True)
     content = json.loads((run.folder / "cirr_test1_recall_subset.json").read_text())
     assert [len(content[pair]) for pair in ("12063", "12064", "12065")] == [3, 3, 3]
-    assert list(run.metrics) == ["it", "train", "test"]
+    assert list(run.metrics) == ["it", "train", "test", "protocol"]
     first = (run.folder / "cirr_test1_recall.json").read_bytes()
     assert main.main(["--test_only=True", f"--model_checkpoint={run.checkpoint}", f"--dataset_path={root}",
                       f"--log_dir={tmp_path / 'again'}", "--write_submission=True", "--device=cpu"]) == 0

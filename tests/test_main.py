@@ -57,7 +57,7 @@ def test_every_composer_and_loss_trains_on_every_benchmark(tmp_path, name, model
     path = WRITERS[name](tmp_path / name)
     run = run_main(name, path, tmp_path / "logs", model=model, loss=loss, comment="_x")
     assert re.fullmatch(r"[A-Z][a-z]{2}\d\d_\d\d-\d\d-\d\d_.*_x", run.folder.name)
-    assert list(run.metrics) == ["it", "train", "test"] and run.metrics["it"] == 3
+    assert list(run.metrics) == ["it", "train", "test", "protocol"] and run.metrics["it"] == 3
     for split in ("train", "test"):
         assert run.metrics[split].keys() == set(DATASETS[name](path, split).metric_names())
     assert all(0 <= value <= 1 for split in ("train", "test") for value in run.metrics[split].values())
@@ -79,9 +79,10 @@ def test_every_composer_and_loss_trains_on_every_benchmark(tmp_path, name, model
 
 def test_metric_names_are_the_references(tmp_path):
     """Of the datasets; that a run's metrics have these names is seen in every run, of which `best_metric` is one."""
+    mean_precisions = {f"map_top{k}_correct_composition" for k in (5, 10, 25, 50)}      # ours
     names = {"mitstates": {f"recall_top{k}_correct_{what}" for k in (1, 5, 10, 50, 100)
-                           for what in ("composition", "adj", "noun")},
-             "fashion200k": {f"recall_top{k}_correct_composition" for k in (1, 5, 10, 50, 100)},
+                           for what in ("composition", "adj", "noun")} | mean_precisions,
+             "fashion200k": {f"recall_top{k}_correct_composition" for k in (1, 5, 10, 50, 100)} | mean_precisions,
              "fashionIQ": {f"recall_top{k}_correct_{what}" for k in (1, 5, 10, 50, 100)
                            for what in ("dress", "shirt", "toptee")}
              | {f"recall_top{k}_{kind}_{what}" for k in (10, 50) for kind in ("own_gallery", "VAL_gallery")
@@ -168,7 +169,7 @@ def test_the_best_checkpoint_is_the_validations_where_there_is_one(mitstates, tm
     between = sum(int(sha256(noun).hexdigest()[:16], 16) / 16**16 for noun in (b"dog", b"bus")) / 2
     run = run_main("mitstates", mitstates, tmp_path / "logs", validation=between,
                    best_metric="recall_top1_correct_composition")
-    assert run.metrics.keys() == {"it", "train", "validation", "test"}
+    assert run.metrics.keys() == {"it", "train", "validation", "test", "protocol"}
     best = torch.load(run.checkpoint, weights_only=True)["progress"]["best"]
     assert best == run.metrics["validation"]["recall_top1_correct_composition"]
     assert "recall/validation/composition@1" in run.scalars()
@@ -207,7 +208,7 @@ def test_baselines_are_shown_beside_the_model(mitstates, tmp_path, capsys):
         assert f"test {way} correct_composition" in shown
         assert run.scalars()[f"recall/test/composition@10/{way.replace(' ', '_')}"] == [
             (3, pytest.approx(run.metrics["baselines"][f"test {way}"]["recall_top10_correct_composition"]))]
-    assert list(run.metrics) == ["it", "train", "test", "baselines"]
+    assert list(run.metrics) == ["it", "train", "test", "baselines", "protocol"]
     counts = run.metrics["baselines"]["test queries solved by"]
     assert list(counts) == ["the source image alone", "the text alone", "either", "neither"]
     for name, count in counts.items():

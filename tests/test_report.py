@@ -126,7 +126,7 @@ def test_lines_of_json_hold_what_tensorboard_shows_and_every_recall(stopped_and_
         for name, value in line.items():
             found.setdefault(tag(name), []).append((it, pytest.approx(value, rel=1e-6)))
     shown = stopped_and_resumed.scalars()
-    assert shown == {name: found[name] for name in shown} and len(found) == len(shown) + 2 * 12  # of two splits' 15
+    assert shown == {name: found[name] for name in shown} and len(found) == len(shown) + 2 * 16  # of two splits' 19
     assert lines[-1] == {f"{split} {name}": value for split in ("train", "test")
                          for name, value in stopped_and_resumed.metrics[split].items()}
 
@@ -154,8 +154,14 @@ def test_all_recalls_of_a_test_are_one_table(mitstates, tmp_path):
     tables = run.events().Tensors("recalls/text_summary")
     assert [table.step for table in tables] == [2, 4]
     lines = tables[-1].tensor_proto.string_val[0].decode().splitlines()
+    above = ("MIT-States, test: 16 queries, gallery of 10 images, the source is left out of its ranking; text: "
+             f"{{adjective}}; weights {run.metrics['protocol']['test']['weights']}, annotations "
+             f"{run.metrics['protocol']['test']['annotations']}")
+    assert lines[:2] == [above, ""]
+    lines = lines[2:]
     assert lines[:2] == ["| | R@1 | R@5 | R@10 | R@50 | R@100 |", "| --- | --- | --- | --- | --- | --- |"]
     results = {split: run.metrics[split] for split in ("train", "test")} | run.metrics["baselines"]
+    assert all("map_top10_correct_composition" in run.metrics[split] for split in ("train", "test"))  # no row
     counts = results.pop("test queries solved by")
     assert lines[2:-5] == [" ".join([f"| {split} correct_{metric} |", *(
         f"{100 * recalls[f'recall_top{k}_correct_{metric}']:.2f} |" for k in KS)])

@@ -197,7 +197,8 @@ def test_a_run_trains_tests_and_is_tested_again_from_its_test_split_alone(shop, 
                       f"--log_dir={again}"]) == 0
     (folder,) = again.iterdir()
     tested = json.loads((folder / "metrics.json").read_text())
-    assert tested == {"it": 3, "test": pytest.approx(run.metrics["test"])}
+    assert tested == {"it": 3, "test": pytest.approx(run.metrics["test"]),
+                      "protocol": {"test": run.metrics["protocol"]["test"]}}
     assert "note: the train split is not tested" in caplog.text
 
 
@@ -213,7 +214,7 @@ def test_what_is_held_out_is_what_the_best_checkpoint_is_chosen_by_where_there_i
              for number, name in enumerate(NAMES)]
     root = write(tmp_path / "shop", {"metadata.csv": csv({**line, "split": "train"} for line in lines)})
     run = run_main("triplets", root, tmp_path / "logs", validation=0.2, baselines=True)
-    assert list(run.metrics) == ["it", "train", "validation", "baselines"]
+    assert list(run.metrics) == ["it", "train", "validation", "baselines", "protocol"]
     assert (run.folder / "best_checkpoint.pth").is_file()
     assert "recall/validation/composition@10/chance" in run.scalars()
 

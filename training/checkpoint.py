@@ -31,8 +31,8 @@ LATEST, BEST = "latest_checkpoint.pth", "best_checkpoint.pth"
 PROGRESS, PROGRESS_SINCE = {"best", "samples", "steps", "sums", "tested"}, {"turn", "data"}  # older ones lack these
 # What a test depends on: a checkpoint's are taken where none is given.
 TESTED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "validation", "keep_source", "any_suffix",
-                "skip_bad_images", "image_size", "model", "image_encoder", "image_embed_dim", "text_embed_dim",
-                "use_bert", "text_encoder", "freeze_image_encoder", "precision")
+                "shared_concept", "skip_bad_images", "image_size", "model", "image_encoder", "image_embed_dim",
+                "text_embed_dim", "use_bert", "text_encoder", "freeze_image_encoder", "precision")
 # Not a service's host: a stranger's checkpoint would be told every text.
 WHERE_TEXTS_ARE_READ = ("image_weights", "pooling_layer", "max_seq_len", "bert_port", "bert_port_out", "bert_timeout")
 # A run goes on only with the values of these that it was started with: others would give other results.
@@ -41,7 +41,8 @@ FIXED_FLAGS = (*TESTED_FLAGS, "loss", "batch_size", "learning_rate", "learning_r
 # What older checkpoints' runs did.
 BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18", "accumulate": 1,
                       "gather": True, "sync_bn": False, "freeze_image_encoder": False, "optimizer": "sgd",
-                      "schedule": "step", "warmup": 0, "validation": 0.0, "keep_source": False, "any_suffix": False}
+                      "schedule": "step", "warmup": 0, "validation": 0.0, "keep_source": False, "any_suffix": False,
+                      "shared_concept": False}
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,

@@ -54,6 +54,9 @@ class Data:
 
 def make_data(args: argparse.Namespace, start: Start) -> Data:
     """Both splits, their images and sentence vectors; start: whose checkpoint they must go with."""
+    if DATASETS[args.dataset].without_training and not args.test_only:
+        raise InputError(f"--dataset {args.dataset} is published to test on alone: train on another, then pass "
+                         f"--test_only True --model_checkpoint PATH --dataset {args.dataset}")
     service = find_source(args, start.source, start.state)                      # before anything that takes long
     names = DATASETS[args.dataset].splits(args.dataset_path, args.validation)
     splits = {name: split for name in names if (split := open_split(args, name))}
@@ -103,11 +106,11 @@ def read_split(args: argparse.Namespace, split: str) -> Split:
     """Read a split; with --skip_bad_images decode all of it first and read it again without what is broken."""
     read = partial(DATASETS[args.dataset], args.dataset_path, split, complete_text=args.use_complete_text_query,
                    category=args.category_to_train, held_out=args.validation, keep_source=args.keep_source,
-                   any_suffix=args.any_suffix)
+                   any_suffix=args.any_suffix, shared_concept=args.shared_concept)
 
     def open_store(data: CompositionDataset) -> ImageStore:
         return ImageStore(data.paths, args.image_size, cache_folder(args), traits(args.image_encoder).resampling,
-                          data.upright)
+                          data.upright, data.crops)
     data = read(without=frozenset() if args.skip_bad_images else None)
     store = open_store(data)
     if args.skip_bad_images:

@@ -5,7 +5,7 @@ import os
 import re
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.base import CompositionDataset, Metric, QuerySet
+from benchmarks.base import CompositionDataset, QuerySet
 from machine.errors import InputError
 from machine.folder_lock import FolderLock, write_whole
 from machine.image_store import DeviceStore, ImageStore
@@ -25,6 +25,7 @@ from text_model import spread
 from training.pictures import QueryResults, feature_map, sheet
 from training.writers import WRITERS, JsonLines, Points, markdown_table
 
+KINDS = {"recall": "R", "map": "mAP", "precision": "P"}                         # of metrics at K, in a table
 BENCHMARKS = "correct_"                 # begins the names of what a benchmark asks; others ask of groups, or of few
 
 
@@ -84,7 +85,7 @@ class QualitativeResults(dict):
         chosen = np.union1d(spread(range(count), half), others)
         metric = query_set.metrics[0]
         self[metric.name] = QualitativeResult(self.answers(query_set, ids, queries, gallery, found[0], chosen),
-                                              found[0], self.map(metric, queries, gallery),
+                                              found[0], self.map(query_set, queries, gallery),
                                               self.points(query_set, ids, queries, gallery)
                                               if metric.name.startswith(BENCHMARKS) else None, chance(query_set))
 
@@ -95,20 +96,24 @@ class QualitativeResults(dict):
         scores = rows_of(queries, chosen) @ gallery.T                           # (rows, N)
         masked = np.flatnonzero(own >= 0)
         scores[masked, own[masked]] = -torch.inf
-        best = scores.topk(min(self.RESULTS, len(gallery)), dim=1).indices.cpu().numpy()
+        if query_set.galleries is not None:                                     # and its columns are what is ranked
+            listed = torch.as_tensor(query_set.galleries[chosen], device=scores.device)
+            scores = scores.gather(1, listed.clamp(min=0)).masked_fill(listed < 0, -torch.inf)
+        best = scores.topk(min(self.RESULTS, scores.shape[1]), dim=1).indices.cpu().numpy()
+        best = [places[query_set.in_gallery(query, places) >= 0] for query, places in zip(chosen, best, strict=True)]
         return [QueryResults(self.picture(query_set.sources[query]), f"+ {query_set.texts[query]}",
-                             [self.picture(ids[place]) for place in places],
+                             [self.picture(image) for image in ids[query_set.in_gallery(query, places)]],
                              metric.is_correct(query, places),
                              remark="none is right" if ranks[query] == NEVER
                              else f"first right one: {ranks[query] + 1}")
                 for query, places in zip(chosen, best, strict=True)]
 
-    def map(self, metric: Metric, queries: Tensor, gallery: Tensor) -> Image.Image:
+    def map(self, query_set: QuerySet, queries: Tensor, gallery: Tensor) -> Image.Image:
         """Some of the gallery, some queries, and the first correct image of each."""
-        correct = CorrectImages(metric)
+        correct = CorrectImages(query_set.metrics[0])
         few = spread(range(len(queries)), self.QUERIES)
         chosen = np.array([query for query in few if correct.counts[query]], int)
-        targets = correct.places[correct.first[chosen]]
+        targets = [query_set.in_gallery(query, correct.places[correct.first[query]]) for query in chosen]
         shown = (gallery, spread(range(len(gallery)), self.POINTS)), (queries, chosen), (gallery, targets)
         return feature_map(*(rows_of(features, rows).cpu().numpy() for features, rows in shown))
 
@@ -136,7 +141,8 @@ class Submission:
         self.folder, self.data = folder, data
 
     def __call__(self, query_set: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor, _) -> None:
-        answers = self.data.submission(ids[order] for order in rankings(queries, gallery, query_set.excluded))
+        answers = self.data.submission(ids[order] for order in rankings(queries, gallery, query_set.excluded,
+                                                                        self.data.answers_served))
         for name, content in answers.items():
             write_whole(self.folder / name, json.dumps(content).encode())
             say(f"{self.folder / name}: {len(query_set.texts)} answers for the test server")
@@ -144,9 +150,10 @@ class Submission:
 
 @dataclass
 class SplitResult:
-    """A split's test: {method: {metric: value}}, and what there is to look at."""
+    """A split's test: {method: {metric: value}}, what there is to look at, and what the numbers are of."""
     results: dict[str, dict[str, float]]
     qualitative: QualitativeResults
+    protocol: dict = field(default_factory=dict)
 
 
 class Report:
@@ -154,11 +161,12 @@ class Report:
 
     after: the iteration after which a resumed run goes on; what was logged beyond it is taken back. headline: the
     metrics that say most, beside the one that chooses the best checkpoint. silent: nothing is logged, as by every
-    process but the first.
+    process but the first. tabled: the kinds of metrics that its tables show; the others are numbers in its files.
     """
 
     def __init__(self, folder: Path, flags: dict, after: int | None = None, headline: Sequence[str] = (),
-                 silent: bool = False):
+                 silent: bool = False, tabled: Sequence[str] = tuple(KINDS)):
+        self.tabled = tabled
         self.folder, self.results, self.seen, self.chosen_by = folder, {}, {}, flags["best_metric"]
         self.headline = [*dict.fromkeys((*headline, self.chosen_by))]
         kinds = () if silent else (JsonLines, WRITERS[flags["report_to"]])
@@ -169,10 +177,12 @@ class Report:
             writer.scalars(values, it)
         self.flush()                                                            # who looks on sees it now
 
-    def metrics(self, results: dict[str, dict[str, float]], baselines: dict[str, dict[str, float]], it: int) -> str:
+    def metrics(self, results: dict[str, dict[str, float]], baselines: dict[str, dict[str, float]], it: int,
+                protocols: dict[str, dict] | None = None) -> str:
         """Log the recalls, write metrics.json, and return the table to print.
 
-        baselines: {"test NAME": {metric: value}} of other ways to answer, and numbers of queries.
+        baselines: {"test NAME": {metric: value}} of other ways to answer, and numbers of queries. protocols: what the
+        numbers of each split are of; the last one's stand above the table.
         """
         if not self.writers:
             return ""
@@ -185,12 +195,16 @@ class Report:
         values = {f"{split} {name}": value for split, found in every.items() for name, value in found.items()}
         curves = [f"{split} {name}" for split, found in results.items() for name in self.headline if name in found]
         curves += [f"{way} {self.chosen_by}" for way, found in baselines.items() if self.chosen_by in found]
+        above = in_a_line([*protocols.values()][-1]) if protocols else ""
+        shown = {split: {name: value for name, value in found.items() if kind_of(name) in (None, *self.tabled)}
+                 for split, found in every.items()}
         for writer in self.writers:
-            writer.recalls(values, curves, markdown_recalls(every), it)
+            writer.recalls(values, curves, f"{above}\n\n" * bool(above) + markdown_recalls(shown), it)
         self.flush()
-        content = {"it": it, **results, **({"baselines": baselines} if baselines else {})}
+        content = {"it": it, **results, **({"baselines": baselines} if baselines else {}),
+                   **({"protocol": protocols} if protocols else {})}
         write_whole(self.folder / "metrics.json", (json.dumps(content, indent=1) + "\n").encode())
-        return f"iteration {it}\n{recall_table(every)}"
+        return f"{above}\n" * bool(above) + f"iteration {it}\n{recall_table(shown)}"
 
     def qualitative(self, split: str, seen: QualitativeResults, it: int) -> None:
         """Log sheets of results, maps of features, and histograms of ranks (log10: 0 is the first place)."""
@@ -223,7 +237,7 @@ def show_results(log: Report, tested: dict[str, SplitResult], it: int) -> dict[s
     results = {name: split.results["model"] for name, split in tested.items()}
     baselines = {f"{name} {method}": metrics for name, split in tested.items()
                  for method, metrics in split.results.items() if method != "model"}
-    say(log.metrics(results, baselines, it))
+    say(log.metrics(results, baselines, it, {name: split.protocol for name, split in tested.items() if split.protocol}))
     if note := chance_line(tested):
         say(note)
     for name, split in tested.items():
@@ -242,33 +256,59 @@ def chance_line(tested: dict[str, SplitResult]) -> str:
             "in the test's gallery, so its recalls can be the lower ones" * ("train" in found))
 
 
-def recalls(results: dict[str, dict[str, float]]) -> tuple[dict[str, dict[int, float]], list[int], list[str]]:
-    """{split and metric: {K: recall}}, all Ks, and a line for each metric that is no recall; numbers of
-    queries as they are."""
-    rows: dict[str, dict[int, float]] = {}
+def in_a_line(protocol: dict) -> str:
+    """What a table's numbers are of, to stand above it."""
+    size, *larger = protocol["gallery"] if isinstance(protocol["gallery"], list) else [protocol["gallery"]]
+    size = f"{size:,}" + "".join(f" to {most:,}" for most in larger)
+    gallery = f"each a gallery of {size}" if protocol["galleries"] != "one" else f"gallery of {size} images"
+    return (f"{protocol['benchmark']}, {protocol['split']}: {protocol['queries']:,} queries, {gallery}, the source "
+            f"{protocol['source']}; text: {protocol['text']}; weights {protocol['weights']}, annotations "
+            f"{protocol['annotations']}")
+
+
+def kind_of(name: str) -> str | None:
+    """recall of recall_top10_correct_composition; None of what is no metric at a K."""
+    found = re.fullmatch(rf"({'|'.join(KINDS)})_top\d+_.+", name)
+    return found and found[1]
+
+
+def tables_of(results: dict[str, dict[str, float]]) -> tuple[dict[str, dict[str, dict[int, float]]], list[str]]:
+    """{kind of metric: {split and metric: {K: value}}}, and a line for each number that is of none; numbers of queries
+    as they are."""
+    tables: dict[str, dict[str, dict[int, float]]] = {}
     others = []
     for split, values in results.items():
         for name, value in values.items():
-            if match := re.fullmatch(r"recall_top(\d+)_(.+)", name):
-                rows.setdefault(f"{split} {match[2]}", {})[int(match[1])] = value
+            if kind := kind_of(name):
+                k, metric = name.removeprefix(f"{kind}_top").split("_", 1)
+                tables.setdefault(kind, {}).setdefault(f"{split} {metric}", {})[int(k)] = value
             else:
                 others.append(f"{split} {name}: {value if isinstance(value, int) else f'{100 * value:.2f}'}")
-    return rows, sorted({k for row in rows.values() for k in row}), others
+    return {kind: tables[kind] for kind in KINDS if kind in tables}, others
+
+
+def ks_of(rows: dict[str, dict[int, float]]) -> list[int]:
+    return sorted({k for row in rows.values() for k in row})
 
 
 def recall_table(results: dict[str, dict[str, float]]) -> str:
-    """Rows split and metric, columns R@K in percent."""
-    rows, ks, others = recalls(results)
-    width = max(map(len, rows), default=0)
-    lines = [" " * width + "".join(f"{f'R@{k}':>8}" for k in ks)]
-    lines += [f"{name:<{width}}" + "".join(f"{100 * row[k]:8.2f}" if k in row else " " * 8 for k in ks)
-              for name, row in rows.items()]
+    """Rows split and metric, columns R@K in percent, then mAP@K and P@K where there are such."""
+    tables, others = tables_of(results)
+    width, lines = max((len(name) for rows in tables.values() for name in rows), default=0), []
+    for kind, rows in tables.items():
+        ks = ks_of(rows)
+        lines.append(" " * width + "".join(f"{f'{KINDS[kind]}@{k}':>8}" for k in ks))
+        lines += [f"{name:<{width}}" + "".join(f"{100 * row[k]:8.2f}" if k in row else " " * 8 for k in ks)
+                  for name, row in rows.items()]
     return "\n".join(lines + others)
 
 
 def markdown_recalls(results: dict[str, dict[str, float]]) -> str:
-    """The same as a table in Markdown."""
-    rows, ks, others = recalls(results)
-    cells = [(name, *(f"{100 * row[k]:.2f}" if k in row else "" for k in ks)) for name, row in rows.items()]
-    header = "".join(f" R@{k} |" for k in ks)
-    return "\n".join([*markdown_table(f"| |{header}", cells), "", *(f"- {shown(line)}" for line in others)])
+    """The same as tables in Markdown."""
+    tables, others = tables_of(results)
+    lines: list[str] = []
+    for kind, rows in tables.items():
+        ks = ks_of(rows)
+        cells = [(name, *(f"{100 * row[k]:.2f}" if k in row else "" for k in ks)) for name, row in rows.items()]
+        lines += [*markdown_table("| |" + "".join(f" {KINDS[kind]}@{k} |" for k in ks), cells), ""]
+    return "\n".join([*lines, *(f"- {shown(line)}" for line in others)])

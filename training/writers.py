@@ -29,9 +29,9 @@ WATCHED = re.compile(r"learning_rate|gradient norm|scale|a \d+|(queries|images) 
 def tag(name: str) -> str:
     """Where TensorBoard shows what is logged as `name`: test recall_top10_correct_adj is recall/test/adj@10. Its
     sections stand in the alphabet's order, so that loss and recall come first."""
-    if found := re.fullmatch(r"(\w+) (?:(.+) )?recall_(?:top(\d+)_)?(.+)", name):
-        split, way, k, metric = found.groups()
-        place = f"recall/{split}/{metric.removeprefix('correct_')}{f'@{k}' if k else ''}{f'/{way}' if way else ''}"
+    if found := re.fullmatch(r"(\w+) (?:(.+) )?(recall|map|precision)_(?:top(\d+)_)?(.+)", name):
+        split, way, kind, k, metric = found.groups()
+        place = f"{kind}/{split}/{metric.removeprefix('correct_')}{f'@{k}' if k else ''}{f'/{way}' if way else ''}"
     elif found := re.fullmatch(r"(\w+) (results|features|log10 rank) (.+)", name):
         split, what, metric = found.groups()
         place = f"retrieval/{what}/{split}/{metric.removeprefix('correct_')}"

@@ -1,0 +1,87 @@
+"""LaSCo: 389,305 queries on COCO's photographs, made of questions and answers about alike ones."""
+
+import os
+
+import numpy as np
+
+from benchmarks.base import (
+    AnnotatedDataset,
+    Annotation,
+    Metric,
+    QuerySet,
+    RetrievalTask,
+    inside,
+    require,
+    texts_of,
+)
+from machine.errors import InputError
+from machine.text_files import read_json
+
+
+class LaSCo(AnnotatedDataset):
+    """Annotated pairs (arXiv 2303.09429); the test split is the published validation split. The gallery is the
+    published corpus of that, from which no query's own image is taken out.
+    """
+
+    title, tested_as, template = "LaSCo", "val", "{query-text}"
+    FOLDERS = ".", "coco", "COCO", "images"                                     # where train2014/ and val2014/ lie
+
+    def read(self) -> None:
+        if self.complete_text:
+            raise InputError("LaSCo has no captions of its targets: drop --use_complete_text_query")
+        annotated = self.root / "downloads" if (self.root / "downloads").is_dir() else self.root
+        self.top = next((name for name in self.FOLDERS if any(
+            (self.root / name / part).is_dir() for part in ("train2014", "val2014"))), self.FOLDERS[0])
+        name = "val" if self.published == "test" else "train"
+        file = require(annotated / f"lasco_{name}.json", "annotation file")
+        pairs = [pair for pair in self.read_pairs(file) if self.has(pair[0])]
+        named = dict.fromkeys(place for source, target, _ in pairs for place in (source, target))
+        if self.published == "test":
+            corpus = require(annotated / "lasco_val_corpus.json", "corpus")
+            listed = dict.fromkeys(self.read_corpus(corpus))
+            if strangers := [place for place in named if place not in listed]:
+                self.refuse_or_drop("images that are not in the corpus", f"{len(strangers)} images that {file} names "
+                                    f"are not in {corpus.name}, first {strangers[0]}: one of the two is of another "
+                                    "release; or pass --skip_bad_images True to leave their queries out",
+                                    len(strangers))
+            named = listed
+        self.images = [place for place in named if place not in self.without]
+        ids = {place: number for number, place in enumerate(self.images)}
+        self.annotations = [Annotation(ids[source], [ids[target]], text, [], "") for source, target, text in pairs
+                            if source in ids and target in ids]
+        if self.lenient:
+            self.drop("pairs", len(pairs) - len(self.annotations))
+        if not self.annotations:
+            raise InputError(f"no usable pair of the {self.split} split in {file}")
+
+    def place(self, path: str, where: str) -> str:
+        """The path below root of val2014/x.jpg, which the corpus calls val/val2014/x.jpg."""
+        folder, name = os.path.split(inside(os.path.normpath(path), where))
+        return os.path.normpath(f"{self.top}/{os.path.basename(folder)}/{name}")
+
+    def read_pairs(self, file) -> list[tuple[str, str, str]]:
+        """(source, target, text) of each query, images by path."""
+        entries, pairs = read_json(file), []
+        for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
+            where = f"{file}, entry {number}"
+            ends = [entry.get(end) for end in ("query-image", "target-image")] if isinstance(entry, dict) else [None]
+            if not all(isinstance(end, list) and len(end) == 2 and isinstance(end[1], str) for end in ends) or (
+                    not isinstance(entry.get("query-text"), str)):
+                raise InputError(f"{where}: expected {{'query-image': [id, path], 'query-text': text, 'target-image': "
+                                 f"[id, path]}}, got {str(entry)[:80]!r}")
+            pairs.append((*(self.place(path, where) for _, path in ends), entry["query-text"]))
+        return pairs
+
+    def read_corpus(self, file) -> list[str]:
+        entries = read_json(file)
+        if not isinstance(entries, list) or not all(
+                isinstance(entry, dict) and isinstance(entry.get("path"), str) for entry in entries):
+            raise InputError(f"{file}: expected a JSON list of {{'id': number, 'path': path}}")
+        return [self.place(entry["path"], str(file)) for entry in entries]
+
+    def test_task(self) -> RetrievalTask:
+        sources = np.array([line.source for line in self.annotations])
+        targets, gallery = np.array([line.targets[0] for line in self.annotations]), np.arange(len(self.images))
+        metric = Metric("correct_composition", targets, gallery)
+        asked = QuerySet(sources, texts_of(self.annotations), np.full(len(sources), -1), [metric])
+        return RetrievalTask(gallery, [asked])
