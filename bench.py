@@ -39,6 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import main
+from benchmarks.base import MAP_KS, ListedMetric, OwnGalleryMetric
 from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Metric, MITStates
 from flags import Parser, add, at_least, get_parser, plain
 from image_encoders import traits
@@ -514,6 +515,35 @@ def retrieval_rows(scale: int, repetitions: int, device: torch.device) -> list[d
     return rows
 
 
+def circo_row(queries: int, images: int, repetitions: int, device: torch.device) -> dict:
+    """mAP of one to fourteen right images and recall of one of them; the floor looks for the first 50 alone."""
+    rng = np.random.default_rng(0)
+    asked, gallery = unit_rows(queries, device), unit_rows(images, device)
+    right = [np.sort(rng.choice(images, count, replace=False)) for count in rng.integers(1, 15, queries)]
+    asked += sum(0.1 * gallery[torch.as_tensor([places[nth % len(places)] for places in right], device=device)]
+                 for nth in range(3))                                           # so that some of them are found
+    asked = F.normalize(asked, dim=1)
+    metrics = [ListedMetric("all", right, images, None, (), MAP_KS),
+               ListedMetric("target", [places[:1] for places in right], images, ks=MAP_KS)]
+    own = np.full(queries, -1)
+    times = compare("mAP", {"floor": lambda: (asked @ gallery.T).topk(min(50, images)),
+                            "ours": lambda: recalls(asked, gallery, own, metrics)}, repetitions, device)
+    return row(f"{device.type}, mAP and recall, CIRCO size, {queries} queries x {images} images (floor: a product and "
+               "its first 50)", times["ours"], times["floor"], 1.5)
+
+
+def genecis_row(queries: int, repetitions: int, device: torch.device) -> dict:
+    """Queries with a gallery of 15 each, of as many images as the benchmark has."""
+    rng = np.random.default_rng(0)
+    asked, gallery = unit_rows(queries, device), unit_rows(8 * queries, device)
+    galleries, metric = rng.integers(0, len(gallery), (queries, 15)), OwnGalleryMetric("x", np.full(queries, 15))
+    own = np.full(queries, -1)
+    times = compare("own galleries", {"ours": lambda: recalls(asked, gallery, own, [metric], galleries=galleries)},
+                    repetitions, device)
+    return row(f"{device.type}, GeneCIS size, {queries} queries with a gallery of 15 each (floor: what is allowed)",
+               times["ours"], 2.0, 1.0)
+
+
 def repeat_product(asked: list[torch.Tensor], gallery: torch.Tensor) -> None:
     for part in asked:
         product(part, gallery)
@@ -850,6 +880,8 @@ def cpu_rows(folder: Path, quick: bool) -> list[dict]:
     rows.append(test_row(splits["test"], min(repetitions, 2), CPU, 16 if quick else 64))
     rows += retrieval_rows(100 if quick else 1, min(repetitions, 2), CPU)
     rows += growth_rows(*((64, 50) if quick else (2048, 2500)), CPU)
+    rows.append(circo_row(*((22, 1234) if quick else (220, 123_403)), repetitions, CPU))
+    rows.append(genecis_row(80 if quick else 8000, repetitions, CPU))
     (folder / "pictures").mkdir()
     rows.append(store_row(folder / "pictures", 8 if quick else 800, repetitions))
     rows.append(start_row(folder / "start", 50 if quick else 1, repetitions))
@@ -870,6 +902,8 @@ def gpu_rows(folder: Path, device: torch.device, quick: bool) -> list[dict]:
     rows.append(test_row(on_card, repetitions, device, 16 if quick else 512))
     rows += retrieval_rows(100 if quick else 1, repetitions, device)
     rows += growth_rows(*((64, 50) if quick else (4096, 10_000)), device)
+    rows.append(circo_row(*((22, 1234) if quick else (220, 123_403)), repetitions, device))
+    rows.append(genecis_row(80 if quick else 8000, repetitions, device))
     real = (10, 3, 200, 32) if quick else (245, 8, 53_753, 224)
     return [*rows, schedule_row(folder / "schedule", device, *real, not quick)]
 

@@ -1,19 +1,22 @@
 """What papers report: CIRR's recalls and its test server's files, FashionIQ's two galleries, and queries that need no
 composing; each by hand or by a slow loop."""
 
+import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 
 import main
-from datasets import CIRR, DATASETS, FashionIQ
+from datasets import CIRCO, CIRR, DATASETS, FashionIQ
 from searching.gallery import load_model
 from test_retrieval import evaluate, recalls
 
 from .conftest import WRITERS, flags, picture, run_main, write_cirr
 from .test_triplets import LINES, jsonl, write
+from .zero_shot_trees import CIRCO_IDS, CIRCO_TEST, write_circo
 
 
 def turned(degrees):
@@ -97,6 +100,33 @@ def test_a_submission_ranks_as_asking_one_by_one_does(trained, tmp_path, capsys)
             assert best[0] - best[most] > 1e-4
             assert [scores[name] for name in found] == pytest.approx(best[:most], abs=1e-6)
     assert content["12063"] != content["12065"]                                 # as only their texts differ
+
+
+def test_circos_submission_ranks_as_asking_one_by_one_does(trained, tmp_path, capsys):
+    """With a model of other pictures. The reference stays in."""
+    root, logs = write_circo(tmp_path / "CIRCO"), tmp_path / "logs"
+    assert main.main(["--test_only=True", f"--model_checkpoint={trained.checkpoint}", "--dataset=circo", "--device=cpu",
+                      f"--dataset_path={root}", f"--log_dir={logs}", "--write_submission=True"]) == 0
+    (folder,), shown, model = logs.iterdir(), capsys.readouterr().out, load_model(trained.checkpoint, "cpu")
+    content = json.loads((folder / "circo_test.json").read_text())
+    assert f"{folder / 'circo_test.json'}: 4 answers for the test server" in shown
+    assert list(content) == ["0", "1", "2", "3"]
+    files = {image: root / "COCO2017_unlabeled" / "unlabeled2017" / f"{image:012d}.jpg" for image in CIRCO_IDS}
+    vectors = {image: model.encode([file])[0] for image, file in files.items()}
+    for (source, text), found in zip(CIRCO_TEST, content.values(), strict=True):
+        query = model.compose(files[CIRCO_IDS[source]], text)
+        assert sorted(found) == CIRCO_IDS and all(type(image) is int for image in found)
+        scores = [float(vectors[image] @ query) for image in found]
+        assert all(first >= second - 1e-6 for first, second in itertools.pairwise(scores)) and scores[0] > scores[-1]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics) == ["it", "test", "protocol"]
+    assert set(metrics["test"]) == set(CIRCO(root, "test").metric_names())
+    about = metrics["protocol"]["test"]
+    lines = shown.splitlines()
+    above = lines.index(f"CIRCO, val: 3 queries, gallery of 12 images, the source stays in its ranking; text: "
+                        f"{{relative_caption}}; weights {about['weights']}, annotations {about['annotations']}")
+    assert re.fullmatch(r"iteration \d+", lines[above + 1]) and "mAP@5  mAP@10  mAP@25  mAP@50" in shown
+    assert "asked with the caption alone, without the shared concept" in shown
 
 
 def test_a_run_writes_the_submission_of_its_last_weights(tmp_path):
