@@ -42,7 +42,7 @@ def asked_at(data, degrees, queries):
     for asked in task.query_sets:
         vectors = turned(queries[at:at + len(asked.texts)])
         at += len(asked.texts)
-        found |= recalls(vectors, gallery, asked.own, asked.metrics, galleries=asked.galleries)
+        found |= recalls(vectors, gallery, asked.excluded, asked.metrics, galleries=asked.galleries)
     found = data.with_means(found)
     assert set(found) == set(data.metric_names()) and data.best_metric in found and {*data.headline} <= set(found)
     return found
