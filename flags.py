@@ -215,6 +215,9 @@ def get_parser() -> TrainingParser:
     add(model, "--image_encoder", "resnet18", "what encodes images, a last layer Linear(width, D) on it: a classifier "
         "of torchvision's, timm:NAME, or open_clip:MODEL/TAG, whose tag names its weights. Published: resnet18",
         metavar="NAME")
+    add(model, "--image_features", "last", "what its last layer is given: its last features, or stages: beside them of "
+        "four to six of its stages each channel's mean and deviation over the picture, which tell colours and textures",
+        choices=registered("image_encoders.py", "FEATURES"))
     add(model, "--image_embed_dim", 512, "size of image features and of the composed query; 0 for the encoder's own "
         "width, which is 512 for resnet18", type=at_least(0), metavar="D")
     add(model, "--text_embed_dim", 512, "size of the LSTM's words and states; other text encoders have their own",

@@ -1,5 +1,5 @@
 """Images to vectors: encoders of torchvision, timm and open_clip by name, their last layer made anew, and the weights
-to start from.
+to start from; what that layer is given is the encoder's last features, or statistics of its stages too.
 
     resnet18                        a classifier of torchvision's
     timm:vit_small_patch16_224      a model of timm's; a tag after a dot names its pretrained weights
@@ -11,15 +11,17 @@ timm and open_clip are imported where such a name is used.
 import difflib
 import importlib
 import logging
+import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -35,9 +37,44 @@ log = logging.getLogger(__name__)
 ENCODERS = [name for name in torchvision.models.list_models(module=torchvision.models)
             if not name.startswith(("squeezenet", "inception", "googlenet"))]
 OURS = "fc"                             # the last layer of what has none: see Headed
+FEATURES = {"last": "an encoder's last features", "stages": "statistics of its stages beside them"}
 
 
 LEAST_TEXT = {"context_length": 1, "vocab_size": 1, "width": 64, "heads": 1, "layers": 1}   # a tower for open_clip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A block of an encoder, by its module's name, that gives C `channels` of each place in the picture.
+
+    layout: of what it gives: BCHW, BHWC, or tokens, BNC or NBC, of which the patches are a square and come last.
+    prefix: tokens before them, the class token first.
+    """
+    module: str
+    channels: int
+    layout: str
+    prefix: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.channels * (3 if self.prefix else 2)
+
+    def statistics(self, given: Tensor) -> Tensor:
+        """What it gives -> (B, width): the channels' mean and standard deviation over the picture, and the class token
+        where there is one, each normalized to mean 0 and variance 1 over its C numbers. In float32."""
+        if self.layout == "BCHW":
+            parts = mean_and_deviation(given.float(), (2, 3))
+        elif self.layout == "BHWC":
+            parts = mean_and_deviation(given.float(), (1, 2))
+        else:
+            tokens = (given if self.layout == "BNC" else given.transpose(0, 1)).float()     # (B, N, C)
+            parts = [*mean_and_deviation(tokens[:, self.prefix:], (1,)), *([tokens[:, 0]] if self.prefix else [])]
+        return torch.cat([F.layer_norm(part, (self.channels,)) for part in parts], dim=1)
+
+
+def mean_and_deviation(values: Tensor, dims: tuple[int, ...]) -> list[Tensor]:
+    variance, mean = torch.var_mean(values, dims, correction=0)
+    return [mean, (variance + 1e-6).sqrt()]                                     # at 0 a root has no gradient
 
 
 @dataclass(frozen=True)
@@ -45,7 +82,7 @@ class Traits:
     """What goes with an encoder's name, and how it wants its images.
 
     head, width: the name of its last linear layer, and what that takes, W. size: side in pixels it is made for.
-    resampling: Pillow's name of the filter. mean, std: of a channel, of 1.
+    resampling: Pillow's name of the filter. mean, std: of a channel, of 1. stages: whose statistics are among the W.
     """
     head: str
     width: int
@@ -53,44 +90,73 @@ class Traits:
     resampling: str = "bilinear"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    stages: tuple[Stage, ...] = ()
 
 
 class Headed(nn.Module):
-    """An encoder without a last linear layer, (B, 3, S, S) -> (B, W), and a layer of ours after it: -> (B, D)."""
+    """An encoder without a last linear layer, (B, 3, S, S) -> (B, W), and a layer of ours after it: -> (B, D).
 
-    def __init__(self, backbone: nn.Module, size: int):
+    stages: whose statistics follow the encoder's features, and count among the W.
+    """
+
+    def __init__(self, backbone: nn.Module, size: int, stages: tuple[Stage, ...] = ()):
         super().__init__()
-        self.backbone, self.fc, self.size = backbone, nn.Identity(), size
+        self.backbone, self.fc, self.size, self.stages = backbone, nn.Identity(), size, stages
+        self.given: dict[str, Tensor] = {}                                      # by the stages, in this forward pass
+        for stage in stages:
+            backbone.get_submodule(stage.module).register_forward_hook(partial(self.take, stage.module))
+
+    def take(self, name: str, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        self.given[name] = output
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.backbone(images))
+        features = self.backbone(images)
+        if self.stages:
+            told = [stage.statistics(self.given.pop(stage.module)) for stage in self.stages]
+            features = torch.cat([features.float(), *told], dim=1)
+        return self.fc(features)
 
 
 # What is known of a name
 
 @cache
-def traits(name: str) -> Traits:
-    """Raises InputError for a name that no library knows."""
+def traits(name: str, features: str = "last") -> Traits:
+    """features: what the last layer is given, of FEATURES. Raises InputError for a name that no library knows, and for
+    an encoder whose stages cannot be looked at."""
     library, model = library_of(name)
     with torch.device("meta"), quiet():                                         # shapes alone
-        return library.traits(model)
+        known = library.traits(model)
+    if features == "last":
+        return known
+    for context in (library.sketched, nullcontext):                             # some compute with what is no shape
+        try:
+            with context(), quiet(), torch.random.fork_rng(devices=[]):
+                stages = stages_of(headless(library.encoder(model, known.size), known), known.size)
+            return replace(known, head=OURS, width=known.width + sum(stage.width for stage in stages), stages=stages)
+        except (ValueError, RuntimeError, AssertionError, TypeError, IndexError, AttributeError) as error:
+            why = first_line(error)
+    raise InputError(f"--image_features {features}: the stages of {name} cannot be looked at ({why}); pass "
+                     "--image_features last")
 
 
-def encoder_head(name: str) -> tuple[str, int]:
+def encoder_head(name: str, features: str = "last") -> tuple[str, int]:
     """The name of an encoder's last linear layer, and its width: ('fc', 512) for resnet18. Raises InputError."""
-    return traits(name).head, traits(name).width
+    known = traits(name, features)
+    return known.head, known.width
 
 
-def image_encoder(name: str, image_dim: int, image_size: int) -> nn.Module:
-    """The encoder of this name with random weights, its last layer Linear(width, image_dim).
+def image_encoder(name: str, image_dim: int, image_size: int, features: str = "last") -> nn.Module:
+    """The encoder of this name with random weights, its last layer Linear(width, image_dim). features: as in `traits`.
 
     Raises InputError where it cannot take images of this size.
     """
-    known, (library, model) = traits(name), library_of(name)
+    known, (library, model) = traits(name, features), library_of(name)
     try:
         with quiet():
             encoder = library.encoder(model, image_size)
-        if name != "resnet18":                                                  # which takes any
+        if known.stages:
+            encoder = Headed(headless(encoder, traits(name)), image_size, known.stages)
+        if name != "resnet18" or known.stages:                                  # which takes any
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 made = tuple(encoder.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
             if len(made) != 2 or (isinstance(encoder, Headed) and made[1] != known.width):
@@ -102,6 +168,75 @@ def image_encoder(name: str, image_dim: int, image_size: int) -> nn.Module:
     return encoder.train()
 
 
+def headless(encoder: nn.Module, known: Traits) -> nn.Module:
+    """What is before the last layer: (B, 3, S, S) -> (B, W)."""
+    if isinstance(encoder, Headed):
+        return encoder.backbone
+    encoder.set_submodule(known.head, nn.Identity())
+    return encoder
+
+
+def stages_of(backbone: nn.Module, size: int) -> tuple[Stage, ...]:
+    """Of the blocks that follow one another the last of each resolution; where all have the same one, as a ViT's,
+    four, at a quarter of the way each. They are those that timm says, else the parts of the encoder's trunk. size: of
+    the pictures it is made for, so that the stages are the same whatever it is given. Raises ValueError where there
+    are none."""
+    found: dict[str, tuple[int, Stage]] = {}                                    # of all modules, in the order of calls
+
+    def take(_module: nn.Module, _inputs: tuple, output: object, name: str) -> None:
+        if isinstance(output, Tensor) and (seen := stage_of(name, tuple(output.shape))):
+            found[name] = seen
+    hooks = [module.register_forward_hook(partial(take, name=name)) for name, module in backbone.named_modules()]
+    with torch.no_grad():
+        backbone.eval()(torch.zeros(3, 3, size, size, device=next(backbone.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    by_side: dict[int, list[Stage]] = {}
+    for name in blocks_of(backbone, found):
+        side, stage = found[name]
+        by_side.setdefault(side, []).append(stage)
+    if not by_side:
+        raise ValueError("none of its blocks gives a map or tokens")
+    if len(by_side) > 1:
+        return tuple(stages[-1] for stages in by_side.values())
+    stages, = by_side.values()
+    return tuple(stages[place] for place in dict.fromkeys(-(-len(stages) * part // 4) - 1 for part in (1, 2, 3, 4)))
+
+
+def blocks_of(backbone: nn.Module, maps: Collection[str]) -> list[str]:
+    """Those modules that follow one another, of the ones that give maps or tokens: timm's own list, else the parts of
+    the trunk, which is the first list of modules within what holds nearly all of the encoder."""
+    for name, module in backbone.named_modules():
+        if isinstance(told := getattr(module, "feature_info", None), list) and told and "module" in told[0]:
+            return [block for info in told if (block := f"{name}.{info['module']}".lstrip(".")) in maps]
+
+    def leaves(module: nn.Module, name: str) -> int:
+        return sum(f"{name}.{part}".strip(".") in maps for part, layer in module.named_modules()
+                   if not any(layer.children()))
+    name, trunk = "", backbone
+    while not isinstance(trunk, nn.Sequential | nn.ModuleList):
+        parts = {f"{name}.{part}".lstrip("."): layer for part, layer in trunk.named_children()}
+        most = max(parts, key=lambda part: leaves(parts[part], part))
+        if not any(parts[most].children()) or leaves(parts[most], most) <= 0.8 * leaves(trunk, name):
+            break
+        name, trunk = most, parts[most]
+    return [block for part, _ in trunk.named_children() if (block := f"{name}.{part}".lstrip(".")) in maps]
+
+
+def stage_of(name: str, shape: tuple[int, ...]) -> tuple[int, Stage] | None:
+    """Places to a side of a block's output, of three pictures, and the block; None where it is no map nor tokens, or
+    has one place."""
+    if len(shape) == 4 and shape[2] == shape[3] > 1:
+        return shape[2], Stage(name, shape[1], "BCHW")
+    if len(shape) == 4 and shape[1] == shape[2] > 1:
+        return shape[1], Stage(name, shape[3], "BHWC")
+    if len(shape) == 3 and 3 in shape[:2] and max(shape[:2]) > 3:
+        layout, count = ("BNC", shape[1]) if shape[0] == 3 else ("NBC", shape[0])
+        side = math.isqrt(count)
+        return side, Stage(name, shape[2], layout, count - side**2)
+    return None
+
+
 def load_image_weights(encoder: nn.Module, weights: str, name: str = "resnet18") -> None:
     """Put `weights` ('imagenet' for the library's own, 'none', or a file) into the encoder, but for its last layer.
 
@@ -109,7 +244,8 @@ def load_image_weights(encoder: nn.Module, weights: str, name: str = "resnet18")
     """
     if weights == "none":
         return
-    head, (library, model) = f"{traits(name).head}.", library_of(name)
+    library, model = library_of(name)
+    head = f"{OURS if isinstance(encoder, Headed) else traits(name).head}."
     elsewhere = f"pass --image_weights PATH (a file saved from {library.name}'s {model}) or --image_weights none"
     try:
         path = library.fetched(model) if weights == "imagenet" else Path(weights)
@@ -144,6 +280,7 @@ def reason(error: Exception) -> str:
 
 class Torchvision:
     name = "torchvision"
+    sketched = staticmethod(lambda: Sketched())                                 # a context in which weights are shapes
     V1 = "IMAGENET1K_V1"                # the published weights, of most the only ones
 
     def traits(self, model: str) -> Traits:
@@ -172,12 +309,16 @@ class Torchvision:
 
     def fitted(self, path: Path, model: str, encoder: nn.Module) -> dict[str, Tensor]:
         """As torchvision would load them: DenseNets of its first years renamed, a ViT's positions resized."""
+        whole = encoder.backbone if isinstance(encoder, Headed) else encoder
         state = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", weight): value
                  for weight, value in read_weights(path).items()}
         if model.startswith("vit_"):
             state = torchvision.models.vision_transformer.interpolate_embeddings(
-                encoder.image_size, encoder.patch_size, state)
-        return state
+                whole.image_size, whole.patch_size, state)
+        if whole is encoder:
+            return state
+        head = f"{traits(model).head}."
+        return {f"backbone.{weight}": value for weight, value in state.items() if not weight.startswith(head)}
 
     def remark(self, _model: str) -> None:
         """What a user should know who gives a file."""
@@ -195,6 +336,7 @@ class Sketched(TorchFunctionMode):
 
 class Timm:
     name = "timm"
+    sketched = staticmethod(lambda: torch.device("meta"))
     FILTERS = ("bilinear", "bicubic", "lanczos", "nearest", "hamming", "box")
 
     @property
@@ -282,6 +424,7 @@ class OpenClip:
     """Its models are MODEL or MODEL/TAG, where the tag names pretrained weights; or hf-hub:NAME, local-dir:FOLDER."""
 
     name = "open_clip"
+    sketched = staticmethod(lambda: torch.device("meta"))
     ELSEWHERE = "hf-hub:", "local-dir:"
     FILES = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 

@@ -76,7 +76,8 @@ class ImgTextCompositionBase(nn.Module):
 
     vocabulary: of the LSTM. sentence_vectors: texts -> (B, T) without gradient; where given, they are used in place
     of the LSTM, which is still built (at size T) because the original's checkpoints hold it.
-    encoder: a name that image_encoders.py knows; image_size: S, which some of them are built for.
+    encoder: a name that image_encoders.py knows; image_size: S, which some of them are built for; image_features: what
+    its last layer is given, of FEATURES there.
     bf16: whether the image encoder, nearly all of the work, computes in bfloat16; the rest stays float32.
     example_texts: some that it is trained with, for whoever searches with it.
     """
@@ -86,11 +87,13 @@ class ImgTextCompositionBase(nn.Module):
     recipe: "Recipe"                                                            # as `Recipe.build` made it
 
     def __init__(self, vocabulary: SimpleVocab, image_dim: int = 512, text_dim: int = 512,
-                 sentence_vectors: SentenceVectors | None = None, encoder: str = "resnet18", image_size: int = 224):
+                 sentence_vectors: SentenceVectors | None = None, encoder: str = "resnet18", image_size: int = 224,
+                 image_features: str = "last"):
         super().__init__()
         self.image_dim, self.text_dim, self.sentence_vectors = image_dim, text_dim, sentence_vectors
         self.normalization_layer = NormalizationLayer()
-        self.img_model, self.traits = image_encoder(encoder, image_dim, image_size), traits(encoder)
+        self.img_model = image_encoder(encoder, image_dim, image_size, image_features)
+        self.traits = traits(encoder, image_features)
         self.text_model = TextLSTMModel(vocabulary, text_dim).requires_grad_(sentence_vectors is None)
         self.a = nn.Parameter(torch.tensor([1.0, 10.0, 1.0, 1.0]))              # weights of a composer's two branches
 
@@ -132,7 +135,7 @@ class ImgTextCompositionBase(nn.Module):
         known, held = self.traits, self.img_model.state_dict()
         weights = {name: value for name, value in held.items() if not name.startswith(f"{known.head}.")}
         return fingerprint(weights, self.recipe.image_encoder, self.recipe.image_size, known.resampling, known.mean,
-                           known.std, self.bf16)[:12]
+                           known.std, self.bf16, *known.stages)[:12]
 
     def normalized(self, images: Tensor) -> Tensor:
         """Pixels as the encoder wants them, float32; what is none is left as it is."""
@@ -394,7 +397,8 @@ class Recipe:
 
     composer: of MODELS. image_encoder: as image_encoders.py names them. image_size: S in pixels. image_dim, text_dim:
     D, T. text_encoder: 'lstm', or 'service' for sentence vectors that come from outside. words: the LSTM's vocabulary,
-    word to id.
+    word to id. image_features: what the encoder's last layer is given, of image_encoders.py's FEATURES. What has a
+    default is not in older checkpoints, which are as it says.
     """
     composer: str
     image_encoder: str
@@ -403,12 +407,13 @@ class Recipe:
     text_encoder: str
     text_dim: int
     words: dict[str, int]
+    image_features: str = "last"
 
     def build(self, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:
         """The model with random weights, knowing its recipe. Raises InputError for an encoder that takes no such
         images."""
         model = MODELS[self.composer](SimpleVocab(self.words), self.image_dim, self.text_dim, sentence_vectors,
-                                      self.image_encoder, self.image_size)
+                                      self.image_encoder, self.image_size, self.image_features)
         model.recipe = self
         return model
 

@@ -46,7 +46,8 @@ def make_model(args: argparse.Namespace, data: Data, source: str | Path, state: 
         raise InputError(f"the checkpoint {source} has no vocabulary, so that of its train split is needed to test it")
     words = words or SimpleVocab.from_texts(data.train.training_texts())
     recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim,
-                    args.text_encoder, data.sentences.dim if data.sentences else args.text_embed_dim, words.word2id)
+                    args.text_encoder, data.sentences.dim if data.sentences else args.text_embed_dim, words.word2id,
+                    args.image_features)
     model = recipe.build(data.sentences)
     if state:
         checkpoint.restore(model, state, source)

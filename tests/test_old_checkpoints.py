@@ -51,7 +51,8 @@ def test_it_is_tested_and_resumed(old, tmp_path):
         split: values.keys() for split, values in Run(tested).metrics.items() if split != "it"}
     assert main.main(flags("mitstates", tmp_path / "data", tmp_path / "logs", num_iters=5, resume=old)) == 0
     state = checkpoint.load(file)
-    assert state["it"] == 5 and state["opt"].keys() - OLD["opt"].keys() == {"dataset_path", "log_dir", "f"}
+    assert state["it"] == 5 and state["opt"].keys() - OLD["opt"].keys() == {"dataset_path", "log_dir", "f",
+                                                                            "image_features"}
     assert state["progress"].keys() - OLD["progress"].keys() == {"data"}
     with pytest.raises(InputError, match=r"--batch_size 4 \(now 5\)"):
         main.run(*main.settle(flags("mitstates", tmp_path / "data", tmp_path / "logs", batch_size=5, resume=old),

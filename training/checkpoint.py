@@ -9,13 +9,13 @@ import logging
 import os
 import shutil
 import time
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 
-from image_encoders import encoder_head
+from image_encoders import FEATURES, encoder_head
 from img_text_composition_models import MODELS, ImgTextCompositionBase, Recipe, SentenceVectors
 from machine import distributed, model_folder, tensor_files
 from machine.device import random_numbers
@@ -29,10 +29,12 @@ log = logging.getLogger(__name__)
 
 LATEST, BEST = "latest_checkpoint.pth", "best_checkpoint.pth"
 PROGRESS, PROGRESS_SINCE = {"best", "samples", "steps", "sums", "tested"}, {"turn", "data"}  # older ones lack these
+RECIPE = {field.name for field in fields(Recipe)}
+RECIPE_SINCE = {field.name for field in fields(Recipe) if field.default is not MISSING}
 # What a test depends on: a checkpoint's are taken where none is given.
 TESTED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "validation", "keep_source", "any_suffix",
                 "shared_concept", "skip_bad_images", "image_size", "model", "image_encoder", "image_embed_dim",
-                "text_embed_dim", "use_bert", "text_encoder", "freeze_image_encoder", "precision")
+                "text_embed_dim", "use_bert", "text_encoder", "freeze_image_encoder", "precision", "image_features")
 # Not a service's host: a stranger's checkpoint would be told every text.
 WHERE_TEXTS_ARE_READ = ("image_weights", "pooling_layer", "max_seq_len", "bert_port", "bert_port_out", "bert_timeout")
 # A run goes on only with the values of these that it was started with: others would give other results.
@@ -42,7 +44,7 @@ FIXED_FLAGS = (*TESTED_FLAGS, "loss", "batch_size", "learning_rate", "learning_r
 BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18", "accumulate": 1,
                       "gather": True, "sync_bn": False, "freeze_image_encoder": False, "optimizer": "sgd",
                       "schedule": "step", "warmup": 0, "validation": 0.0, "keep_source": False, "any_suffix": False,
-                      "shared_concept": False}
+                      "shared_concept": False, "image_features": "last"}
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,
@@ -225,7 +227,7 @@ def well_formed(state: dict) -> bool:
     words = made_of.get("words", {}) if isinstance(made_of, dict) else None
     words = state.get("word2id", words)                                         # where older ones held it
     return (isinstance(state["it"], int) and isinstance(state["opt"], dict) and isinstance(words, dict)
-            and ("recipe" not in state or {field.name for field in fields(Recipe)} == made_of.keys())
+            and ("recipe" not in state or RECIPE - RECIPE_SINCE <= made_of.keys() <= RECIPE)
             and isinstance(state["opt"].get("text_encoder", ""), str)
             and isinstance(state.get("sentences", {}), dict) and are_results(state.get("results", {}))
             and isinstance(state.get("example_texts", []), list)
@@ -287,11 +289,12 @@ def recipe(state: dict, path: str | Path) -> Recipe:
         found = Recipe(opt["model"], opt["image_encoder"], opt["image_size"], 0,
                        text_encoder_of(opt), 0, words.word2id)
     if (not isinstance(found.composer, str) or found.composer not in MODELS or not isinstance(found.image_encoder, str)
-            or not isinstance(found.image_size, int)):
+            or not isinstance(found.image_size, int) or not isinstance(found.image_features, str)
+            or found.image_features not in FEATURES):
         raise InputError(f"{path} is not a checkpoint of this program: its model is {found.composer!r}, its image "
                          f"encoder {found.image_encoder!r}, for images of {found.image_size!r} pixels")
     try:
-        head, _ = encoder_head(found.image_encoder)
+        head, _ = encoder_head(found.image_encoder, found.image_features)
     except InputError as error:
         raise InputError(f"the model of {path} cannot be built here: {error}") from None
     biases = [state["model_state_dict"].get(name) for name in
