@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from datasets import DATASETS, FashionIQ
@@ -98,6 +98,9 @@ def refuse(args: argparse.Namespace, device: str) -> None:
         raise InputError("--test_only tests --model_checkpoint and resumes nothing: drop --resume")
     if args.sync_bn and device not in ("auto", "cuda"):
         raise InputError("--sync_bn True: torch's synchronized batch norm is for CUDA GPUs alone; drop it")
+    if args.learn_words and args.text_encoder == "lstm" and not args.use_bert:
+        raise InputError("--learn_words True is for words beside a text encoder that does not learn, and the LSTM "
+                         "learns its own: drop it, or pass --text_encoder")
     if args.write_submission and args.dataset and not DATASETS[args.dataset].served:
         having = next(name for name, kind in DATASETS.items() if kind.served)
         raise InputError(f"--write_submission: {args.dataset} has no test server, as {having} has; drop it")
@@ -147,6 +150,16 @@ def at_least(minimum: float, kind: type = int, most: float = 2**62):
             raise argparse.ArgumentTypeError(f"expected {'an integer' if kind is int else 'a number'} of at least "
                                              f"{minimum}{f' and at most {most}' if most < 2**62 else ''}, got {text!r}")
         return value
+    return parse
+
+
+def or_own(kind: Callable[[str], object]) -> Callable[[str], object]:
+    """The same, or the word own."""
+    def parse(text: str):
+        try:
+            return text if text == "own" else kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected an integer or own, got {text!r}") from None
     return parse
 
 
@@ -230,8 +243,12 @@ def get_parser() -> TrainingParser:
     add(model, "--text_encoder", "lstm", "what reads texts: lstm, which is trained; service, as --use_bert True; "
         "hf:NAME or hf:FOLDER, a BERT-type model in this process; open_clip:MODEL/TAG, a CLIP model's text tower. "
         "Published: lstm and service", metavar="NAME")
-    add(model, "--pooling_layer", -2, "hf: layer whose tokens are averaged, -1 the last", type=int, metavar="L")
-    add(model, "--max_seq_len", 25, "hf: most tokens of a text", type=at_least(4), metavar="N")
+    add(model, "--learn_words", False, "words that learn are read beside the vectors of a text encoder that does not, "
+        "which has what is known of words that training never saw")
+    add(model, "--pooling_layer", "own", "hf: layer whose tokens are averaged, -1 the last; own: what a folder of "
+        "sentence-transformers says, else -2", type=or_own(int), metavar="L|own")
+    add(model, "--max_seq_len", "own", "hf: most tokens of a text; own: what such a folder says, else 25",
+        type=or_own(at_least(4)), metavar="N|own")
     add(model, "--use_bert", False, "sentence vectors from a running BERT-as-service in place of the LSTM")
     add(model, "--bert_ip", "localhost", "host of the sentence service (IPv4)", metavar="HOST")
     add(model, "--bert_port", 5555, "port the service takes texts on", type=port_number, metavar="PORT")

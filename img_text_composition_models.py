@@ -17,7 +17,7 @@ from machine.device import send
 from machine.image_store import normalize_images
 from machine.pooled_convolution import in_one_pass, pooled_convolution
 from machine.tensor_files import fingerprint
-from text_model import SimpleVocab, TextLSTMModel
+from text_model import LearnedWords, SimpleVocab, TextLSTMModel
 from torch_function import NormalizationLayer
 
 SentenceVectors = Callable[[list[str]], Tensor]
@@ -78,6 +78,7 @@ class ImgTextCompositionBase(nn.Module):
     of the LSTM, which is still built (at size T) because the original's checkpoints hold it.
     encoder: a name that image_encoders.py knows; image_size: S, which some of them are built for; image_features: what
     its last layer is given, of FEATURES there.
+    learn_words: whether words that learn are read beside the sentence vectors; T is then of the two together.
     bf16: whether the image encoder, nearly all of the work, computes in bfloat16; the rest stays float32.
     example_texts: some that it is trained with, for whoever searches with it.
     """
@@ -88,13 +89,15 @@ class ImgTextCompositionBase(nn.Module):
 
     def __init__(self, vocabulary: SimpleVocab, image_dim: int = 512, text_dim: int = 512,
                  sentence_vectors: SentenceVectors | None = None, encoder: str = "resnet18", image_size: int = 224,
-                 image_features: str = "last"):
+                 image_features: str = "last", learn_words: bool = False):
         super().__init__()
-        self.image_dim, self.text_dim, self.sentence_vectors = image_dim, text_dim, sentence_vectors
+        self.image_dim, self.sentence_vectors = image_dim, sentence_vectors
         self.normalization_layer = NormalizationLayer()
         self.img_model = image_encoder(encoder, image_dim, image_size, image_features)
         self.traits = traits(encoder, image_features)
         self.text_model = TextLSTMModel(vocabulary, text_dim).requires_grad_(sentence_vectors is None)
+        self.learned_words = LearnedWords(vocabulary) if learn_words else None
+        self.text_dim = text_dim + (LearnedWords.size if learn_words else 0)
         self.a = nn.Parameter(torch.tensor([1.0, 10.0, 1.0, 1.0]))              # weights of a composer's two branches
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -151,7 +154,10 @@ class ImgTextCompositionBase(nn.Module):
         """B texts -> (B, T)."""
         if self.sentence_vectors is None:
             return self.text_model(texts)
-        return send(self.sentence_vectors(texts), self.a.device)
+        vectors = send(self.sentence_vectors(texts), self.a.device)
+        if self.learned_words is None:
+            return vectors
+        return torch.cat([vectors, self.learned_words(send(self.learned_words.ids(texts), self.a.device))], dim=1)
 
     def compose(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, D), (B, T) -> (B, D): where in image-feature space the query points."""
@@ -397,7 +403,8 @@ class Recipe:
 
     composer: of MODELS. image_encoder: as image_encoders.py names them. image_size: S in pixels. image_dim, text_dim:
     D, T. text_encoder: 'lstm', or 'service' for sentence vectors that come from outside. words: the LSTM's vocabulary,
-    word to id. image_features: what the encoder's last layer is given, of image_encoders.py's FEATURES. What has a
+    word to id. image_features: what the encoder's last layer is given, of image_encoders.py's FEATURES. learn_words:
+    whether words that learn, of the same vocabulary, are read beside the sentence vectors, whose size T is. What has a
     default is not in older checkpoints, which are as it says.
     """
     composer: str
@@ -408,12 +415,13 @@ class Recipe:
     text_dim: int
     words: dict[str, int]
     image_features: str = "last"
+    learn_words: bool = False
 
     def build(self, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:
         """The model with random weights, knowing its recipe. Raises InputError for an encoder that takes no such
         images."""
         model = MODELS[self.composer](SimpleVocab(self.words), self.image_dim, self.text_dim, sentence_vectors,
-                                      self.image_encoder, self.image_size, self.image_features)
+                                      self.image_encoder, self.image_size, self.image_features, self.learn_words)
         model.recipe = self
         return model
 

@@ -41,13 +41,13 @@ from training.sizes import check_sizes, check_test_size
 def make_model(args: argparse.Namespace, data: Data, source: str | Path, state: dict | None,
                device: torch.device) -> ImgTextCompositionBase:
     """The composer with a checkpoint's, ImageNet's or random weights, ready to be trained on the device."""
-    words = state and checkpoint.vocabulary(state, lstm_used=data.sentences is None)
+    words = state and checkpoint.vocabulary(state, lstm_used=data.sentences is None or args.learn_words)
     if not words and not data.train:
         raise InputError(f"the checkpoint {source} has no vocabulary, so that of its train split is needed to test it")
     words = words or SimpleVocab.from_texts(data.train.training_texts())
     recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim,
                     args.text_encoder, data.sentences.dim if data.sentences else args.text_embed_dim, words.word2id,
-                    args.image_features)
+                    args.image_features, args.learn_words)
     model = recipe.build(data.sentences)
     if state:
         checkpoint.restore(model, state, source)

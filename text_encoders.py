@@ -2,10 +2,12 @@
 
     lstm                            trained with the composer: text_model.py
     service                         BERT-as-service, the same as --use_bert True
-    hf:NAME_OR_FOLDER               a BERT-type model in this process: bert_server.py's vectors without a server
+    hf:NAME_OR_FOLDER               a BERT-type model in this process: bert_server.py's vectors without a server, or
+                                    what a folder of sentence-transformers says
     open_clip:MODEL/TAG             the text tower of a CLIP model, in one space with its images
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,6 +20,9 @@ from machine.downloads import offline
 from machine.errors import InputError, first_line
 from machine.tensor_files import fingerprint
 from text_model import SentenceService
+
+OWN = "own"                             # of a flag: as the model's folder says
+BERTS = -2, 25                          # else: layer and most tokens, as BERT-as-service has them
 
 
 def text_encoder_of(flags: dict) -> str:
@@ -80,21 +85,33 @@ class InProcess:
 
 
 class HuggingFace(InProcess):
-    """The mean over a text's tokens in one layer of a BERT-type model, or what a CLIP model's text tower gives: the
-    vectors that bert_server.py serves."""
+    """A model of the Hugging Face hub's kind: of a folder of sentence-transformers' the vectors that its files say, of
+    others, or of a given layer, the mean over a text's tokens, as bert_server.py serves them; of a CLIP model what its
+    text tower gives.
+
+    layer, length: as the flags --pooling_layer and --max_seq_len say, OWN for what the folder says, else BERT's.
+    """
 
     at_once = 256                       # so that many are of one length
 
-    def __init__(self, folder: str, layer: int, length: int):
-        from machine.sentence_encoder import ModelError, sentence_encoder  # only here: transformers takes seconds
+    def __init__(self, folder: str, layer: int | str, length: int | str):
+        from machine.sentence_encoder import ModelError, OwnWay, has_own_way, sentence_encoder  # transformers: seconds
 
+        self.name, (bert_layer, bert_length) = f"hf:{folder}", BERTS
         try:
-            self.encoder = sentence_encoder(folder, layer, length=length)
+            if layer == OWN and has_own_way(folder):
+                self.encoder = OwnWay(folder, None if length == OWN else length)
+                how = self.encoder.rule
+            else:
+                layer, length = (bert if given == OWN else given for given, bert in
+                                 ((layer, bert_layer), (length, bert_length)))
+                self.encoder = sentence_encoder(folder, layer, length=length)
+                how = {"pooling_layer": layer, "pooling_strategy": "REDUCE_MEAN", "max_seq_len": length}
         except ModelError as error:
-            raise InputError(f"--text_encoder hf:{folder}: {str(error).replace('-pooling', '--pooling')}") from None
-        self.name, self.dim = f"hf:{folder}", self.encoder.dim
-        self.features = {"text_encoder": "hf", "fingerprint": self.encoder.fingerprint, "pooling_layer": layer,
-                         "pooling_strategy": "REDUCE_MEAN", "max_seq_len": length}
+            said = re.sub("-(pooling|max_seq)", r"--\1", str(error))
+            raise InputError(f"--text_encoder hf:{folder}: {said}") from None
+        self.dim = self.encoder.dim
+        self.features = {"text_encoder": "hf", "fingerprint": self.encoder.fingerprint, **how}
 
     def vectors(self, texts: list[str]) -> np.ndarray:
         return self.encoder.encode(self.encoder.token_ids(texts))

@@ -79,6 +79,36 @@ class TextLSTMModel(nn.Module):
         return self.fc_output(outputs[last, torch.arange(len(texts), device=device)])  # (B, D)
 
 
+class LearnedWords(nn.Module):
+    """Words that learn beside a sentence vector: texts to (B, `size`), the largest that each of so many filters over
+    three neighbouring words' vectors gives (Kim, "Convolutional Neural Networks for Sentence Classification", 2014).
+
+    A word that is unknown has the vector 0, and a text without any known word 0 too. In training every tenth word and
+    every tenth text is made unknown, so that what composes learns to do without, with the sentence vector alone.
+    """
+
+    size = 128                          # of words' vectors and of what comes of a text
+    unknown_words, unknown_texts = 0.1, 0.1
+
+    def __init__(self, vocabulary: SimpleVocab):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.embedding_layer = nn.Embedding(len(vocabulary), self.size, padding_idx=0)
+        # All windows with a word in them, so that those of a text do not depend on how long the others beside it are.
+        self.filters = nn.Conv1d(self.size, self.size, kernel_size=3, padding=2, bias=False)
+
+    def ids(self, texts: list[str]) -> Tensor:
+        """(B, longest) word ids, 0 after a text's end."""
+        return nn.utils.rnn.pad_sequence([torch.tensor(self.vocabulary.encode(text)) for text in texts], True)
+
+    def forward(self, ids: Tensor) -> Tensor:                                   # (B, longest)
+        if self.training:
+            words, texts = torch.rand_like(ids, dtype=torch.float32), torch.rand(len(ids), 1, device=ids.device)
+            ids = ids * (words >= self.unknown_words) * (texts >= self.unknown_texts)
+        words = self.embedding_layer(ids).transpose(1, 2)                       # (B, size, longest)
+        return self.filters(words).relu().amax(2)                               # (B, size)
+
+
 class SentenceService:
     """A running BERT-as-service, asked through its standard client; nothing is contacted before the first question.
 

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 
 from machine.errors import first_line
+from machine.tensor_files import fingerprint as weights_fingerprint
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 CHARACTERS = 400                        # of a text are read for each word piece that is kept, so none takes for ever
@@ -213,6 +214,64 @@ class ClipTexts(SentenceEncoder):
 
     def alike_to_vectors(self, ids: Sequence[tuple[list[int], int]]) -> Tensor:
         return self.model(**self.inputs(ids)).text_embeds
+
+
+class OwnWay:
+    """A folder of sentence-transformers', whose files say how its vectors are made, by that library: what follows the
+    last layer, the most tokens of a text, a prompt. In eval mode, float32.
+
+    folder: a local folder or a hub name. length: most tokens of a text; None for what the folder says. Raises
+    ModelError.
+    """
+
+    def __init__(self, folder: str, length: int | None = None, device: str = "cpu"):
+        quieten()
+        try:
+            from sentence_transformers import SentenceTransformer  # only here: it takes seconds
+
+            self.model = SentenceTransformer(folder, device=device, trust_remote_code=False).float().eval()
+        except ImportError as error:
+            raise ModelError(f"{folder!r} is a folder of sentence-transformers ({error}): pip install "
+                             "sentence-transformers, or give a -pooling_layer") from None
+        except Exception as error:                                              # hub and file errors of many types
+            raise not_loaded(folder, error) from None
+        if length:
+            self.model.max_seq_length = length
+        self.length = self.model.max_seq_length or LONGEST
+        try:
+            alone = np.concatenate([self.encode([text]) for text in OF_ALL_LENGTHS])
+            together = self.encode(OF_ALL_LENGTHS)
+        except Exception as error:                                              # from within any of a hundred models
+            raise ModelError(f"cannot use {folder!r} as its modules.json says ({first_line(error)}); -pooling_layer -2 "
+                             "takes a mean of its tokens instead") from None
+        if not np.abs(together - alone).max() <= 1e-3 * np.abs(alone).max():    # nor where it is no number
+            raise ModelError(f"{folder!r} does not give a text the same vector each time, so it cannot be used")
+        self.dim = together.shape[1]
+        self.rule = {"modules": [type(step).__name__ for step in self.model], "max_seq_len": self.length}
+        self.fingerprint = weights_fingerprint(self.model.state_dict(), repr(self.model), self.model.prompts,
+                                               self.model.default_prompt_name, sorted(self.model.tokenizer.get_vocab()
+                                                                                      .items()))[:12]
+
+    def token_ids(self, sentences: Sequence[str]) -> list[str]:
+        """What `encode` takes: the texts, which the library tokenizes."""
+        return [text[:CHARACTERS * self.length].encode("utf-8", "replace").decode() for text in sentences]
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """(B, dim) float32."""
+        return self.model.encode([*texts], batch_size=64, show_progress_bar=False, convert_to_numpy=True)
+
+
+OF_ALL_LENGTHS = ["red", "is red and has a longer hem", "of a darker blue, and with two pockets more " * 3]
+
+
+def has_own_way(folder: str) -> bool:
+    """Whether a folder, or a model of the hub, is one of sentence-transformers'."""
+    missing = {f"_raise_exceptions_for_{what}": False for what in
+               ("gated_repo", "missing_entries", "connection_errors")}
+    try:
+        return transformers.utils.cached_file(folder, "modules.json", **missing) is not None
+    except (OSError, ValueError):                                               # no such folder: said when it is loaded
+        return False
 
 
 def sentence_encoder(folder: str, layer: int = -2, pooling: str = "REDUCE_MEAN", length: int | None = 25,

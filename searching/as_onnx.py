@@ -1,7 +1,9 @@
-"""A model's two halves as ONNX, for programs without torch: each is compared with torch as soon as it is written.
+"""A model's parts as ONNX, for programs without torch: each is compared with torch as soon as it is written.
 
     image_encoder.onnx      pixels (B, 3, S, S) uint8, RGB, normalized within -> feature (B, D) float32
     composer.onnx           image (B, D), text (B, T) float32 features -> query (B, D) float32, unit rows
+    words.onnx              words (B, L) int64 ids, 0 for none -> (B, T') float32: where a model learned words beside a
+                            sentence encoder's vectors, the end of what composer.onnx takes as text
 """
 
 import importlib
@@ -18,7 +20,7 @@ from machine.errors import InputError, first_line
 from machine.streams import shown
 
 NEEDED = "onnx", "onnxscript", "onnxruntime"
-IMAGE_ENCODER, COMPOSER = "image_encoder.onnx", "composer.onnx"
+IMAGE_ENCODER, COMPOSER, WORDS = "image_encoder.onnx", "composer.onnx", "words.onnx"
 TOLERANCE = 1e-4                        # of the largest number that torch gives
 
 
@@ -68,7 +70,7 @@ def check_packages() -> None:
 
 @torch.no_grad()
 def write(model: ImgTextCompositionBase, folder: Path) -> dict[str, float]:
-    """Both files of a model on the CPU, in eval mode, which is no more to be used. Returns {file: the largest
+    """All files of a model on the CPU, in eval mode, which is no more to be used. Returns {file: the largest
     difference from torch, of TOLERANCE's kind}. Raises InputError where one cannot be written, or differs by more.
     """
     for module in list(model.modules()):
@@ -77,12 +79,18 @@ def write(model: ImgTextCompositionBase, folder: Path) -> dict[str, float]:
     size, numbers = model.recipe.image_size, torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (3, 3, size, size), dtype=torch.uint8, generator=numbers)
     image, text = model.encode_image(pixels), torch.randn(3, model.text_dim, generator=numbers)
-    return {IMAGE_ENCODER: written(ImageEncoder(model), {"pixels": pixels}, "feature", folder / IMAGE_ENCODER),
-            COMPOSER: written(Composer(model), {"image": image, "text": text}, "query", folder / COMPOSER)}
+    found = {IMAGE_ENCODER: written(ImageEncoder(model), {"pixels": pixels}, "feature", folder / IMAGE_ENCODER),
+             COMPOSER: written(Composer(model), {"image": image, "text": text}, "query", folder / COMPOSER)}
+    if model.learned_words is not None:
+        words = torch.randint(len(model.learned_words.vocabulary), (3, 5), generator=numbers)
+        found[WORDS] = written(model.learned_words, {"words": words}, "text", folder / WORDS, ("batch", "length"))
+    return found
 
 
-def written(module: nn.Module, inputs: dict[str, Tensor], output: str, file: Path) -> float:
-    """The largest difference of the file's answer to these inputs from torch's; it takes any number of rows."""
+def written(module: nn.Module, inputs: dict[str, Tensor], output: str, file: Path,
+            any_number: tuple[str, ...] = ("batch",)) -> float:
+    """The largest difference of the file's answer to these inputs from torch's; it takes any number of rows, and of
+    whatever else `any_number` names, the inputs' first dimensions."""
     from onnxruntime import InferenceSession
 
     module.eval()
@@ -91,7 +99,8 @@ def written(module: nn.Module, inputs: dict[str, Tensor], output: str, file: Pat
         with quiet(), warnings.catch_warnings(action="ignore"):
             torch.onnx.export(module, tuple(value[:2] for value in inputs.values()), file, dynamo=True, verbose=False,
                               external_data=False, input_names=list(inputs), output_names=[output],
-                              dynamic_shapes=[{0: torch.export.Dim("batch")}] * len(inputs))
+                              dynamic_shapes=[{place: torch.export.Dim(name) for place, name in
+                                               enumerate(any_number)}] * len(inputs))
         (ours,) = InferenceSession(file, providers=["CPUExecutionProvider"]).run(
             None, {name: value.numpy() for name, value in inputs.items()})
     except OSError:

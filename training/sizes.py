@@ -20,7 +20,7 @@ def check_sizes(args: Namespace, device: torch.device) -> None:
     if 4000 * numbers < free_memory(device):                                    # no encoder keeps a thousand times that
         return
     recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim, "lstm",
-                    args.text_embed_dim, {}, args.image_features)
+                    args.text_embed_dim, {}, args.image_features, args.learn_words)
     weights, of_image = sizes_of(recipe, not args.test_only, args.freeze_image_encoder)
     copies = distributed.local_world() if device.type == "cpu" else 1           # a GPU has one process
     check_room(copies * weights, f"a model of --image_embed_dim {args.image_embed_dim}, --text_embed_dim "
