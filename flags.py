@@ -273,6 +273,9 @@ def get_parser() -> TrainingParser:
     add(training, "--warmup", 0, "steps in which the rates rise from near 0", type=at_least(0), metavar="N")
     add(training, "--weight_decay", 1e-6, "SGD's L2 penalty, AdamW's decay", type=at_least(0, float, 1e30),
         metavar="RATE")
+    add(training, "--feature_dropout", 0.0, "share of what the image encoder's last layer is given that it does "
+        "without in each step, so that it does not rely on a few of many features", type=at_least(0, float, 0.9),
+        metavar="SHARE")
     add(training, "--seed", 0, "of weights, pairs, order and dropout", type=at_least(0), metavar="N")
     add(training, "--device", "auto", "where the model runs; auto takes a GPU where there is one",
         choices=DEVICES)

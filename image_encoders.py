@@ -117,6 +117,16 @@ class Headed(nn.Module):
         return self.fc(features)
 
 
+class LastLayer(nn.Sequential):
+    """Linear(W, D), the encoder's only layer of ours; dropout: the share of what it is given that it does without in
+    training."""
+
+    dropout = 0.0
+
+    def forward(self, features: Tensor) -> Tensor:                              # (B, W) -> (B, D)
+        return super().forward(F.dropout(features, self.dropout, self.training) if self.dropout else features)
+
+
 # What is known of a name
 
 @cache
@@ -161,7 +171,7 @@ def image_encoder(name: str, image_dim: int, image_size: int, features: str = "l
                 made = tuple(encoder.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
             if len(made) != 2 or (isinstance(encoder, Headed) and made[1] != known.width):
                 raise InputError(f"--image_encoder {name} makes {made} of an image, not one vector; choose another")
-        encoder.set_submodule(known.head, nn.Sequential(nn.Linear(known.width, image_dim)))
+        encoder.set_submodule(known.head, LastLayer(nn.Linear(known.width, image_dim)))
     except (ValueError, RuntimeError, AssertionError, TypeError, IndexError) as error:
         raise InputError(f"--image_encoder {name} takes no images of {image_size} pixels "
                          f"({first_line(error)}); pass another --image_size") from None

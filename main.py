@@ -49,6 +49,7 @@ def make_model(args: argparse.Namespace, data: Data, source: str | Path, state: 
                     args.text_encoder, data.sentences.dim if data.sentences else args.text_embed_dim, words.word2id,
                     args.image_features, args.learn_words)
     model = recipe.build(data.sentences)
+    model.last_layer.dropout = args.feature_dropout
     if state:
         checkpoint.restore(model, state, source)
     elif distributed.first():                                                   # whose weights all take in `averaging`

@@ -7,10 +7,10 @@ case " $* " in *" -- "*) ;; *) set -- "$@" -- ;; esac
 for word; do
 	shift
 	if [ "$word" = -- ]; then
-		set -- "$@" -- --loss batch_based_classification --freeze_image_encoder True \
+		set -- "$@" -- --loss caption_aware_classification --freeze_image_encoder True \
 			--image_encoder timm:tf_efficientnet_lite0 --image_weights data/toy/lite0.pth --image_size 128 \
-			--text_encoder "hf:$minilm" --num_iters 1500 --learning_rate 0.03 --schedule cosine --warmup 100 \
-			--eval_frequency 0
+			--image_features stages --feature_dropout 0.25 --text_encoder "hf:$minilm" --learn_words True \
+			--num_iters 1500 --learning_rate 0.03 --schedule cosine --warmup 100 --eval_frequency 0
 	else
 		set -- "$@" "$word"
 	fi

@@ -262,3 +262,29 @@ def test_adamw_has_the_groups_and_rates_of_sgd():
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(sgd, torch.optim.SGD)
     for ours, theirs in zip(adamw.param_groups, sgd.param_groups, strict=True):
         assert ours["params"] == theirs["params"] and ours["lr"] == theirs["lr"] and ours["weight_decay"] == 1e-4
+
+
+def test_the_last_layer_does_without_a_share_of_its_features_in_training_alone():
+    model = Recipe("tirg", "mobilenet_v3_small", 32, 12, "lstm", 8, {"<UNK>": 0}).build().train()
+    features, layer = torch.ones(2000, model.traits.width), model.last_layer
+    with torch.no_grad():
+        whole = layer(features)
+        layer.dropout = 0.25
+        layer[0].weight.fill_(1 / model.traits.width)
+        layer[0].bias.zero_()
+        found = layer(features)[:, 0]
+        assert found.mean().item() == pytest.approx(1, abs=0.01)
+        assert found.std().item() == pytest.approx((0.25 / 0.75 / model.traits.width) ** 0.5, rel=0.1)
+        layer.eval()
+        assert torch.equal(layer(features), layer(features)) and layer(features)[0, 0].item() == pytest.approx(1)
+    assert torch.equal(whole[0], whole[1]) and "img_model.classifier.3.0.weight" in model.state_dict()
+
+
+@pytest.mark.long("three runs")
+def test_feature_dropout_changes_a_run_and_is_kept_by_one_that_goes_on(mitstates, tmp_path, capsys):
+    runs = [run_main("mitstates", mitstates, tmp_path / "logs", comment=f"_{share}", **FROZEN, feature_dropout=share)
+            for share in (0.0, 0.5)]
+    weights = [torch.load(run.checkpoint, weights_only=True)["model_state_dict"][f"{HEAD}0.weight"] for run in runs]
+    assert not torch.equal(*weights)
+    assert main.main(flags("mitstates", mitstates, tmp_path / "logs", resume=runs[1].checkpoint, **FROZEN)) == 2
+    assert "--feature_dropout 0.5 (now 0.0)" in capsys.readouterr().err

@@ -52,7 +52,8 @@ def test_it_is_tested_and_resumed(old, tmp_path):
     assert main.main(flags("mitstates", tmp_path / "data", tmp_path / "logs", num_iters=5, resume=old)) == 0
     state = checkpoint.load(file)
     assert state["it"] == 5 and state["opt"].keys() - OLD["opt"].keys() == {"dataset_path", "log_dir", "f",
-                                                                            "image_features", "learn_words"}
+                                                                            "image_features", "learn_words",
+                                                                            "feature_dropout"}
     assert state["progress"].keys() - OLD["progress"].keys() == {"data"}
     with pytest.raises(InputError, match=r"--batch_size 4 \(now 5\)"):
         main.run(*main.settle(flags("mitstates", tmp_path / "data", tmp_path / "logs", batch_size=5, resume=old),

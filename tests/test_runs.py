@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import main
+from datasets import Fashion200k, MITStates
 
-from .conftest import Run, flags, write_mitstates
+from .conftest import Run, flags, write_fashion200k, write_mitstates
 
 ROOT = Path(main.__file__).parent
 PUBLISHED = ("mitstates-tirg", "mitstates-tirg-bert", "mitstates-tirg-complete", "fashion200k-composeae",
@@ -42,6 +44,30 @@ def test_other_runs_are_flags_that_main_takes(tmp_path):
     args = main.get_parser().parse_args(words)
     assert (args.dataset, str(args.dataset_path), args.seed, args.freeze_image_encoder) == (
         "fashionIQ", "a folder", 3, True)
+
+
+def without_words(*words):
+    return subprocess.run([sys.executable, ROOT / "runs/without_words.py", *map(str, words)], capture_output=True,
+                          text=True)
+
+
+def test_a_data_set_without_words_asks_for_them_and_learns_none_of_them(tmp_path):
+    tree, fashion = write_mitstates(tmp_path / "tree"), write_fashion200k(tmp_path / "fashion")
+    shutil.copytree(tree / "images" / "wet bus", tree / "images" / "young bus")
+    done = without_words(f"mitstates:{tree}", tmp_path / "out", "old")
+    assert done.returncode == 0, done.stderr
+    (train, test), (_, whole) = ([MITStates(path, split) for split in ("train", "test")]
+                                 for path in (tmp_path / "out", tree))
+    assert test.captions == whole.captions and any(caption.startswith("old ") for caption in test.captions)
+    assert not any("old" in caption.split() for caption in train.captions) and train.captions
+    before = Fashion200k(fashion, "train").captions
+    word = "jacket"
+    assert without_words(f"fashion200k:{fashion}", tmp_path / "less", word).returncode == 0
+    after = Fashion200k(tmp_path / "less", "train").captions
+    assert after == [caption for caption in before if word not in caption.split()] and len(after) < len(before)
+    again = without_words(f"mitstates:{tree}", tmp_path / "out", "old")
+    assert again.returncode == 2 and again.stderr.count("\n") == 1
+    assert without_words("cirr:x", tmp_path / "x", "old").returncode == 2
 
 
 def compare(*words):

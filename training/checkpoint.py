@@ -40,12 +40,13 @@ TESTED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "vali
 WHERE_TEXTS_ARE_READ = ("image_weights", "pooling_layer", "max_seq_len", "bert_port", "bert_port_out", "bert_timeout")
 # A run goes on only with the values of these that it was started with: others would give other results.
 FIXED_FLAGS = (*TESTED_FLAGS, "loss", "batch_size", "learning_rate", "learning_rate_decay_frequency", "weight_decay",
-               "seed", "compile", "accumulate", "gather", "sync_bn", "optimizer", "schedule", "warmup")
+               "seed", "compile", "accumulate", "gather", "sync_bn", "optimizer", "schedule", "warmup",
+               "feature_dropout")
 # What older checkpoints' runs did.
 BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18", "accumulate": 1,
                       "gather": True, "sync_bn": False, "freeze_image_encoder": False, "optimizer": "sgd",
                       "schedule": "step", "warmup": 0, "validation": 0.0, "keep_source": False, "any_suffix": False,
-                      "shared_concept": False, "image_features": "last", "learn_words": False}
+                      "shared_concept": False, "image_features": "last", "learn_words": False, "feature_dropout": 0.0}
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,
