@@ -133,7 +133,7 @@ def evaluate_splits(args: argparse.Namespace, model: ImgTextCompositionBase, dat
         tested[name] = report.SplitResult(evaluate_split(
             args, model, split, baselines=args.baselines and split.data is data.test,
             watch=seen if distributed.first() else None), seen,
-            {**split.data.protocol(args.seed), "weights": weights})
+            {**split.data.protocol(args.seed, getattr(model, "template", "{}")), "weights": weights})
     return tested
 
 
