@@ -127,7 +127,7 @@ def evaluate_split(args: argparse.Namespace, model: ImgTextCompositionBase, spli
 def evaluate_splits(args: argparse.Namespace, model: ImgTextCompositionBase, data: Data,
                 it: int) -> dict[str, report.SplitResult]:
     """The retrieval test of each split, and what is to be seen of it, after so many iterations."""
-    tested, weights = {}, fingerprint(model.state_dict())[:12]
+    tested, weights = {}, fingerprint(model.state_dict(), data.sentences and data.sentences.features)[:12]
     for name, split in data.splits.items():
         seen = report.QualitativeResults(split.store, it, split.data.images)
         tested[name] = report.SplitResult(evaluate_split(

@@ -1,6 +1,7 @@
 """GeneCIS: what a picture is like is asked by a word or two, and each query ranks a small gallery of its own."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ class GeneCIS(CompositionDataset):
     solved_at = "correct", 1
     KS = (1, 2, 3)
     template = "{condition}"
-    # Where people keep the pictures, below the folder or one above the annotations'.
-    COCO = "val2017", "coco2017/val2017", "COCO/val2017", "coco/val2017", "."
+    # Where people keep the pictures.
+    COCO = "val2017", "coco2017/val2017", "COCO/val2017", "coco/val2017"
     GENOME = "VG_100K_all", "VG_100K", "VG_100K_2", "VG_All", "."
 
     @classmethod
@@ -39,11 +40,10 @@ class GeneCIS(CompositionDataset):
             raise InputError("GeneCIS has no captions of its targets: drop --use_complete_text_query")
         annotated = self.root / "genecis" if (self.root / "genecis").is_dir() else self.root
         self.files: dict[str, str] = {}                                         # name of a picture -> path below root
-        for folders in (self.COCO, self.GENOME):
-            for folder in folders:
-                if (self.root / folder).is_dir():
-                    for name in self.visible(path.name for path in (self.root / folder).iterdir()):
-                        self.files.setdefault(name, name if folder == "." else f"{folder}/{name}")
+        for folder in dict.fromkeys((*self.COCO, *self.GENOME)):
+            if (self.root / folder).is_dir():
+                for name in self.visible(os.listdir(self.root / folder)):
+                    self.files.setdefault(name, name if folder == "." else f"{folder}/{name}")
         found = {task: annotated / f"{task}.json" for task in TASKS if (annotated / f"{task}.json").exists()}
         if not found:
             require(annotated / f"{TASKS[0]}.json", "task file")

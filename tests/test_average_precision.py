@@ -12,7 +12,11 @@ import torch.nn.functional as F
 import test_retrieval
 from benchmarks.base import ListedMetric, Metric, OwnGalleryMetric, average_precision
 from benchmarks.imagenet_r import ShareFound
+from datasets import Triplets
 from test_retrieval import NEVER, CorrectImages, rank_table, rankings, ranks_of_right, recalls
+
+from .test_benchmarks import turned
+from .test_triplets import jsonl, write
 
 FOLDER = Path(__file__).parent / "golden" / "zero_shot"
 V, ARRAYS = json.loads((FOLDER / "benchmarks.json").read_text()), np.load(FOLDER / "benchmarks.npz")
@@ -123,6 +127,22 @@ def test_average_precision_by_hand():
     assert average_precision(ranks, right, 10) == pytest.approx([(1 + 2 / 3 + 3 / 10) / 4, 1 / 8, 0, 1])
 
 
+def test_all_right_answers_of_ones_own_lines_count(tmp_path):
+    """Pictures at 0, 10, ... 70 degrees, the source left out. From 21 on they come as c, d, (b), e, a, f: of the right
+    ones d and f the places are 2 and 5. From 52 on as f, (g), e, h, d: e alone is right, the 2nd."""
+    lines = [{"source_file_name": "b.jpg", "target_file_names": ["f.jpg", "d.jpg"], "text": "is red"},
+             {"source_file_name": "g.jpg", "target_file_name": "e.jpg", "text": "is blue"}]
+    data = Triplets(write(tmp_path, {"test/metadata.jsonl": jsonl(lines)}), "test")
+    assert data.images == [f"test/{letter}.jpg" for letter in "abcdefgh"]
+    (asked,) = data.task().query_sets
+    gallery, queries = (turned(degrees) for degrees in (range(0, 80, 10), [21, 52]))
+    found = data.with_means(recalls(queries, gallery, asked.excluded, asked.metrics))
+    first = (1 / 2 + 2 / 5) / 2
+    assert {name: value for name, value in found.items() if name.startswith("map")} == pytest.approx(
+        {f"map_top{k}_correct_composition": np.mean([first, 1 / 2]) for k in (5, 10, 25, 50)})
+    assert set(found) == set(data.metric_names())
+
+
 def slow_average_precision(is_right, count, k):
     """Of a whole ranking, as the definition has it."""
     hits = [sum(is_right[:place]) / place for place in range(1, min(k, len(is_right)) + 1) if is_right[place - 1]]
@@ -177,6 +197,10 @@ def test_own_galleries_rank_as_one_by_one_does_the_target_last_of_its_equals(see
     for query in range(q):
         scores = [float(queries[query] @ gallery[image]) for image in galleries[query, :sizes[query]]]
         assert ranked[query].tolist() == [sum(score >= scores[0] for score in scores[1:])]
+    table = (queries[:, None] * gallery[torch.tensor(galleries)]).sum(2)        # and as a GPU does it
+    table[torch.tensor(galleries < 0)] = -torch.inf
+    correct = OwnGalleryMetric("x", sizes).correct()
+    assert rank_table(table, None, *correct, pessimistic=True).tolist() == ranked.tolist()
 
 
 def test_an_image_that_a_gallery_has_twice_is_a_tie_whatever_its_size_rounds_to():
