@@ -42,8 +42,8 @@ import main
 from benchmarks.base import MAP_KS, ListedMetric, OwnGalleryMetric
 from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Metric, MITStates
 from flags import Parser, add, at_least, get_parser, plain
-from image_encoders import traits
-from img_text_composition_models import MODELS, Recipe
+from image_encoders import quiet, traits
+from img_text_composition_models import MODELS, OF_TRIPLETS, Recipe
 from machine import distributed
 from machine.device import choose_device, compiled, set_up, usable_cores
 from machine.errors import InputError
@@ -159,7 +159,7 @@ def step_rows(split: Split, batch: int, size: int, repetitions: int) -> list[dic
     for precision, goal in (("fp32", 1.08), ("bf16", 1.12)):
         floor = bare_step(batch, size, CPU, precision, False)
         floor()
-        for kind in [(model, loss) for model in MODELS for loss in LOSSES] if precision == "fp32" else [
+        for kind in [(model, loss) for model in OF_TRIPLETS for loss in LOSSES] if precision == "fp32" else [
                 ("tirg", "soft_triplet"), COMPOSEAE]:
             ways = {"floor": floor, "ours": our_step(split, kind, batch, CPU, precision)}
             for _ in range(repetitions):
@@ -337,6 +337,49 @@ def composer_step(batch: int, text_dim: int) -> Callable:
         losses["total training loss"].backward()
         optimizer.step()
     return step
+
+
+# Zero-shot
+
+def lincir_rows(batch: int, repetitions: int, model: str = "open_clip:ViT-B-32") -> list[dict]:
+    """A LinCIR step of captions of 12 places, start and end among them, whose vectors are kept; the floor is the
+    original's way: all 77 places, and the captions' vectors anew."""
+    with quiet():
+        composer = Recipe("LinCIR", model, traits(model).size, 0, model, 0, {}).build()
+    tower, text = composer.text_tower, composer.text_tower.text
+    optimizer = make_optimizer(composer.train(), 1e-4, 0.01, "adamw")
+    captions, masked = (tower.ids([f"{words} a long red dress with a small belt"] * batch)
+                        for words in ("this is", "$ is"))
+    vectors = tower.encode(captions)                                            # (B, e)
+    step_of = partial(update, optimizer)
+
+    def original() -> torch.Tensor:
+        with torch.no_grad():
+            target = tower.clip.encode_text(captions)
+        words = composer.phi(target + composer.noise(target))
+        rows = torch.where((masked == tower.picture_id)[:, :, None], words[:, None], text.token_embedding(masked))
+        states = text.transformer(rows + text.positional_embedding, attn_mask=text.attn_mask)
+        ends = text.ln_final(states)[torch.arange(batch), masked.argmax(1)]
+        return F.mse_loss(ends @ text.text_projection, target)
+
+    def ours() -> torch.Tensor:
+        features = composer.features(vectors, masked, composer.noise(vectors))
+        return composition_losses(features, COMPOSEAE[1])["total training loss"]
+    ways = {"floor": partial(step_of, original), "ours": partial(step_of, ours)}
+    times, megabytes = compare("LinCIR step", ways, repetitions), {}
+    for name, step in ways.items():
+        with peak_memory(CPU) as megabytes_of:
+            step()
+            megabytes[name] = megabytes_of()
+    what = f"LinCIR step, {model.removeprefix('open_clip:')}'s text tower, {batch} captions of 12 places"
+    return [row(f"{what} (floor: of 77, vectors anew)", times["ours"], times["floor"], 0.25),
+            row("its memory (floor: the same way's)", megabytes["ours"], megabytes["floor"], 0.35, "MB")]
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Callable) -> None:
+    optimizer.zero_grad()
+    loss().backward()
+    optimizer.step()
 
 
 def frozen_test_row(split: Split, kind: str, sentences: SentenceTable, repetitions: int) -> dict:
@@ -890,6 +933,7 @@ def cpu_rows(folder: Path, quick: bool) -> list[dict]:
                         (10, 3, 200) if quick else (245, 8, 53_753))
     small = toy_split(folder, "train", 128, "bicubic")
     rows.append(filling_row(small, folder / "features", repetitions))
+    rows += lincir_rows(8 if quick else 256, min(repetitions, 2))
     rows += search_rows(folder / "search", 1000 if quick else 100_000, size, repetitions)
     return rows
 

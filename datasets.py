@@ -20,6 +20,7 @@ from benchmarks.base import (
     QuerySet,
     RetrievalTask,
     Sample,
+    Ways,
     inside,
     pick,
     require,
@@ -30,7 +31,9 @@ from benchmarks.cirr import CIRR
 from benchmarks.genecis import GeneCIS
 from benchmarks.imagenet_r import ImageNetR
 from benchmarks.lasco import LaSCo
+from benchmarks.pictures import Pictures
 from benchmarks.shoes import Shoes
+from benchmarks.texts import Texts
 from benchmarks.triplets import Triplets
 from machine.errors import InputError
 from machine.picture_files import SUFFIXES
@@ -387,11 +390,16 @@ class FashionIQ(CompositionDataset):
             for name in (entry["candidate"], entry["target"]):
                 if name not in known:
                     raise InputError(f"{where}: image {name!r} is not in split.{category}.{self.files}.json")
-            if self.category == "all":
-                text = f"{category} " + " and it ".join(entry["captions"])
-            else:
-                text = " ".join(entry["captions"])
-            yield category, entry["candidate"], entry["target"], text.lower()
+            yield category, entry["candidate"], entry["target"], self.text(category, entry["captions"])
+
+    def text(self, category: str, captions: list[str]) -> str:
+        """As the paper joins the captions, or as zero-shot composers are asked: LinCIR in both orders, their ends
+        stripped, Pic2Word in the second alone."""
+        orders = [" and ".join(caption.strip(".?, ") for caption in order) for order in (captions, captions[::-1])]
+        if self.caption_form == "published":
+            joined = f"{category} " + " and it ".join(captions) if self.category == "all" else " ".join(captions)
+            return joined.lower()
+        return {"and": orders[0], "both": Ways(*orders), "reversed": " and ".join(captions[::-1])}[self.caption_form]
 
     def __len__(self) -> int:
         return len(self.triplets)
@@ -450,7 +458,7 @@ class FashionIQ(CompositionDataset):
 
 DATASETS = {"mitstates": MITStates, "fashion200k": Fashion200k, "fashionIQ": FashionIQ, "cirr": CIRR,
             "circo": CIRCO, "genecis": GeneCIS, "imagenet_r": ImageNetR, "shoes": Shoes, "lasco": LaSCo,
-            "triplets": Triplets}
+            "triplets": Triplets, "texts": Texts, "pictures": Pictures}
 
 
 def integer_labels(query_values: list[str], gallery_values: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.base import CAPTION_FORMS
 from datasets import DATASETS, FashionIQ
 from machine.errors import InputError
 from machine.stopping import one_of_several
 from machine.streams import shown
+from zero_shot.prompts import PROMPTS, UNTRAINED
 
 VERSION = "0.1.0"                       # of all programs; none was released yet
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -92,7 +94,7 @@ class TrainingParser(Parser):
 
 def refuse(args: argparse.Namespace, device: str) -> None:
     """Raise InputError for flags of main.py that do not go together. device: as asked for, or the kind that it is."""
-    if args.test_only and not args.model_checkpoint:
+    if args.test_only and not args.model_checkpoint and args.model not in UNTRAINED:
         raise InputError("--test_only needs the checkpoint to test: pass --model_checkpoint PATH")
     if args.test_only and args.resume:
         raise InputError("--test_only tests --model_checkpoint and resumes nothing: drop --resume")
@@ -191,6 +193,9 @@ def add_dataset_flags(data, required: bool) -> None:
                       help="folder with the benchmark's published tree, see data/README.md (required)")
     add(data, "--category_to_train", "all", "FashionIQ: all three categories, or this one alone",
         choices=("all", *FashionIQ.CATEGORIES))
+    add(data, "--caption_form", "published", "FashionIQ: how a query's two captions are put together, for zero-shot "
+        "composers: and ('C1 and C2'), reversed ('C2 and C1', Pic2Word's), or both orders, the query being their mean "
+        "(LinCIR's)", choices=CAPTION_FORMS)
     add(data, "--use_complete_text_query", False, "queries say the whole target caption, not only what changes")
     add(data, "--validation", 0.0, "share of the train split's nouns, products or source images to hold out and test "
         "on too; best_checkpoint.pth is then the best on these. Published: 0, the best on the test split",
@@ -223,7 +228,9 @@ def get_parser() -> TrainingParser:
     model = parser.add_argument_group("model")
     add(model, "--model", "composeAE", "composer of image and text: composeAE turns the image's features by the "
         "text's, as complex numbers, RealSpaceConcatAE only joins the two; tirg gates the image's and adds to them; "
-        "TransformerAE, our own, is tirg beside a change that stays near the image",
+        "TransformerAE, our own, is tirg beside a change that stays near the image. Of a frozen CLIP model, zero-shot: "
+        "image, text, sum, product and BASIC learn nothing; LinCIR and Pic2Word make the picture a word of its text "
+        "tower, and learn that from --dataset texts or pictures",
         choices=registered("img_text_composition_models.py", "MODELS"))
     add(model, "--image_encoder", "resnet18", "what encodes images, a last layer Linear(width, D) on it: a classifier "
         "of torchvision's, timm:NAME, or open_clip:MODEL/TAG, whose tag names its weights. Published: resnet18",
@@ -243,6 +250,13 @@ def get_parser() -> TrainingParser:
     add(model, "--text_encoder", "lstm", "what reads texts: lstm, which is trained; service, as --use_bert True; "
         "hf:NAME or hf:FOLDER, a BERT-type model in this process; open_clip:MODEL/TAG, a CLIP model's text tower. "
         "Published: lstm and service", metavar="NAME")
+    add(model, "--prompt", "auto", "zero-shot: what a query's text is put into, {} being the text and $ the picture's "
+        f"word: {', '.join(PROMPTS)}, or your own as 'a photo of $ that {{}}'; auto: the composer's own",
+        metavar="NAME|TEXT")
+    add(model, "--subjects", "", "BASIC: file of texts of what pictures show, one a line", type=path_or_word,
+        metavar="FILE")
+    add(model, "--styles", "", "BASIC: file of texts of how they show it, one a line", type=path_or_word,
+        metavar="FILE")
     add(model, "--learn_words", False, "words that learn are read beside the vectors of a text encoder that does not, "
         "which has what is known of words that training never saw")
     add(model, "--pooling_layer", "own", "hf: layer whose tokens are averaged, -1 the last; own: what a folder of "

@@ -26,10 +26,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from machine.device import send
 from machine.downloads import fetched, from_hub
 from machine.errors import InputError, first_line
-from machine.image_store import IMAGENET_MEAN, IMAGENET_STD
-from machine.tensor_files import counted, difference, read_weights
+from machine.image_store import IMAGENET_MEAN, IMAGENET_STD, normalize_images
+from machine.tensor_files import counted, difference, fingerprint, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +128,54 @@ class LastLayer(nn.Sequential):
         return super().forward(F.dropout(features, self.dropout, self.training) if self.dropout else features)
 
 
+class ImageSide(nn.Module):
+    """What composers do with images, whatever they make of them: of a module with `img_model`, its name's `traits`,
+    its `recipe`, and `a`, whose device and kind of numbers are the model's.
+
+    bf16: whether the image encoder, nearly all of the work, computes in bfloat16; the rest stays float32.
+    """
+
+    bf16 = False
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 pixels, or `normalized` ones, or the (B, W) that `backbone` gives of them -> (B, D)."""
+        with self.rounding(images.device):
+            encode = self.img_model if images.ndim == 4 else self.last_layer
+            return encode(self.normalized(images)).to(self.a.dtype)
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The image encoder's, Linear(W, D); of one that is used as it is, nothing: W = D."""
+        return self.img_model.get_submodule(self.traits.head)
+
+    @torch.inference_mode()
+    def backbone(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, W) float32 on the CPU: what the encoder's last layer is given in a test."""
+        self.img_model.eval()
+        given: list[Tensor] = []
+        with (self.last_layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])),
+              self.rounding(self.a.device)):
+            self.img_model(self.normalized(send(images, self.a.device)))
+        return given[0].float().cpu()
+
+    def backbone_fingerprint(self) -> str:
+        """Twelve digits that change with whatever `backbone` depends on, but for the pixels."""
+        known, held = self.traits, self.img_model.state_dict()
+        weights = {name: value for name, value in held.items() if not name.startswith(f"{known.head}.")}
+        return fingerprint(weights, self.recipe.image_encoder, self.recipe.image_size, known.resampling, known.mean,
+                           known.std, self.bf16, *known.stages)[:12]
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Pixels as the encoder wants them, float32; what is none is left as it is."""
+        if images.dtype != torch.uint8:
+            return images
+        return normalize_images(images, self.traits.mean, self.traits.std)
+
+    def rounding(self, device: torch.device) -> torch.autocast:
+        """What images are encoded in: bfloat16 with `bf16`. Weights are rounded once in each outermost one."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
+
+
 # What is known of a name
 
 @cache
@@ -155,8 +204,9 @@ def encoder_head(name: str, features: str = "last") -> tuple[str, int]:
     return known.head, known.width
 
 
-def image_encoder(name: str, image_dim: int, image_size: int, features: str = "last") -> nn.Module:
-    """The encoder of this name with random weights, its last layer Linear(width, image_dim). features: as in `traits`.
+def image_encoder(name: str, image_dim: int | None, image_size: int, features: str = "last") -> nn.Module:
+    """The encoder of this name with random weights, its last layer Linear(width, image_dim); with None, none. features:
+    as in `traits`.
 
     Raises InputError where it cannot take images of this size.
     """
@@ -171,7 +221,8 @@ def image_encoder(name: str, image_dim: int, image_size: int, features: str = "l
                 made = tuple(encoder.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
             if len(made) != 2 or (isinstance(encoder, Headed) and made[1] != known.width):
                 raise InputError(f"--image_encoder {name} makes {made} of an image, not one vector; choose another")
-        encoder.set_submodule(known.head, LastLayer(nn.Linear(known.width, image_dim)))
+        last = nn.Identity() if image_dim is None else LastLayer(nn.Linear(known.width, image_dim))
+        encoder.set_submodule(known.head, last)
     except (ValueError, RuntimeError, AssertionError, TypeError, IndexError) as error:
         raise InputError(f"--image_encoder {name} takes no images of {image_size} pixels "
                          f"({first_line(error)}); pass another --image_size") from None

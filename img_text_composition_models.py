@@ -6,19 +6,22 @@ Module names are those of the original release, so that its checkpoints load.
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from image_encoders import image_encoder, traits
+from image_encoders import ImageSide, image_encoder, load_image_weights, traits
 from machine.device import send
-from machine.image_store import normalize_images
 from machine.pooled_convolution import in_one_pass, pooled_convolution
-from machine.tensor_files import fingerprint
+from machine.progress import no_progress
 from text_model import LearnedWords, SimpleVocab, TextLSTMModel
-from torch_function import NormalizationLayer
+from torch_function import ByCosine, NormalizationLayer
+from zero_shot import simple
+from zero_shot.basic import BASIC
+from zero_shot.lincir import LinCIR
+from zero_shot.pic2word import Pic2Word
 
 SentenceVectors = Callable[[list[str]], Tensor]
 
@@ -71,7 +74,7 @@ class Fusion(nn.Sequential):
         return of_rows
 
 
-class ImgTextCompositionBase(nn.Module):
+class ImgTextCompositionBase(ImageSide, ByCosine):
     """Encoders, feature normalization and the training forward that all composers share.
 
     vocabulary: of the LSTM. sentence_vectors: texts -> (B, T) without gradient; where given, they are used in place
@@ -79,11 +82,13 @@ class ImgTextCompositionBase(nn.Module):
     encoder: a name that image_encoders.py knows; image_size: S, which some of them are built for; image_features: what
     its last layer is given, of FEATURES there.
     learn_words: whether words that learn are read beside the sentence vectors; T is then of the two together.
-    bf16: whether the image encoder, nearly all of the work, computes in bfloat16; the rest stays float32.
     example_texts: some that it is trained with, for whoever searches with it.
     """
 
-    bf16 = False
+    is_of_vectors = True                # whether it composes of nothing but an image's and a text's vector
+    learns_from = "triplets"            # what kind of dataset it is trained on
+    betas, eps = (0.9, 0.999), 1e-8     # of AdamW
+    about = ""                          # what a test says of it, where its name does not
     example_texts: Sequence[str] = ()
     recipe: "Recipe"                                                            # as `Recipe.build` made it
 
@@ -100,11 +105,36 @@ class ImgTextCompositionBase(nn.Module):
         self.text_dim = text_dim + (LearnedWords.size if learn_words else 0)
         self.a = nn.Parameter(torch.tensor([1.0, 10.0, 1.0, 1.0]))              # weights of a composer's two branches
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 pixels, or `normalized` ones, or the (B, W) that `backbone` gives of them -> (B, D)."""
-        with self.rounding(images.device):
-            encode = self.img_model if images.ndim == 4 else self.last_layer
-            return encode(self.normalized(images)).to(self.a.dtype)
+    @classmethod
+    def of(cls, recipe: "Recipe", sentence_vectors: SentenceVectors | None) -> "ImgTextCompositionBase":
+        """Of a record, with random weights."""
+        return cls(SimpleVocab(recipe.words), recipe.image_dim, recipe.text_dim, sentence_vectors,
+                   recipe.image_encoder, recipe.image_size, recipe.image_features, recipe.learn_words)
+
+    def load_weights(self, weights: str, progress: Callable = no_progress) -> None:
+        """To start from: as `load_image_weights` takes them."""
+        load_image_weights(self.img_model, weights, self.recipe.image_encoder)
+
+    @property
+    def vocabulary(self) -> SimpleVocab | None:
+        """All words that it can read; None where it can read any."""
+        return self.text_model.vocabulary if self.sentence_vectors is None else None
+
+    def watched(self) -> dict[str, float]:
+        """What is worth watching in training beside the losses."""
+        return {"scale": self.normalization_layer.norm_s.item(),
+                **{f"a {i}": value for i, value in enumerate(self.a.tolist())}}
+
+    def parameter_groups(self, rate: float) -> list[dict]:
+        """Every weight in one of three groups: the encoder's new last layer, its pretrained rest (0.1 x), all others.
+        """
+        def group(name: str) -> str:
+            if name.startswith(f"img_model.{self.traits.head}."):
+                return "head"
+            return "backbone" if name.startswith("img_model.") else "rest"
+        named = list(self.named_parameters())
+        return [{"params": [weight for name, weight in named if group(name) == key], "lr": factor * rate}
+                for key, factor in (("head", 1.0), ("backbone", 0.1), ("rest", 1.0))]
 
     def encode_images(self, source: Tensor, target: Tensor) -> Sequence[Tensor]:
         """Both as `encode_image`, one after the other, for batch norm sees each apart; but what is left of a frozen
@@ -113,42 +143,10 @@ class ImgTextCompositionBase(nn.Module):
             return self.encode_image(torch.cat([source, target])).chunk(2)
         return self.encode_image(source), self.encode_image(target)
 
-    @property
-    def last_layer(self) -> nn.Module:
-        """The image encoder's, Linear(W, D)."""
-        return self.img_model.get_submodule(self.traits.head)
-
     def freeze_backbone(self) -> None:
         """Of the image encoder only the last layer learns."""
         self.img_model.requires_grad_(False)
         self.last_layer.requires_grad_(True)
-
-    @torch.inference_mode()
-    def backbone(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, W) float32 on the CPU: what the encoder's last layer is given in a test."""
-        self.img_model.eval()
-        given: list[Tensor] = []
-        with (self.last_layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])),
-              self.rounding(self.a.device)):
-            self.img_model(self.normalized(send(images, self.a.device)))
-        return given[0].float().cpu()
-
-    def backbone_fingerprint(self) -> str:
-        """Twelve digits that change with whatever `backbone` depends on, but for the pixels."""
-        known, held = self.traits, self.img_model.state_dict()
-        weights = {name: value for name, value in held.items() if not name.startswith(f"{known.head}.")}
-        return fingerprint(weights, self.recipe.image_encoder, self.recipe.image_size, known.resampling, known.mean,
-                           known.std, self.bf16, *known.stages)[:12]
-
-    def normalized(self, images: Tensor) -> Tensor:
-        """Pixels as the encoder wants them, float32; what is none is left as it is."""
-        if images.dtype != torch.uint8:
-            return images
-        return normalize_images(images, self.traits.mean, self.traits.std)
-
-    def rounding(self, device: torch.device) -> torch.autocast:
-        """What images are encoded in: bfloat16 with `bf16`. Weights are rounded once in each outermost one."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
 
     def encode_text(self, texts: list[str]) -> Tensor:
         """B texts -> (B, T)."""
@@ -393,7 +391,10 @@ class TransformerAE(TIRG):
         return {"text_prediction": self.change_reader(image, target), "text": text}
 
 
-MODELS = {"tirg": TIRG, "composeAE": ComposeAE, "RealSpaceConcatAE": RealSpaceConcatAE, "TransformerAE": TransformerAE}
+MODELS = {"tirg": TIRG, "composeAE": ComposeAE, "RealSpaceConcatAE": RealSpaceConcatAE, "TransformerAE": TransformerAE,
+          "image": simple.ImageAlone, "text": simple.TextAlone, "sum": simple.Sum, "product": simple.Product,
+          "Pic2Word": Pic2Word, "LinCIR": LinCIR, "BASIC": BASIC}
+OF_TRIPLETS = {name: kind for name, kind in MODELS.items() if kind.learns_from == "triplets"}
 
 
 @dataclass(frozen=True)
@@ -404,8 +405,9 @@ class Recipe:
     composer: of MODELS. image_encoder: as image_encoders.py names them. image_size: S in pixels. image_dim, text_dim:
     D, T. text_encoder: 'lstm', or 'service' for sentence vectors that come from outside. words: the LSTM's vocabulary,
     word to id. image_features: what the encoder's last layer is given, of image_encoders.py's FEATURES. learn_words:
-    whether words that learn, of the same vocabulary, are read beside the sentence vectors, whose size T is. What has a
-    default is not in older checkpoints, which are as it says.
+    whether words that learn, of the same vocabulary, are read beside the sentence vectors, whose size T is. prompt:
+    what a zero-shot composer puts a text into. corpora: BASIC's subjects and its styles. What has a default is not in
+    older checkpoints, which are as it says.
     """
     composer: str
     image_encoder: str
@@ -416,13 +418,15 @@ class Recipe:
     words: dict[str, int]
     image_features: str = "last"
     learn_words: bool = False
+    prompt: str = "auto"
+    corpora: list[list[str]] = field(default_factory=list)
 
     def build(self, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:
         """The model with random weights, knowing its recipe. Raises InputError for an encoder that takes no such
-        images."""
-        model = MODELS[self.composer](SimpleVocab(self.words), self.image_dim, self.text_dim, sentence_vectors,
-                                      self.image_encoder, self.image_size, self.image_features, self.learn_words)
-        model.recipe = self
+        images, or is none that the composer takes."""
+        model = MODELS[self.composer].of(self, sentence_vectors)
+        sizes = {"image_dim": model.image_dim, "text_dim": model.text_dim} if model.frozen else {}
+        model.recipe = replace(self, **sizes)
         return model
 
     def plain(self) -> dict:

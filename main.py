@@ -19,14 +19,14 @@ if __name__ == "__main__":                                                      
 import torch
 
 from benchmarks.base import Epoch
-from image_encoders import load_image_weights
-from img_text_composition_models import ImgTextCompositionBase, Recipe
+from img_text_composition_models import MODELS, ImgTextCompositionBase, Recipe
 from machine import distributed
 from machine.device import choose_device, compiled, seed_everything, set_up
 from machine.folder_lock import FolderLock
 from machine.progress import progress_bar, say
 from machine.streams import log_to_stderr
 from machine.tensor_files import fingerprint
+from machine.text_files import read_lines
 from test_retrieval import evaluate
 from text_model import SimpleVocab, spread
 from training import checkpoint, report
@@ -41,24 +41,39 @@ from training.sizes import check_sizes, check_test_size
 def make_model(args: argparse.Namespace, data: Data, source: str | Path, state: dict | None,
                device: torch.device) -> ImgTextCompositionBase:
     """The composer with a checkpoint's, ImageNet's or random weights, ready to be trained on the device."""
-    words = state and checkpoint.vocabulary(state, lstm_used=data.sentences is None or args.learn_words)
-    if not words and not data.train:
-        raise InputError(f"the checkpoint {source} has no vocabulary, so that of its train split is needed to test it")
-    words = words or SimpleVocab.from_texts(data.train.training_texts())
-    recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim,
-                    args.text_encoder, data.sentences.dim if data.sentences else args.text_embed_dim, words.word2id,
-                    args.image_features, args.learn_words)
+    if MODELS[args.model].frozen:
+        recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim, args.text_encoder, 0, {},
+                        prompt=args.prompt, corpora=corpora_of(args, state))
+    else:
+        recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim, args.text_encoder,
+                        data.sentences.dim if data.sentences else args.text_embed_dim,
+                        words_of(args, data, source, state), args.image_features, args.learn_words)
     model = recipe.build(data.sentences)
     model.last_layer.dropout = args.feature_dropout
+    if checkpoint.lacks_towers(state, model) and distributed.first():           # whose weights all take in `averaging`
+        model.load_weights(args.image_weights, progress_bar)
     if state:
         checkpoint.restore(model, state, source)
-    elif distributed.first():                                                   # whose weights all take in `averaging`
-        load_image_weights(model.img_model, args.image_weights, args.image_encoder)
     if data.train:
         samples = Epoch(data.train, args.seed, 0)
         texts = dict.fromkeys(samples[i].text for i in spread(range(len(samples)), 2048))
         model.example_texts = spread([*texts], 256)
     return ready(model, device, args.precision, args.compile)
+
+
+def words_of(args: argparse.Namespace, data: Data, source: str | Path, state: dict | None) -> dict[str, int]:
+    """The LSTM's vocabulary: the checkpoint's, or of the train split."""
+    words = state and checkpoint.vocabulary(state, lstm_used=data.sentences is None or args.learn_words)
+    if not words and not data.train:
+        raise InputError(f"the checkpoint {source} has no vocabulary, so that of its train split is needed to test it")
+    return (words or SimpleVocab.from_texts(data.train.training_texts())).word2id
+
+
+def corpora_of(args: argparse.Namespace, state: dict | None) -> list[list[str]]:
+    """BASIC's two: of files, or the checkpoint's."""
+    files = [Path(file) for file in (args.subjects, args.styles) if file]
+    return [list(dict.fromkeys(line.strip() for _, line in read_lines(file))) for file in files] or (
+        (state or {}).get("recipe", {}).get("corpora", []))
 
 
 def ready(model: ImgTextCompositionBase, device: torch.device, precision: str, fast: bool) -> ImgTextCompositionBase:
@@ -80,14 +95,18 @@ def run(args: argparse.Namespace, start: Start, stopping: Stopping, device: torc
     data = make_data(args, start)
     check_test_size(args, max(len(split.store) for split in data.every.values()), device)
     model = make_model(args, data, start.source, start.state, device)
-    if data.sentences is None and distributed.first():
-        note_unread_words(model.text_model.vocabulary, data, args.seed)
+    if model.vocabulary and distributed.first():
+        note_unread_words(model.vocabulary, data, args.seed)
     place_images(args, data.every, model)
     log = open_log(args, start, data, lock)
-    introduce(args, start, data, device, log.folder)
+    introduce(args, start, data, model, device, log.folder)
     test = partial(evaluate_splits, args, model, data)
     if args.test_only:
-        report.show_results(log, test(start.state["it"]), start.state["it"])
+        it = start.state["it"] if start.state else 0
+        results = report.show_results(log, test(it), it)
+        if checkpoint.lacks_towers(start.state, model) and distributed.first():
+            file = checkpoint.save_untrained(log.folder, model, plain(args), results)
+            say(f"{file}: this model, as search.py and --model_checkpoint take it")
     else:
         training = Training(args, model, data.splits["train"], log, test, stopping,
                             {"turn": start.turn, "data": data.digests})
@@ -96,7 +115,7 @@ def run(args: argparse.Namespace, start: Start, stopping: Stopping, device: torc
         training.run()
     for split in data.served.values():
         evaluate_split(args, model, split,
-                       watch=report.Submission(log.folder, split.data) if distributed.first() else None)
+                       watch=report.Submission(log.folder, split.data, model.score) if distributed.first() else None)
     log.close()
 
 
@@ -108,11 +127,14 @@ def open_log(args: argparse.Namespace, start: Start, data: Data, lock: FolderLoc
                          silent=not distributed.first(), tabled=data.test.tabled)
 
 
-def introduce(args: argparse.Namespace, start: Start, data: Data, device: torch.device, folder: Path) -> None:
+def introduce(args: argparse.Namespace, start: Start, data: Data, model: ImgTextCompositionBase, device: torch.device,
+              folder: Path) -> None:
     """Say what is run, on what and where."""
     for split in data.splits.values():
         if split.data.about:
             say(split.data.about)
+    if model.about:
+        say(model.about)
     say(f"{args.model} on {args.dataset}, {device}: {len(data.train or ())} training samples, "
         f"{len(data.test.images)} test images; logs in {folder}"
         + (f", going on after iteration {start.state['it']}" if start.resumed else "")
@@ -129,11 +151,11 @@ def evaluate_splits(args: argparse.Namespace, model: ImgTextCompositionBase, dat
     """The retrieval test of each split, and what is to be seen of it, after so many iterations."""
     tested, weights = {}, fingerprint(model.state_dict(), data.sentences and data.sentences.features)[:12]
     for name, split in data.splits.items():
-        seen = report.QualitativeResults(split.store, it, split.data.images)
+        seen = report.QualitativeResults(split.store, it, split.data.images, model.score)
         tested[name] = report.SplitResult(evaluate_split(
             args, model, split, baselines=args.baselines and split.data is data.test,
             watch=seen if distributed.first() else None), seen,
-            {**split.data.protocol(args.seed, getattr(model, "template", "{}")), "weights": weights})
+            {**split.data.protocol(args.seed), "weights": weights, **model.protocol()})
     return tested
 
 

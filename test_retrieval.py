@@ -11,19 +11,22 @@ numbers are those of one process.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.base import CompositionDataset, Judged, QuerySet
+from benchmarks.base import CompositionDataset, Judged, QuerySet, ways_of
 from machine import distributed
 from machine.compiled import compiled
 from machine.device import send
 from machine.feature_store import FeatureStore
 from machine.image_store import DeviceStore, ImageStore, prefetch
 from machine.progress import no_progress
+from torch_function import cosines
+from zero_shot.simple import beside
 
 TEXTS_AT_ONCE = 1024
 COMPOSED_AT_ONCE = {"cpu": 256, "cuda": 1024}                               # by each of a CPU's threads, or by a GPU
@@ -31,9 +34,12 @@ COMPOSED_AT_ONCE = {"cpu": 256, "cuda": 1024}                               # by
 QUERIES_AT_ONCE, SCORES_AT_ONCE = {"cpu": 256, "cuda": 4096}, {"cpu": 2**23, "cuda": 2**25}
 NEVER = np.iinfo(np.int64).max          # the rank of what is not there, as a correct image: no hit at any K
 IMAGE, TEXT, SOLVED = "source image alone", "text alone", "queries solved by"
+OF_TWO_TOWERS = {"image": IMAGE, "text": TEXT, "sum": "image + text", "product": "image x text"}    # of one space
 
 Store = ImageStore | DeviceStore | FeatureStore
 Progress = Callable
+Ask = Callable[[QuerySet, Tensor], Tensor]  # of a query set, and rows of its sources' features: what `score` takes
+Score = Callable[[Tensor, Tensor], Tensor]  # (q, Q) queries, (N, D) unit rows -> (q, N), the higher the better
 Watch = Callable[[QuerySet, np.ndarray, Tensor, Tensor, list[np.ndarray]], None]
 
 
@@ -64,8 +70,14 @@ def encode_images(model, store: Store, ids: Sequence[int], batch_size: int, work
 @torch.inference_mode()
 def compose_queries(model, images: Tensor, sources: Tensor, texts: list[str],
                     progress: Progress = no_progress) -> Tensor:
-    """(N, D) features, (Q,) rows of the source images in it, Q texts -> (Q, D) unit query vectors; each distinct text
-    is encoded once."""
+    """(N, D) features, (Q,) rows of the source images in it, Q texts -> (Q, D) unit query vectors, or what else the
+    model's `score` takes; each distinct text is encoded once. A query of several ways is the mean of theirs."""
+    ways = [ways_of(text) for text in texts]
+    if any(len(each) > 1 for each in ways):
+        counts = torch.tensor([*map(len, ways)], device=sources.device)         # (Q,)
+        each = compose_queries(model, images, sources.repeat_interleave(counts), [*chain(*ways)], progress)
+        query = torch.arange(len(ways), device=sources.device).repeat_interleave(counts)
+        return model.as_query(each.new_zeros(len(ways), each.shape[1]).index_add_(0, query, each) / counts[:, None])
     def in_batches(make: Callable[[slice], Tensor], count: int, at_once: int, size: int, each_part: Callable,
                    what: str) -> Tensor:
         """(count, size), each process making its share of the batches."""
@@ -93,8 +105,8 @@ def compose_queries(model, images: Tensor, sources: Tensor, texts: list[str],
     else:
         def compose(image: Tensor, text: Tensor) -> Tensor:
             return model.compose(images[image], vectors[text])
-    return in_batches(lambda part: F.normalize(compose(sources[part], rows[part]), dim=1), len(texts),
-                      COMPOSED_AT_ONCE[kind], model.image_dim, each_part, "composing queries")
+    return in_batches(lambda part: model.as_query(compose(sources[part], rows[part])), len(texts),
+                      COMPOSED_AT_ONCE[kind], model.query_dim, each_part, "composing queries")
 
 
 class CorrectImages:
@@ -209,12 +221,14 @@ def on_each_core(make: Callable, items: Iterable) -> Iterator:
 
 @torch.inference_mode()
 def ranks_of_right(queries: Tensor, gallery: Tensor, own: np.ndarray, metrics: Sequence[Judged],
-                   progress: Progress = no_progress, galleries: np.ndarray | None = None) -> list[np.ndarray]:
+                   progress: Progress = no_progress, galleries: np.ndarray | None = None,
+                   score: Score = cosines) -> list[np.ndarray]:
     """For each metric, (Q, W) 0-based ranks of every query's right images, ascending, and NEVER past the last: of its
     best one, or where the metric has a depth of all that are so far ahead.
 
-    queries: (Q, D), gallery: (N, D), unit rows. own: (Q,) gallery position left out of a query's ranking, -1 for none.
-    galleries: (Q, C) the gallery positions that each query ranks alone, -1 past its last.
+    queries: (Q, D) unit rows, or what `score` takes; gallery: (N, D), unit rows. own: (Q,) gallery position left out of
+    a query's ranking, -1 for none. galleries: (Q, C) the gallery positions that each query ranks alone, -1 past its
+    last.
     Raises FloatingPointError where features are not finite: every comparison with NaN is false, which would count
     as a perfect rank.
     """
@@ -239,12 +253,19 @@ def ranks_of_right(queries: Tensor, gallery: Tensor, own: np.ndarray, metrics: S
         chunk, table = slice(start, start + step), tables.pop()
         asked, scores = queries[chunk], table[:len(queries[chunk])]
         if galleries is None:
-            torch.mm(asked, gallery.T, out=scores)                              # (q, N)
+            if score is cosines:
+                torch.mm(asked, gallery.T, out=scores)                          # (q, N)
+            else:
+                scores.copy_(score(asked, gallery))
             masked = (own[chunk] >= 0).nonzero()[:, 0]
             scores[masked, own[chunk][masked]] = -torch.inf
         else:                                   # summed up alike in each column, so that an image listed twice is a tie
             listed = galleries[chunk]                                           # (q, C)
-            torch.sum(gallery[listed.clamp(min=0)] * asked[:, None], dim=2, out=scores)     # of (q, C, D)
+            near = gallery[listed.clamp(min=0)]                                 # (q, C, D)
+            if score is cosines:
+                torch.sum(near * asked[:, None], dim=2, out=scores)
+            else:
+                scores.copy_(torch.cat([score(one[None], rows) for one, rows in zip(asked, near, strict=True)]))
             scores[listed < 0] = -torch.inf
         found = [ranks_in(scores, images, chunk) for images in correct]
         tables.append(table)
@@ -264,12 +285,13 @@ def ranks(queries: Tensor, gallery: Tensor, own: np.ndarray, metrics: Sequence[J
 
 
 @torch.inference_mode()
-def rankings(queries: Tensor, gallery: Tensor, own: np.ndarray, first: int | None = None) -> Iterator[np.ndarray]:
+def rankings(queries: Tensor, gallery: Tensor, own: np.ndarray, first: int | None = None,
+             score: Score = cosines) -> Iterator[np.ndarray]:
     """Of each query all gallery positions but its own, or the `first` of them, the best first, of equally good ones the
-    earlier; as `ranks`."""
+    earlier; as `ranks_of_right`."""
     step = max(1, min(QUERIES_AT_ONCE["cpu"], SCORES_AT_ONCE["cpu"] // len(gallery)))
     for start in range(0, len(queries), step):
-        scores = (queries[start:start + step] @ gallery.T).cpu().numpy()        # (q, N)
+        scores = score(queries[start:start + step], gallery).cpu().numpy()      # (q, N)
         for row, mine in zip(scores, own[start:start + step], strict=True):
             places = np.arange(len(row))
             if first is not None and first + 1 < len(row):                      # all that score as high as the last one
@@ -298,8 +320,9 @@ def evaluate(model, dataset: CompositionDataset, store: Store, batch_size: int =
 
     batch_size: images the encoder takes at once; 0 leaves it to `encoder_batch`.
     "source image alone" ranks by the source image's feature, "text alone" composes every text with the gallery's
-    mean feature, "chance" is the expected recall of a random order, and "queries solved by" counts those that the first
-    two solve, as the dataset's `solved_at` says. Deterministic; the model's mode is restored.
+    mean feature; where both encoders are of one space, it ranks by the text's own, and the sum and the product of the
+    two cosines are there, too. "chance" is the expected recall of a random order, and "queries solved by" counts those
+    that the first two solve, as the dataset's `solved_at` says. Deterministic; the model's mode is restored.
     watch: called for each query set with it, the gallery's image ids, unit query vectors (Q, D), the unit gallery
     (N, D), and each metric's (Q,) ranks.
     """
@@ -315,19 +338,23 @@ def evaluate(model, dataset: CompositionDataset, store: Store, batch_size: int =
         gallery = features[rows(task.gallery)]
         average = gallery.mean(0, keepdim=True)
         gallery = F.normalize(gallery, dim=1)
+        model.meet(gallery)
 
-        methods: dict[str, Callable[[QuerySet, Tensor], Tensor]] = {
-            "model": lambda query_set, sources: compose_queries(model, features, sources, query_set.texts, progress)}
+        def composed_by(composer) -> Ask:
+            return lambda query_set, sources: compose_queries(composer, features, sources, query_set.texts, progress)
+        methods: dict[str, tuple[Ask, Score]] = {"model": (composed_by(model), model.score)}
         if baselines:
-            methods |= {IMAGE: lambda query_set, sources: F.normalize(features[sources], dim=1),
-                        TEXT: lambda query_set, sources: compose_queries(model, average, torch.zeros_like(sources),
-                                                                         query_set.texts, progress)}
+            methods |= {IMAGE: (lambda query_set, sources: F.normalize(features[sources], dim=1), cosines),
+                        TEXT: (lambda query_set, sources: compose_queries(model, average, torch.zeros_like(sources),
+                                                                          query_set.texts, progress), model.score),
+                        **{OF_TWO_TOWERS[name]: (composed_by(composer), composer.score)
+                           for name, composer in beside(model).items()}}
         found, hits = {method: {} for method in methods}, {method: [] for method in methods}
-        for method, ask in methods.items():
+        for method, (ask, score) in methods.items():
             for query_set in task.query_sets:
                 queries = ask(query_set, rows(query_set.sources))
                 ranked = ranks_of_right(queries, gallery, query_set.excluded, query_set.metrics, progress,
-                                        query_set.galleries)
+                                        query_set.galleries, score)
                 best = [each[:, 0] for each in ranked]
                 if watch is not None and method == "model":
                     watch(query_set, task.gallery, queries, gallery, best)

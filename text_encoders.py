@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from image_encoders import LIBRARIES, quiet
 from machine.downloads import offline
@@ -121,34 +122,39 @@ class ClipTower(InProcess):
     """A CLIP model's text tower and its projection. weights: 'imagenet' for the name's own, or a file of them."""
 
     def __init__(self, model: str, weights: str):
-        library = LIBRARIES["open_clip"]
-        plain, _ = library.parts(model)
-        if weights == "none":
-            raise InputError(f"--text_encoder open_clip:{model} learns nothing, so it needs weights: pass "
-                             "--image_weights imagenet or PATH")
-        try:
-            with quiet(), torch.random.fork_rng(devices=[]):
-                self.tower = library.whole(model).eval()
-                path = library.fetched(model) if weights == "imagenet" else Path(weights)
-                state = library.state(path, self.tower)
-                missing, _ = self.tower.load_state_dict(state, strict=False)
-        except Exception as error:                                              # torch.load raises a dozen types
-            raise InputError(f"--text_encoder open_clip:{model}: cannot load its weights {weights!r} "
-                             f"({first_line(error)}){to_fetch(error)}") from None
-        if missing := [name for name in missing if not name.startswith(("visual.", "logit_"))]:
-            raise InputError(f"--text_encoder open_clip:{model}: {weights} lacks its text tower's weights, first "
-                             f"{missing[0]}")
+        plain, _ = LIBRARIES["open_clip"].parts(model)
+        self.tower = loaded_clip(model, weights)
         self.tokenizer = clip_tokenizer(model, plain)
-        kept = {name: value for name, value in self.tower.state_dict().items() if not name.startswith("visual.")}
         self.name, self.features = f"open_clip:{model}", {"text_encoder": "open_clip", "model": plain,
-                                                          "fingerprint": fingerprint(kept)[:12]}
-        self.tower.visual = None
+                                                          "fingerprint": fingerprint(self.tower.state_dict())[:12]}
         self.dim = self.vectors(["size"]).shape[1]
 
     @torch.inference_mode()
     def vectors(self, texts: list[str]) -> np.ndarray:
         readable = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair is no text
         return self.tower.encode_text(self.tokenizer(readable)).float().numpy()
+
+
+def loaded_clip(model: str, weights: str) -> nn.Module:
+    """open_clip's model without its images' tower. weights: as of `ClipTower`. Raises InputError where they cannot be
+    loaded, or lack the text tower's."""
+    library = LIBRARIES["open_clip"]
+    if weights == "none":
+        raise InputError(f"--text_encoder open_clip:{model} learns nothing, so it needs weights: pass "
+                         "--image_weights imagenet or PATH")
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            tower = library.whole(model).eval()
+            path = library.fetched(model) if weights == "imagenet" else Path(weights)
+            missing, _ = tower.load_state_dict(library.state(path, tower), strict=False)
+    except Exception as error:                                              # torch.load raises a dozen types
+        raise InputError(f"--text_encoder open_clip:{model}: cannot load its weights {weights!r} "
+                         f"({first_line(error)}){to_fetch(error)}") from None
+    if missing := [name for name in missing if not name.startswith(("visual.", "logit_"))]:
+        raise InputError(f"--text_encoder open_clip:{model}: {weights} lacks its text tower's weights, first "
+                         f"{missing[0]}")
+    tower.visual = None
+    return tower
 
 
 def clip_tokenizer(model: str, plain: str) -> Callable[[list[str]], torch.Tensor]:

@@ -9,6 +9,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def cosines(queries: Tensor, gallery: Tensor) -> Tensor:
+    """Unit rows (B, D), (N, D) -> (B, N): what queries are compared with images by."""
+    return queries @ gallery.T
+
+
+class ByCosine:
+    """How a composer's answers are ranked, of a class that has `image_dim`, D: a query is a unit vector, and cosines
+    compare it with a gallery's. Others say all four."""
+
+    frozen = False                      # whether it is made of a CLIP model's two towers, which stay as they are
+    score = staticmethod(cosines)       # of what `as_query` gives, (B, Q), with unit rows (N, D): (B, N)
+
+    @property
+    def query_dim(self) -> int:
+        """Q."""
+        return self.image_dim
+
+    def as_query(self, composed: Tensor) -> Tensor:
+        """What `compose` gives -> (B, Q)."""
+        return F.normalize(composed, dim=1)
+
+    def protocol(self) -> dict[str, str]:
+        """What numbers of it depend on that a benchmark does not say, in plain values."""
+        return {}
+
+    def meet(self, gallery: Tensor) -> None:
+        """Before queries are composed that are to be ranked against a gallery, unit rows (N, D): what depends on it."""
+
+
 class NormalizationLayer(nn.Module):
     """L2-normalize each row, then multiply by one learned scale (TIRG section 3.3; initial value 4)."""
 
@@ -81,6 +110,14 @@ def text_prediction_loss(predicted: Tensor, text: Tensor, text_labels: Tensor) -
     return F.relu(multi_positive_losses(scores, text_labels[:, None] == text_labels) - math.log(2)).mean()
 
 
+def both_ways_classification_loss(rows: Tensor, columns: Tensor) -> Tensor:
+    """The mean of the two cross entropies over the batch, of the rows of rows @ columns^T and of its columns: CLIP's,
+    as Pic2Word has it. One of the two has the scale on it. (B, e) twice."""
+    logits = rows @ columns.T                                                   # (B, B)
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
 LOSSES = {"soft_triplet": soft_triplet_loss, "batch_based_classification": batch_based_classification_loss,
           "caption_aware_classification": caption_aware_classification_loss}
 
@@ -92,12 +129,16 @@ def composition_losses(features: dict[str, Tensor], loss: str,
 
     `loss` names the metric loss, which judges query against target (weight 1) and, for ComposeAE, the conjugate
     composition against the source (0.01); the two reconstructions weigh 0.1 each (ComposeAE eq. 9 to 12).
-    TransformerAE's text that is predicted from two images weighs 1.
+    TransformerAE's text that is predicted from two images weighs 1. LinCIR and Pic2Word have a loss of their own each
+    (zero_shot/), and neither query nor target.
     gather: (B, D) of this process -> (all, D): where several share a batch, every query meets the targets of all.
     target_labels: (B,) ints of this process, equal for targets of one caption; of the losses, one asks for them.
     """
     def metric_loss(query: Tensor, target: Tensor, **known: Tensor) -> Tensor:
         return LOSSES[loss](gather(query), gather(target), **known)
+
+    def gathered(compare: Callable) -> Callable:
+        return lambda own, other: compare(gather(own), gather(other))
 
     def text_prediction(predicted: Tensor, text: Tensor) -> Tensor:
         return text_prediction_loss(gather(predicted), gather(text), gather(features["text_labels"]))
@@ -109,6 +150,8 @@ def composition_losses(features: dict[str, Tensor], loss: str,
         "L2_loss_text": (0.1, F.mse_loss, "decoded_text", "text"),
         "rot_sym_loss": (0.01, metric_loss, "rotated_back", "source"),
         "told_text_loss": (1.0, text_prediction, "text_prediction", "text"),
+        "said_anew_loss": (1.0, F.mse_loss, "said_anew", "caption"),
+        "pictures_word_loss": (1.0, gathered(both_ways_classification_loss), "picture", "said_of_it"),
     }
     present = {name: term for name, term in terms.items() if term[2] in features}
     losses = {name: compare(features[a], features[b]) for name, (_, compare, a, b) in present.items()}

@@ -23,6 +23,7 @@ from machine.picture_folder import is_passed_over, tell_of_unread
 RECALL_KS = (1, 5, 10, 50, 100)
 MAP_KS = (5, 10, 25, 50)                # CIRCO's
 TEST_EPOCH = 2**32 - 1
+CAPTION_FORMS = "published", "and", "reversed", "both"
 TRAIN_QUERIES = 9600                    # the train split is judged on this many random samples (TIRG's protocol)
 
 
@@ -31,6 +32,19 @@ class Sample(NamedTuple):
     source: int
     target: int
     text: str
+
+
+class Ways(str):
+    """A text that says one thing in several ways: the query is the mean of theirs. As a text it is the first."""
+
+    def __new__(cls, *ways: str):
+        made = super().__new__(cls, ways[0])
+        made.ways = ways
+        return made
+
+
+def ways_of(text: str) -> tuple[str, ...]:
+    return getattr(text, "ways", (text,))
 
 
 class Judged:
@@ -207,7 +221,7 @@ class RetrievalTask:
 
     @property
     def texts(self) -> list[str]:
-        return [text for queries in self.query_sets for text in queries.texts]
+        return [way for queries in self.query_sets for text in queries.texts for way in ways_of(text)]
 
 
 class Epoch(Sequence):
@@ -232,6 +246,7 @@ class CompositionDataset:
     'all' or one of its three.
     complete_text: queries say the whole target caption in place of the modification.
     keep_source: a query's own image stays in its ranking, where the benchmark does not say whether it does.
+    caption_form: of CAPTION_FORMS, how several captions of one query are put together.
     any_suffix: images are read whatever kind of picture they end as, where the benchmark reads one ending alone.
     shared_concept: CIRCO's queries also say what the two pictures have in common.
     without: images to leave out, with all that refers to them; `dropped` then counts what went, and `amiss` says it.
@@ -239,6 +254,8 @@ class CompositionDataset:
     """
 
     images: list[str]                   # paths below `root`, by image id
+    teaches = "triplets"                # what composers can learn from it: these, "texts" or "pictures"
+    has_pictures = True                 # else what stands in `images` is captions
     upright = False                     # whether pictures are turned as the camera noted; the published are not
     is_ones_own = False                 # whether who runs it can change it; the published are as they are
     about = ""                          # what is tested, where the benchmark's name does not say it
@@ -257,8 +274,9 @@ class CompositionDataset:
 
     def __init__(self, path: str | Path, split: str, complete_text: bool = False, category: str = "all",
                  without: frozenset[str] | None = None, held_out: float = 0.0, keep_source: bool = False,
-                 any_suffix: bool = False, shared_concept: bool = False):
+                 any_suffix: bool = False, shared_concept: bool = False, caption_form: str = "published"):
         self.keep_source, self.any_suffix, self.shared_concept = keep_source, any_suffix, shared_concept
+        self.caption_form = caption_form
         self.root, self.split, self.complete_text, self.category = Path(path), split, complete_text, category
         self.published, self.held_out = "test" if split in ("test", self.served) else "train", held_out
         self.lenient, self.without = without is not None, without or frozenset()
@@ -273,6 +291,11 @@ class CompositionDataset:
     def splits(cls, path: Path, held_out: float) -> list[str]:
         """The splits that a run reads, the one it trains on first."""
         return ["train", *["validation"] * bool(held_out), "test"]
+
+    @classmethod
+    def folder(cls, path: Path) -> Path:
+        """Where what was made of it may be kept."""
+        return path
 
     @classmethod
     def remarks(cls, path: Path) -> list[str]:
@@ -304,7 +327,8 @@ class CompositionDataset:
         sizes = np.concatenate([(galleries >= 0).sum(1) for galleries in listed]) if listed else [len(task.gallery)]
         least, most = int(min(sizes)), int(max(sizes))
         split = {"test": self.tested_as, self.served: self.served.removeprefix("served_")}.get(self.split, self.split)
-        return {"benchmark": self.title or type(self).__name__, "split": split, "queries": len(task.texts),
+        return {"benchmark": self.title or type(self).__name__, "split": split,
+                "queries": sum(len(query_set.texts) for query_set in task.query_sets),
                 "gallery": least if least == most else [least, most], "galleries": "one a query" if listed else "one",
                 "source": self.source_in(task), "text": prompt.replace("{}", self.template),
                 "annotations": self.fingerprint(seed)[:12]}

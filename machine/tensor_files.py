@@ -17,8 +17,10 @@ from machine.errors import InputError
 from machine.streams import shown
 from machine.text_files import read_json
 
-# Keys under which weights are found. The first two are what timm's training takes of its own checkpoints.
-WRAPPERS = "state_dict_ema", "model_ema", "model_state_dict", "state_dict", "model"
+# Keys under which weights are found. The first two are LinCIR's and Pic2Word's of the network that they train, beside
+# which theirs may hold a CLIP model; the next two are what timm's training takes of its own checkpoints.
+OF_PHI = "Phi", "state_dict_img2text"
+WRAPPERS = *OF_PHI, "state_dict_ema", "model_ema", "model_state_dict", "state_dict", "model"
 SHARDS = ".index.json"                  # ends the name of a list of the files that weights are divided into
 BEGINNINGS = {b"<": "a web page", b"version https://git-lfs": "a Git LFS pointer, not the file itself: git lfs pull",
               b"\x89HDF": "an HDF5 file, as Keras writes", b"\x93NUMPY": "a NumPy array", b"\x1f\x8b": "a gzip archive"}

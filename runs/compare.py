@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from datasets import DATASETS
-from flags import Parser, registered
+from flags import Parser
+from img_text_composition_models import OF_TRIPLETS
 from machine.errors import InputError
 from training import checkpoint
 from training.writers import LINES
@@ -87,7 +88,7 @@ def main() -> int:
     parser = Parser(prog="compare.py", description=__doc__.split("\n")[0], usage="%(prog)s --on DATASET:DIR ... "
                     "[--models NAME ...] [--seeds N ...] [--out DIR] -- [main.py's flags]")
     parser.add_argument("--on", nargs="+", required=True, metavar="DATASET:DIR", help=f"of {', '.join(DATASETS)}")
-    parser.add_argument("--models", nargs="+", default=registered("img_text_composition_models.py", "MODELS"),
+    parser.add_argument("--models", nargs="+", default=list(OF_TRIPLETS),
                         metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("logs/compare"), help="folder of the runs")

@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from image_encoders import quiet
@@ -43,7 +42,7 @@ class Composer(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        return F.normalize(self.model.compose(image, text), dim=1)
+        return self.model.as_query(self.model.compose(image, text))
 
 
 class SlicedMax(nn.Module):
@@ -73,6 +72,9 @@ def write(model: ImgTextCompositionBase, folder: Path) -> dict[str, float]:
     """All files of a model on the CPU, in eval mode, which is no more to be used. Returns {file: the largest
     difference from torch, of TOLERANCE's kind}. Raises InputError where one cannot be written, or differs by more.
     """
+    if not model.is_of_vectors:
+        raise InputError(f"--onnx: {model.recipe.composer} composes not of a picture's and a text's vector alone, so "
+                         "that there is no such file of it; leave --onnx out")
     for module in list(model.modules()):
         if isinstance(getattr(module, "pool", None), nn.AdaptiveMaxPool1d):
             module.pool = SlicedMax(module.pool.output_size)

@@ -92,8 +92,11 @@ def card(encoder: Encoder, record: dict) -> str:
 
 def encoders(encoder: Encoder) -> list[tuple[str, str]]:
     made_of, opt = encoder.model.recipe, encoder.opt
-    frozen = ", of which only the last layer was trained" if opt.get("freeze_image_encoder") else ""
-    read_by = (f"an LSTM, trained with it, of {len(made_of.words):,} words" if encoder.vocabulary else
+    whole = encoder.model.frozen
+    frozen = ", as it is" if whole else ", of which only the last layer was trained" * bool(
+        opt.get("freeze_image_encoder"))
+    read_by = (f"{made_of.text_encoder}, its text tower, which is in this folder" if whole else
+               f"an LSTM, trained with it, of {len(made_of.words):,} words" if encoder.vocabulary else
                f"{made_of.text_encoder}, which is not in this folder")
     if made_of.learn_words:
         read_by += f", and {len(made_of.words):,} words that learned beside it"

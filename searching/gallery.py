@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from img_text_composition_models import MODELS
 from machine.checksums import file_digest
 from machine.device import choose_device
 from machine.errors import InputError, first_line
@@ -123,11 +124,12 @@ class Encoder:
                  folder: Path | None = None):
         self.state, self.device, self.path = checkpoint.load(path), device or choose_device("auto"), path
         self.opt = self.state["opt"]
-        sentences = Sentences(self.state, where or {}, folder) if text_encoder_of(self.opt) != "lstm" else None
+        own = text_encoder_of(self.opt) == "lstm" or MODELS[checkpoint.recipe(self.state, path).composer].frozen
+        sentences = None if own else Sentences(self.state, where or {}, folder)
         self.check(sentences)
         self.model = checkpoint.rebuild(self.state, path, sentences).to(device, memory_format=torch.channels_last)
         self.size, self.resampling = self.model.recipe.image_size, self.model.traits.resampling
-        self.vocabulary = None if sentences else self.model.text_model.vocabulary
+        self.vocabulary = self.model.vocabulary
         self.examples = [text for text in self.state.get("example_texts", []) if text.strip()]
 
     def check(self, sentences: "Sentences | None") -> None:
@@ -176,22 +178,28 @@ class Encoder:
 
     @torch.inference_mode()
     def query(self, image: Tensor, text: str, nearness: float = 0.0) -> Tensor:
-        """(D,), a text -> the unit vector (D,) to search with: without a text, the image's own. Words that the model
-        does not know are left out, as read they would be noise.
+        """(D,), a text -> the unit vector (D,) to search with: without a text, the image's own; or, of a composer whose
+        `score` takes something else, that. Words that the model does not know are left out, as read they would be
+        noise.
 
         nearness: so much of the image's direction is added to the composed one, which things profit from that the model
         was not trained with (docs/experiments.md).
 
-        Raises InputError for a text as `unknown` does, and where the vector is not finite.
+        Raises InputError for a text as `unknown` does, for nearness where the query is no such vector, and where it is
+        not finite.
         """
         if unknown := self.unknown(text):                                       # which refuses what cannot be read
             text = " ".join(word for word in tokenize(text) if word not in unknown)
-        own = composed = image[None].to(self.device)                            # (1, D)
+        own = composed = F.normalize(image[None].to(self.device), dim=1)        # (1, D)
         if text.strip():
-            composed = self.model.compose(own, self.model.encode_text([text]))
-        if nearness:
-            composed = F.normalize(composed, dim=1) + nearness * F.normalize(own, dim=1)
-        query = F.normalize(composed, dim=1)[0].cpu()
+            composed = self.model.as_query(self.model.compose(image[None].to(self.device),
+                                                              self.model.encode_text([text])))
+        if nearness and text.strip():
+            if composed.shape != own.shape:
+                raise InputError(f"--nearness does not go with {self.model.recipe.composer}, which compares an image "
+                                 "with picture and text apart; leave it out")
+            composed = F.normalize(composed + nearness * own, dim=1)
+        query = composed[0].cpu()
         if not query.isfinite().all():
             raise InputError("the model's answer to this query is not finite: its training diverged")
         return query
@@ -251,7 +259,21 @@ class Gallery:
             log.warning("note: %s was changed after its ranking was made, and is searched as far as that goes; %s",
                         index, "export and load it again" if ranking else "search.py index brings it up to date")
         encoder = self.encoder
+        self.compared = self.read_all() if encoder.model.query_dim != encoder.model.image_dim else None
+        if self.compared and (hubness or ranking):
+            raise InputError(f"--hubness and --qdrant do not go with {encoder.model.recipe.composer}, which compares "
+                             "every image with picture and text apart; leave them out")
         self.hubness = Hubness(self.images, encoder.model, encoder.examples, hubness, progress_bar) if hubness else None
+
+    def read_all(self) -> tuple[np.ndarray, Tensor]:
+        """All images' ids, and their features as unit rows, (N, D), for a composer that compares each with a query in a
+        way of its own: they are held in memory, and the composer is told of them."""
+        dim, model = self.encoder.model.image_dim, self.encoder.model
+        parts = [*self.images.all_features(dim=dim)]
+        numbers = np.concatenate([part for part, _ in parts])
+        features = F.normalize(torch.from_numpy(np.concatenate([rows for _, rows in parts])), dim=1).to(model.a.device)
+        model.meet(features)
+        return numbers, features
 
     def place(self, images: str | Path | None) -> Path:
         """The folder of the images. Raises InputError where the one that is given is none."""
@@ -361,6 +383,8 @@ class Gallery:
                 hubness: Hubness | None = None) -> list[tuple[int, float]]:
         """Ids and scores of the k nearest, of all or among some. Half precision finds them, or codes, the kept features
         rank them; more are looked at while, by half precision, one that was not could be among them."""
+        if len(query) != self.ranking.d:
+            return self.best_compared(query, k, among)
         doubt = ROUNDING - (hubness.least if hubness else 0)                    # others may score so much above `rough`
         most = self.ranking.ntotal if among is None else min(len(among), self.ranking.ntotal)
         k, asked = min(k, most), 0
@@ -377,6 +401,17 @@ class Gallery:
             if complete or (len(best) == k and rough[-1] < scores[best[-1]] - doubt):
                 return [(listed[place], float(scores[place])) for place in best]
         return []
+
+    @torch.inference_mode()
+    def best_compared(self, query: np.ndarray, k: int, among: list[int] | None) -> list[tuple[int, float]]:
+        """Ids and scores of the k best, of all or among some, by the model's own comparison."""
+        numbers, features = self.compared
+        scores = self.encoder.model.score(torch.from_numpy(query)[None].to(features.device), features)[0].cpu().numpy()
+        if among is not None:
+            chosen = np.isin(numbers, among)
+            numbers, scores = numbers[chosen], scores[chosen]
+        best = np.lexsort((numbers, -scores))[:k]
+        return [(int(numbers[place]), float(scores[place])) for place in best]
 
 
 def check_model(images: ImageList, path: Path) -> None:

@@ -13,6 +13,7 @@ import main
 from datasets import CIRCO, CIRR, DATASETS, FashionIQ
 from searching.gallery import load_model
 from test_retrieval import evaluate, recalls
+from torch_function import ByCosine
 
 from .conftest import WRITERS, flags, picture, run_main, write_cirr
 from .test_triplets import LINES, jsonl, write
@@ -214,7 +215,7 @@ def test_a_source_whose_target_is_broken_stays_in_the_second_gallery(tmp_path):
 
 # Queries that need no composing
 
-class ByAngle:
+class ByAngle(ByCosine):
     """A model of images at known degrees, to which a text is the degrees it is `heard` as and the image nothing; and
     its own store."""
 

@@ -21,7 +21,7 @@ from torch import nn
 import flags
 import main
 import search
-from img_text_composition_models import MODELS, Recipe
+from img_text_composition_models import OF_TRIPLETS, Recipe
 from machine import model_folder
 from machine.errors import InputError
 from machine.folder_lock import whole_folder
@@ -287,7 +287,7 @@ def test_what_onnx_gets_wrong_is_one_line(module, said, tmp_path):
 
 
 @pytest.mark.long("ten seconds each, of torch's exporter")
-@pytest.mark.parametrize("composer", MODELS)
+@pytest.mark.parametrize("composer", OF_TRIPLETS)
 def test_onnx_files_answer_as_torch_does_for_any_number_of_rows(composer, data, tmp_path, capsys):
     from onnxruntime import InferenceSession
 

@@ -12,7 +12,8 @@ FLOORS = (                              # from the top
     {"searching"},
     {"training"},
     {"flags", "test_retrieval"},
-    {"datasets", "text_model", "text_encoders", "image_encoders", "img_text_composition_models", "torch_function"},
+    {"datasets", "text_model", "text_encoders", "image_encoders", "img_text_composition_models", "torch_function",
+     "zero_shot"},
     {"benchmarks"},
     {"machine"},
 )
@@ -45,6 +46,11 @@ def test_every_file_has_its_room():
     assert len(list(ROOT.glob("*.py"))) == 12
     wings = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith((".", "tests"))}
     assert wings == {name for name in FLOOR if (ROOT / name).is_dir()}
+
+
+def test_zero_shot_composers_know_encoders_and_losses_and_no_other_composer():
+    allowed = {"zero_shot", "image_encoders", "text_encoders", "torch_function", "machine"}
+    assert {room(other) for file, other in ARROWS if room(file) == "zero_shot"} <= allowed
 
 
 def test_no_import_points_upward():

@@ -15,13 +15,13 @@ import torchvision
 
 import main
 from datasets import DATASETS
-from img_text_composition_models import MODELS
+from img_text_composition_models import MODELS, OF_TRIPLETS
 from machine.errors import InputError
 from machine.image_store import ImageStore
 from test_retrieval import evaluate
 from text_model import SimpleVocab
 from torch_function import LOSSES
-from training import checkpoint, loop
+from training import checkpoint
 from training.writers import tag
 
 from . import golden
@@ -45,7 +45,7 @@ PUBLISHED = {
 
 def settings():
     """Benchmark, composer and loss: each benchmark, each composer and each loss once, then all others."""
-    every = list(itertools.product(WRITERS, MODELS, LOSSES))
+    every = list(itertools.product(WRITERS, OF_TRIPLETS, LOSSES))
     first = [("mitstates", "tirg", "soft_triplet"), ("fashion200k", "composeAE", "batch_based_classification"),
              ("fashionIQ", "RealSpaceConcatAE", "batch_based_classification"),
              ("mitstates", "composeAE", "soft_triplet")]
@@ -131,7 +131,7 @@ def test_rates_fall_tenfold_after_every_multiple_of_the_decay_frequency(mitstate
 
 def test_parameter_groups_hold_every_weight_once():
     model = MODELS["composeAE"](SimpleVocab.from_texts(["a b"]), 8, 8)
-    groups = loop.parameter_groups(model, 0.5)
+    groups = model.parameter_groups(0.5)
     assert [group["lr"] for group in groups] == [0.5, 0.05, 0.5]
     assert groups[0]["params"] == list(model.img_model.fc.parameters())
     ids = [id(weight) for group in groups for weight in group["params"]]
@@ -334,7 +334,7 @@ def test_other_encoders_train_and_are_rebuilt_from_the_checkpoint_alone(mitstate
     assert model.image_dim == width and checkpoint.load(run.checkpoint)["opt"]["image_embed_dim"] == width
     data = DATASETS["mitstates"](mitstates, "test")
     assert evaluate(model, data, ImageStore(data.paths, 64))["model"] == pytest.approx(run.metrics["test"])
-    groups = loop.parameter_groups(model, 1.0)
+    groups = model.parameter_groups(1.0)
     assert [weight.shape[0] for weight in groups[0]["params"]] == [width, width]
     again = flags("mitstates", mitstates, tmp_path / "logs", resume=run.checkpoint, image_embed_dim=0, image_size=64)
     assert main.main(again) == 2

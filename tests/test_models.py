@@ -6,11 +6,10 @@ import torchvision
 from torch import nn
 
 from image_encoders import encoder_head, image_encoder, load_image_weights
-from img_text_composition_models import MODELS, ConvMapping
+from img_text_composition_models import MODELS, OF_TRIPLETS, ConvMapping
 from machine.errors import InputError
 from text_model import SimpleVocab
 from torch_function import composition_losses
-from training.loop import parameter_groups
 
 from . import golden
 from .conftest import some
@@ -99,7 +98,7 @@ def test_losses_over_four_steps_and_first_gradients_are_the_originals(case):
         model.sentence_vectors = lambda texts: vectors(texts).double()
     for name in [name for name, module in model.named_modules() if isinstance(module, nn.ReLU)]:
         model.set_submodule(name, SidedReLU(name, OTHER_SIDE.get(case, [])))
-    optimizer = torch.optim.SGD(parameter_groups(model, 0.01), momentum=0.9, weight_decay=1e-6)
+    optimizer = torch.optim.SGD(model.parameter_groups(0.01), momentum=0.9, weight_decay=1e-6)
     for step, parts in enumerate(expected["losses_by_step"]):
         for module in model.modules():
             if isinstance(module, SidedReLU):
@@ -117,7 +116,7 @@ def test_losses_over_four_steps_and_first_gradients_are_the_originals(case):
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OF_TRIPLETS)
 @pytest.mark.parametrize(("image_dim", "text_dim", "batch"), some(
     [(24, 16, 5), (100, 37, 3), (8, 300, 33), (512, 512, 40)], 2))
 def test_any_image_size_text_size_and_batch(name, image_dim, text_dim, batch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import main
-from img_text_composition_models import MODELS
+from img_text_composition_models import OF_TRIPLETS
 from machine.errors import InputError
 from machine.stopping import Stopped, Stopping, ending
 from torch_function import LOSSES
@@ -65,7 +65,7 @@ def stamps(log_dir):
 
 
 KINDS = [("composeAE", "soft_triplet"), *(("composeAE", loss) for loss in LOSSES if loss != "soft_triplet"),
-         *((model, "batch_based_classification") for model in MODELS if model != "composeAE")]  # each, not each pair
+         *((model, "batch_based_classification") for model in OF_TRIPLETS if model != "composeAE")]  # each, no pair
 
 
 @pytest.mark.parametrize(("model", "loss"), some(KINDS))

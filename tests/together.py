@@ -10,7 +10,7 @@ import torch
 
 import test_retrieval
 from datasets import DATASETS
-from img_text_composition_models import MODELS
+from img_text_composition_models import MODELS, OF_TRIPLETS
 from machine import distributed, image_store
 from machine.device import set_up
 from text_model import SimpleVocab
@@ -19,7 +19,7 @@ from training import loop
 
 CPU = torch.device("cpu")
 CLASSIFICATION = "batch_based_classification"                                   # draws no random numbers
-ONE, EACH = [("composeAE", CLASSIFICATION)], [(name, CLASSIFICATION) for name in MODELS]
+ONE, EACH = [("composeAE", CLASSIFICATION)], [(name, CLASSIFICATION) for name in OF_TRIPLETS]
 KINDS = [*EACH, *(("composeAE", loss) for loss in LOSSES if loss != CLASSIFICATION)]    # each composer, and each loss
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import main
 from datasets import DATASETS
-from img_text_composition_models import MODELS
+from img_text_composition_models import OF_TRIPLETS
 from machine.errors import InputError
 from machine.image_store import ImageStore
 from torch_function import LOSSES
@@ -42,7 +42,7 @@ def kill_and_resume(folder: Path, rng: random.Random) -> tuple[int, int]:
     """(kills, runs that did not end as the undisturbed one)."""
     kills = different = 0
     data = write_mitstates(folder / "mitstates")
-    for model, loss in ((model, loss) for model in MODELS for loss in LOSSES):
+    for model, loss in ((model, loss) for model in OF_TRIPLETS for loss in LOSSES):
         how = {"model": model, "loss": loss, "num_iters": 90, "save_frequency": 4, "eval_frequency": 7,
                "log_frequency": 3, "learning_rate_decay_frequency": 40, "resume": "auto"}
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -193,7 +193,7 @@ def torture() -> int:
         by_hypothesis(bad, folder / "by_hypothesis")
         cuts, taken = truncations(folder)
         kills, different = kill_and_resume(folder, rng)
-    print(f"{kills} kills over {len(MODELS) * len(LOSSES)} runs, {different} of which ended differently; {cuts} "
+    print(f"{kills} kills over {len(OF_TRIPLETS) * len(LOSSES)} runs, {different} of which ended differently; {cuts} "
           f"truncated checkpoints, {taken} not refused; {bad.tried} bad inputs: {bad.ends['traceback']} tracebacks, "
           f"{bad.ends['more than a line']} of more than a line, {bad.ends['hang']} hangs, {bad.ends['data lost']} with "
           "data lost")

@@ -30,12 +30,13 @@ log = logging.getLogger(__name__)
 LATEST, BEST = "latest_checkpoint.pth", "best_checkpoint.pth"
 PROGRESS, PROGRESS_SINCE = {"best", "samples", "steps", "sums", "tested"}, {"turn", "data"}  # older ones lack these
 RECIPE = {field.name for field in fields(Recipe)}
-RECIPE_SINCE = {field.name for field in fields(Recipe) if field.default is not MISSING}
+RECIPE_SINCE = {field.name for field in fields(Recipe)
+                if field.default is not MISSING or field.default_factory is not MISSING}
 # What a test depends on: a checkpoint's are taken where none is given.
 TESTED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "validation", "keep_source", "any_suffix",
-                "shared_concept", "skip_bad_images", "image_size", "model", "image_encoder", "image_embed_dim",
-                "text_embed_dim", "use_bert", "text_encoder", "freeze_image_encoder", "precision", "image_features",
-                "learn_words")
+                "shared_concept", "caption_form", "skip_bad_images", "image_size", "model", "image_encoder",
+                "image_embed_dim", "text_embed_dim", "use_bert", "text_encoder", "freeze_image_encoder", "precision",
+                "image_features", "learn_words", "prompt")
 # Not a service's host: a stranger's checkpoint would be told every text.
 WHERE_TEXTS_ARE_READ = ("image_weights", "pooling_layer", "max_seq_len", "bert_port", "bert_port_out", "bert_timeout")
 # A run goes on only with the values of these that it was started with: others would give other results.
@@ -46,7 +47,8 @@ FIXED_FLAGS = (*TESTED_FLAGS, "loss", "batch_size", "learning_rate", "learning_r
 BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18", "accumulate": 1,
                       "gather": True, "sync_bn": False, "freeze_image_encoder": False, "optimizer": "sgd",
                       "schedule": "step", "warmup": 0, "validation": 0.0, "keep_source": False, "any_suffix": False,
-                      "shared_concept": False, "image_features": "last", "learn_words": False, "feature_dropout": 0.0}
+                      "shared_concept": False, "image_features": "last", "learn_words": False, "feature_dropout": 0.0,
+                      "prompt": "auto", "caption_form": "published"}
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,
@@ -57,21 +59,34 @@ def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Opt
     model's test, if there was one. Raises FloatingPointError where a weight or a momentum is not finite, InputError
     where the file cannot be written.
     """
-    state = {"it": it, "opt": flags, "model_state_dict": model.state_dict(), "progress": progress,
-             "optimizer_state_dict": optimizer.state_dict(), "recipe": model.recipe.plain(),
-             "example_texts": list(model.example_texts), "results": results or {}, "launch": distributed.launch(),
+    state = {**content_for_tests(model, it, flags, results or {}), "progress": progress,
+             "optimizer_state_dict": optimizer.state_dict(), "launch": distributed.launch(),
              "random": random_states(model.a.device)}
     weights = {f"weight {name}": value for name, value in state["model_state_dict"].items()}
     if wrong := not_finite({**weights, **momenta(state["optimizer_state_dict"])}):
         raise FloatingPointError(f"the {wrong} is not finite at iteration {it}, so nothing was saved; go on from the "
                                  "checkpoint before with a lower --learning_rate")
-    if model.sentence_vectors is not None:
-        state["sentences"] = model.sentence_vectors.features
     try:                                                                        # BEST first: LATEST tells of it
         write_whole(folder / LATEST, packed(state), partial(keep, folder / BEST) if best else None)
     except OSError as error:
         raise InputError(f"cannot write a checkpoint to {folder} ({error.strerror or error}); the one written before, "
                          "if any, is whole: make room, then pass --resume auto") from None
+
+
+def content_for_tests(model: ImgTextCompositionBase, it: int, flags: dict, results: dict) -> dict:
+    """What a checkpoint of it holds, but for what only training needs."""
+    sentences = {} if model.sentence_vectors is None else {"sentences": model.sentence_vectors.features}
+    return {"it": it, "opt": flags, "model_state_dict": model.state_dict(), "recipe": model.recipe.plain(),
+            "example_texts": list(model.example_texts), "results": results, **sentences}
+
+
+def save_untrained(folder: Path, model: ImgTextCompositionBase, flags: dict, results: dict) -> Path:
+    """Write BEST of a model that was never trained here, for search.py. Raises InputError where it cannot be."""
+    try:
+        write_whole(folder / BEST, packed(content_for_tests(model, 0, flags, results)))
+    except OSError as error:
+        raise InputError(f"cannot write a checkpoint to {folder} ({error.strerror or error}); make room") from None
+    return folder / BEST
 
 
 def keep(path: Path, written: Path) -> None:
@@ -209,7 +224,8 @@ def load(path: str | Path) -> dict:
     if not sealed:
         say_once(f"note: {path} has no checksum, so whether it is as it was written was not checked")
     wrapped = any(isinstance(content.get(name), dict) for name in tensor_files.WRAPPERS)
-    state = content if wrapped else {}                                          # else it is the weights alone
+    of_phi = next((name for name in tensor_files.OF_PHI if name in content), None)
+    state = content if wrapped and not of_phi else {}                           # else it is the weights alone
     opt = state.get("opt", {})
     state = {"it": 0, "progress": None, **state, "model_state_dict": weights,
              "opt": vars(opt) if isinstance(opt, argparse.Namespace) else opt}
@@ -230,6 +246,7 @@ def well_formed(state: dict) -> bool:
     words = state.get("word2id", words)                                         # where older ones held it
     return (isinstance(state["it"], int) and isinstance(state["opt"], dict) and isinstance(words, dict)
             and ("recipe" not in state or RECIPE - RECIPE_SINCE <= made_of.keys() <= RECIPE)
+            and isinstance(made_of.get("prompt", ""), str) and are_corpora(made_of.get("corpora", []))
             and isinstance(state["opt"].get("text_encoder", ""), str)
             and isinstance(state.get("sentences", {}), dict) and are_results(state.get("results", {}))
             and isinstance(state.get("example_texts", []), list)
@@ -238,6 +255,12 @@ def well_formed(state: dict) -> bool:
             and isinstance(progress.get("turn", 0), int) and isinstance(progress.get("data", {}), dict)
             and all(isinstance(word, str) for word in words)
             and sorted(map(str, words.values())) == sorted(map(str, range(len(words)))))
+
+
+def are_corpora(found) -> bool:
+    """Whether it is lists of texts."""
+    return isinstance(found, list) and all(
+        isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in found)
 
 
 def are_results(found) -> bool:
@@ -251,11 +274,21 @@ def restore(model: ImgTextCompositionBase, state: dict, path: str | Path) -> Non
     """Put a checkpoint's weights into `model`, every one of them. Raises InputError where name or shape differs."""
     ours = model.state_dict()
     theirs = tensor_files.counted(state["model_state_dict"], ours)
+    if lacks_towers(state, model):                                              # which it was given before
+        theirs = {**ours, **{f"phi.{name}": value for name, value in theirs.items()}}
     if differing := tensor_files.difference(theirs, ours):
+        if lacks_towers(state, model):
+            raise InputError(f"{path} holds no network that fits --model {model.recipe.composer} of these towers: "
+                             f"{differing}; it is of another CLIP model, or of another composer")
         raise InputError(f"the checkpoint {path} (--model {state['opt'].get('model', 'unknown')}) does not fit this "
                          f"run: {differing}; use the flags and the dataset it was trained with")
     ours.update(theirs)                                                         # `ours` knows its version, too
     model.load_state_dict(ours)
+
+
+def lacks_towers(state: dict | None, model: ImgTextCompositionBase) -> bool:
+    """Whether a model starts from nothing, or from a published network alone, that makes pictures words."""
+    return not state or (model.frozen and not any(name.startswith("img_model.") for name in state["model_state_dict"]))
 
 
 def text_dim(state: dict) -> int | None:
@@ -299,6 +332,8 @@ def recipe(state: dict, path: str | Path) -> Recipe:
         head, _ = encoder_head(found.image_encoder, found.image_features)
     except InputError as error:
         raise InputError(f"the model of {path} cannot be built here: {error}") from None
+    if MODELS[found.composer].frozen:                                           # its sizes are its towers' own
+        return found
     biases = [state["model_state_dict"].get(name) for name in
               (f"img_model.{head}.0.bias", "text_model.fc_output.1.bias")]
     if any(bias is None or bias.ndim != 1 for bias in biases):
@@ -315,7 +350,7 @@ def rebuild_model(path: str | Path, sentence_vectors: SentenceVectors | None = N
 def rebuild(state: dict, path: str | Path, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:
     """The same of a checkpoint's content; `path` is for what is said about it."""
     made_of = recipe(state, path)
-    if made_of.text_encoder != "lstm" and sentence_vectors is None:
+    if not (made_of.text_encoder == "lstm" or MODELS[made_of.composer].frozen) and sentence_vectors is None:
         raise InputError(f"{path} was trained with --text_encoder {made_of.text_encoder}: it needs a sentence "
                          "service's or such an encoder's vectors")
     model = made_of.build(sentence_vectors)

@@ -13,12 +13,13 @@ from benchmarks.base import CompositionDataset, note_passed_over
 from datasets import DATASETS
 from flags import plain
 from image_encoders import traits
-from img_text_composition_models import ImgTextCompositionBase
+from img_text_composition_models import MODELS, ImgTextCompositionBase
 from machine import distributed
 from machine.errors import InputError
 from machine.feature_store import FeatureStore
 from machine.image_store import DeviceStore, ImageStore
 from machine.progress import progress_bar, say
+from machine.text_store import TextStore
 from test_retrieval import encoder_batch
 from text_encoders import InProcess, sentence_source
 from text_model import SentenceService, SentenceTable, SimpleVocab, tokenize
@@ -87,7 +88,7 @@ def open_served(args: argparse.Namespace) -> dict[str, Split]:
 
 def cache_folder(args: argparse.Namespace) -> Path | None:
     """Where decoded images and sentence vectors are kept."""
-    in_dataset = args.dataset_path / "image_cache"
+    in_dataset = DATASETS[args.dataset].folder(args.dataset_path) / "image_cache"
     return {"none": None, "auto": in_dataset, "device": in_dataset}.get(args.image_cache, Path(args.image_cache))
 
 
@@ -106,9 +107,11 @@ def read_split(args: argparse.Namespace, split: str) -> Split:
     """Read a split; with --skip_bad_images decode all of it first and read it again without what is broken."""
     read = partial(DATASETS[args.dataset], args.dataset_path, split, complete_text=args.use_complete_text_query,
                    category=args.category_to_train, held_out=args.validation, keep_source=args.keep_source,
-                   any_suffix=args.any_suffix, shared_concept=args.shared_concept)
+                   any_suffix=args.any_suffix, shared_concept=args.shared_concept, caption_form=args.caption_form)
 
-    def open_store(data: CompositionDataset) -> ImageStore:
+    def open_store(data: CompositionDataset) -> ImageStore | TextStore:
+        if not data.has_pictures:
+            return TextStore(data.images, cache_folder(args))
         return ImageStore(data.paths, args.image_size, cache_folder(args), traits(args.image_encoder).resampling,
                           data.upright, data.crops)
     data = read(without=frozenset() if args.skip_bad_images else None)
@@ -137,8 +140,8 @@ def hold_on_device(splits: dict[str, Split], device: torch.device, workers: int)
 
 
 def find_source(args: argparse.Namespace, source: str | Path, state: dict | None) -> SentenceService | InProcess | None:
-    """Where sentence vectors come from, met; a checkpoint goes with one size of them. None where the LSTM reads."""
-    if args.text_encoder == "lstm":
+    """Where sentence vectors come from, met; a checkpoint goes with one size of them. None where the model reads."""
+    if args.text_encoder == "lstm" or MODELS[args.model].frozen:
         return None
     service = sentence_source(plain(args))
     if state and checkpoint.text_dim(state) not in (None, service.dim):
@@ -179,12 +182,14 @@ def place_images(args: argparse.Namespace, splits: dict[str, Split], model: ImgT
     """Where batches come from: decoded images, on disk or on the device; or a frozen encoder's features, made here."""
     device, workers = model.a.device, args.loader_num_workers
     if args.freeze_image_encoder:
-        distributed.same_weights(model.img_model)
+        distributed.same_weights(model if model.frozen else model.img_model)
         model.freeze_backbone()
         for split in splits.values():
             at_once = args.test_batch_size or encoder_batch(device, split.store)
-            split.store = FeatureStore(split.store, model.backbone, model.traits.width, model.backbone_fingerprint(),
-                                       cache_folder(args), distributed.local_world())
+            encode, made_by = ((model.backbone, model.backbone_fingerprint) if split.data.has_pictures else
+                               (model.encode_captions, model.caption_fingerprint))
+            split.store = FeatureStore(split.store, encode, model.traits.width, made_by(), cache_folder(args),
+                                       distributed.local_world())
             for share in (distributed.machines_share, list):                    # then what another could not keep
                 split.store.fill(at_once, workers, progress_bar, share)
                 distributed.meet()

@@ -83,23 +83,13 @@ def prepare(sentences: SentenceTable, texts: Iterable[str]) -> None:
         sentences.prepare(texts, progress_bar)
 
 
-def parameter_groups(model: ImgTextCompositionBase, rate: float) -> list[dict]:
-    """Every weight in one of three groups: the encoder's new last layer, its pretrained rest (0.1 x), all others."""
-    def group(name: str) -> str:
-        if name.startswith(f"img_model.{model.traits.head}."):
-            return "head"
-        return "backbone" if name.startswith("img_model.") else "rest"
-    named = list(model.named_parameters())
-    return [{"params": [weight for name, weight in named if group(name) == key], "lr": factor * rate}
-            for key, factor in (("head", 1.0), ("backbone", 0.1), ("rest", 1.0))]
-
-
 def make_optimizer(model: ImgTextCompositionBase, rate: float, weight_decay: float,
                    kind: str = "sgd") -> torch.optim.Optimizer:
     """sgd: the published one. Fused: all weights of a group in one pass over them."""
-    groups = parameter_groups(model, rate)
+    groups = model.parameter_groups(rate)
     if kind == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(groups, weight_decay=weight_decay, betas=model.betas, eps=model.eps,
+                                 fused=True)
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay, fused=True)
 
 
@@ -259,7 +249,8 @@ class Training:
         results = self.evaluate(self.it)
         with self.stopping.held():
             self.results = found = report.show_results(self.log, results, self.it)
-            score = found["validation" if "validation" in found else "test"][self.args.best_metric]
+            chosen_on = next(name for name in ("validation", "test", "train") if name in found)
+            score = found[chosen_on][self.args.best_metric]
             self.tested, best, self.best = True, score > self.best, max(score, self.best)
             self.save(best)
         self.clock = 0, time.perf_counter()                                     # a test is no training
@@ -289,10 +280,8 @@ class Training:
     def state(self) -> dict[str, float]:
         """What is worth watching beside the losses; the gradient is the last step's."""
         gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
-        weights = {f"a {i}": value for i, value in enumerate(self.model.a.tolist())}
-        scale = self.model.normalization_layer.norm_s.item()
-        return {"learning_rate": self.optimizer.param_groups[0]["lr"], "scale": scale,
-                "gradient norm": get_total_norm(gradients).item(), **weights}
+        return {"learning_rate": self.optimizer.param_groups[0]["lr"],
+                "gradient norm": get_total_norm(gradients).item(), **self.model.watched()}
 
     def epoch(self, bar: tqdm) -> None:
         """What is left of the epoch the run stands in."""

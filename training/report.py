@@ -20,8 +20,9 @@ from machine.folder_lock import FolderLock, write_whole
 from machine.image_store import DeviceStore, ImageStore
 from machine.progress import say
 from machine.streams import shown
-from test_retrieval import NEVER, CorrectImages, chance, rankings
+from test_retrieval import NEVER, CorrectImages, Score, chance, rankings
 from text_model import spread
+from torch_function import cosines
 from training.pictures import QueryResults, feature_map, sheet
 from training.writers import WRITERS, JsonLines, Points, markdown_table
 
@@ -69,31 +70,32 @@ class QualitativeResults(dict):
     `evaluate`.
 
     store: gives the pixels. it: half of the queries shown are the same at each test, the others depend on this.
-    names: of the images.
+    names: of the images. score: the model's, of queries with a gallery.
     """
 
     ROWS, RESULTS, POINTS, QUERIES = 8, 8, 1000, 200
 
-    def __init__(self, store: ImageStore | DeviceStore, it: int, names: Sequence[str] = ()):
+    def __init__(self, store: ImageStore | DeviceStore, it: int, names: Sequence[str] = (), score: Score = cosines):
         super().__init__()
-        self.store, self.it, self.names = store, it, names
+        self.store, self.it, self.names, self.score = store, it, names, score
 
     def __call__(self, query_set: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor,
                  found: list[np.ndarray]) -> None:
+        drawn = queries[:, :gallery.shape[1]]                                   # of other queries the picture's part
         count, half = len(queries), self.ROWS // 2
         others = np.random.default_rng(self.it).choice(count, min(half, count), replace=False)
         chosen = np.union1d(spread(range(count), half), others)
         metric = query_set.metrics[0]
         self[metric.name] = QualitativeResult(self.answers(query_set, ids, queries, gallery, found[0], chosen),
-                                              found[0], self.map(query_set, queries, gallery),
-                                              self.points(query_set, ids, queries, gallery)
+                                              found[0], self.map(query_set, drawn, gallery),
+                                              self.points(query_set, ids, drawn, gallery)
                                               if metric.name.startswith(BENCHMARKS) else None, chance(query_set))
 
     def answers(self, query_set: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor, ranks: np.ndarray,
                 chosen: np.ndarray) -> list[QueryResults]:
         """The chosen queries with their first results."""
         metric, own = query_set.metrics[0], query_set.excluded[chosen]
-        scores = rows_of(queries, chosen) @ gallery.T                           # (rows, N)
+        scores = self.score(rows_of(queries, chosen), gallery)                  # (rows, N)
         masked = np.flatnonzero(own >= 0)
         scores[masked, own[masked]] = -torch.inf
         if query_set.galleries is not None:                                     # and its columns are what is ranked
@@ -137,12 +139,12 @@ def rows_of(features: Tensor, rows: Sequence[int]) -> Tensor:
 class Submission:
     """What a benchmark's test server takes, into the run's folder: a `watch` for `evaluate`."""
 
-    def __init__(self, folder: Path, data: CompositionDataset):
-        self.folder, self.data = folder, data
+    def __init__(self, folder: Path, data: CompositionDataset, score: Score = cosines):
+        self.folder, self.data, self.score = folder, data, score
 
     def __call__(self, query_set: QuerySet, ids: np.ndarray, queries: Tensor, gallery: Tensor, _) -> None:
         answers = self.data.submission(ids[order] for order in rankings(queries, gallery, query_set.excluded,
-                                                                        self.data.answers_served))
+                                                                        self.data.answers_served, self.score))
         for name, content in answers.items():
             write_whole(self.folder / name, json.dumps(content).encode())
             say(f"{self.folder / name}: {len(query_set.texts)} answers for the test server")
@@ -261,8 +263,9 @@ def in_a_line(protocol: dict) -> str:
     size, *larger = protocol["gallery"] if isinstance(protocol["gallery"], list) else [protocol["gallery"]]
     size = f"{size:,}" + "".join(f" to {most:,}" for most in larger)
     gallery = f"each a gallery of {size}" if protocol["galleries"] != "one" else f"gallery of {size} images"
+    told = f" in {protocol['prompt']!r}" if "prompt" in protocol else ""
     return (f"{protocol['benchmark']}, {protocol['split']}: {protocol['queries']:,} queries, {gallery}, the source "
-            f"{protocol['source']}; text: {protocol['text']}; weights {protocol['weights']}, annotations "
+            f"{protocol['source']}; text: {protocol['text']}{told}; weights {protocol['weights']}, annotations "
             f"{protocol['annotations']}")
 
 

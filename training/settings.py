@@ -8,6 +8,7 @@ import torch
 from datasets import DATASETS
 from flags import get_parser, plain, refuse
 from image_encoders import traits
+from img_text_composition_models import MODELS
 from machine import distributed
 from machine.downloads import stay_offline
 from machine.errors import InputError
@@ -25,33 +26,47 @@ def settle(words: list[str], device: torch.device, lock: FolderLock) -> tuple[ar
     goes on. Raises InputError for flags that do not go together, or not with the checkpoint or the device.
     """
     args = get_parser().parse_args(words)
-    if args.test_only:
-        stay_offline()                                                          # the checkpoint may be a stranger's
     if distributed.first():
         report.check_log_dir(args.log_dir)
         WRITERS[args.report_to].check()
     start = distributed.from_first(partial(
         find_start, args.resume, args.model_checkpoint, args.log_dir, args.comment, not args.test_only, lock))
     opt = start.state["opt"] if start.state else {}
-    if args.test_only:
+    if args.test_only and opt:
+        stay_offline()                                                          # the checkpoint may be a stranger's
         args = get_parser().parse_args([*checkpoint.flags_to_test(opt), *words])
     if not args.dataset:
         raise InputError(f"{args.model_checkpoint} does not say what it was trained on: pass --dataset NAME")
     refuse(args, device.type)
+    check_teaching(args)
     settled = filled(args, opt)
     if start.state and not start.resumed:
         checkpoint.check_flags(plain(settled), start.source, opt)
     return settled, start
 
 
+def check_teaching(args: argparse.Namespace) -> None:
+    """Raise InputError for a composer that learns nothing of what the dataset has, or cannot be tested on it."""
+    kind, teaches = MODELS[args.model], DATASETS[args.dataset].teaches
+    others = ", ".join(name for name, data in DATASETS.items() if data.teaches == kind.learns_from)
+    if not args.test_only and not kind.learns_from:
+        raise InputError(f"--model {args.model} learns nothing: pass --test_only True")
+    if not args.test_only and kind.learns_from != teaches:
+        raise InputError(f"--model {args.model} learns from {kind.learns_from}, not from what --dataset {args.dataset} "
+                         f"has: choose one of {others}")
+    if teaches == "texts" and not kind.frozen:
+        raise InputError(f"--dataset {args.dataset} has no pictures for --model {args.model}; choose one of {others}")
+
+
 def filled(args: argparse.Namespace, opt: dict | None = None) -> argparse.Namespace:
     """The flags with values in place of 0 and auto: a checkpoint's, `opt`, or the encoder's and the dataset's own. How
     texts become vectors is own only where a checkpoint says nothing else."""
-    known, text_encoder = traits(args.image_encoder), text_encoder_of(plain(args))
+    known, text_encoder, kind = traits(args.image_encoder), text_encoder_of(plain(args)), MODELS[args.model]
     read = {name: (opt or {}).get(name, OWN) if getattr(args, name) == OWN else getattr(args, name)
             for name in ("pooling_layer", "max_seq_len")}
     return argparse.Namespace(**{
         **vars(args), **read, "text_encoder": text_encoder, "use_bert": text_encoder == "service",
-        "image_embed_dim": args.image_embed_dim or known.width,
+        "image_embed_dim": known.width if kind.frozen else args.image_embed_dim or known.width,
+        "freeze_image_encoder": args.freeze_image_encoder or kind.frozen,
         "image_size": args.image_size or (opt or {}).get("image_size") or known.size,
         "best_metric": DATASETS[args.dataset].best_metric if args.best_metric == "auto" else args.best_metric})

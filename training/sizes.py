@@ -6,7 +6,7 @@ from argparse import Namespace
 import torch
 from torch import Tensor
 
-from img_text_composition_models import Recipe
+from img_text_composition_models import MODELS, Recipe
 from machine import distributed
 from machine.device import check_room, free_memory
 from machine.errors import InputError
@@ -19,8 +19,9 @@ def check_sizes(args: Namespace, device: torch.device) -> None:
     numbers = 3 * images * args.image_size**2 + (args.image_embed_dim + args.text_embed_dim)**2
     if 4000 * numbers < free_memory(device):                                    # no encoder keeps a thousand times that
         return
-    recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim, "lstm",
-                    args.text_embed_dim, {}, args.image_features, args.learn_words)
+    recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim,
+                    args.text_encoder if MODELS[args.model].frozen else "lstm", args.text_embed_dim, {},
+                    args.image_features, args.learn_words, args.prompt)
     weights, of_image = sizes_of(recipe, not args.test_only, args.freeze_image_encoder)
     copies = distributed.local_world() if device.type == "cpu" else 1           # a GPU has one process
     check_room(copies * weights, f"a model of --image_embed_dim {args.image_embed_dim}, --text_embed_dim "

@@ -1,0 +1,317 @@
+"""Zero-shot composers in the program: what they read, train, are tested, searched and exported as, and what is refused.
+Towers are small random ones, saved to a file, which goes through the same loading as any."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+
+import main
+import search
+from benchmarks.masking import by_rule, masked
+from benchmarks.pictures import Pictures
+from benchmarks.texts import Texts
+from img_text_composition_models import MODELS, Recipe
+from machine.errors import InputError
+from searching.gallery import Gallery, load_model
+from test_retrieval import ranks_of_right
+from training import checkpoint
+from zero_shot import prompts
+
+from .conftest import flags, picture, run_main, some, write_mitstates
+from .test_text_encoders import clip_flags, tower  # noqa: F401 the fixture
+
+CAPTIONS = ["a red dog runs on the grass", "Two blue buses, parked.", "an old <PERSON> with $5", "the snow", "running"]
+ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tower):  # noqa: F811
+    """A data set, captions and corpora; and what makes a model of these towers."""
+    root = tmp_path_factory.mktemp("world")
+    write_mitstates(root / "mitstates")
+    (root / "captions.txt").write_text("\n".join(CAPTIONS * 3) + "\n")
+    (root / "subjects.txt").write_text("dog\nbus\ntomato\nfig\n")
+    (root / "styles.txt").write_text("a cartoon\nin snow\nold\n")
+    for number in range(10):
+        picture(root / "pictures" / f"{number}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(tower):  # noqa: F811
+    def make(name, **how):
+        model = Recipe(name, "open_clip:two-towers", 32, 0, "open_clip:two-towers", 0, {}, **how).build()
+        model.load_weights(str(tower[0]))
+        return model.eval()
+    return make
+
+
+def changes(tower, **more):  # noqa: F811
+    return {**clip_flags(tower[0]), "image_size": 32, "batch_size": 4, **more}
+
+
+# The text tower
+
+def test_a_row_cut_after_its_end_says_the_same(made, tower):  # noqa: F811
+    texts = ["a dog", "a much longer text about a red bus in snow", ""]
+    ours = made("text").text_tower
+    with torch.no_grad():
+        expected = tower[1].encode_text(open_clip.get_tokenizer("two-towers")(texts))
+        torch.testing.assert_close(ours.encode(ours.ids(texts)), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.encode(ours.ids(texts[:1])), expected[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_each_row_has_its_own_placeholders(made):
+    """One, two, at other places, and a row without any: each as if it were asked alone with its word put in."""
+    model = made("LinCIR")
+    reader, texts = model.text_tower, ["a photo of $ that is red", "$ on $", "no picture here"]
+    words = torch.randn(3, reader.width, generator=torch.Generator().manual_seed(0))
+    ids = reader.ids(texts)
+    together = reader.encode(ids, words, ids == reader.picture_id)
+    table = reader.text.token_embedding
+    for row, word in enumerate(words):
+        kept = table.weight[reader.picture_id].clone()
+        with torch.no_grad():
+            table.weight[reader.picture_id] = word
+            alone = reader.encode(ids[row:row + 1])[0]
+            table.weight[reader.picture_id] = kept
+        torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["costs $5 and $ 5", "a * star", "$", "**$$"])
+def test_a_users_dollar_is_no_placeholder(made, text):
+    model = made("LinCIR")
+    ids = model.encode_text([text])
+    assert (ids == model.text_tower.picture_id).sum() == 1
+
+
+def test_a_long_text_keeps_the_pictures_word_and_the_end(made):
+    model = made("Pic2Word", prompt="a {} of $")
+    ids = model.encode_text(["word " * 100, "x" * 4000, "short"]).long()
+    assert ids.shape == (3, 16) and (ids == model.text_tower.picture_id).sum(1).tolist() == [1, 1, 1]
+    assert (ids.max(1).values == 49407).all()
+    assert made("sum").encode_text(["word " * 100]).isfinite().all()
+
+
+def test_prompts_by_name_and_of_ones_own():
+    assert prompts.with_word(prompts.template_of("auto", "lincir"), "is $ red") == "a photo of $ that is red"
+    assert prompts.with_word(prompts.template_of("pic2word", "lincir"), "is red") == "a photo of $ , is red"
+    assert prompts.without_word(prompts.template_of("pic2word_domain", "text"), "cartoon") == "a cartoon of"
+    assert prompts.with_word("a photo of $ that {}", " ") == "a photo of $"
+    assert prompts.with_word("see {} {0} {", "a {} b") == prompts.with_word("see {} {0} {", "a {} b")
+    for wrong in ("no place", "{} {}"):
+        with pytest.raises(ValueError, match="in which one"):
+            prompts.template_of(wrong, "text")
+    assert set(prompts.UNTRAINED) == {name for name, kind in MODELS.items() if not kind.learns_from}
+
+
+# What they compose
+
+def test_the_four_are_the_cosines_by_hand(made):
+    numbers = torch.Generator().manual_seed(1)
+    images, gallery = torch.randn(3, 24, generator=numbers), F.normalize(torch.randn(7, 24, generator=numbers), dim=1)
+    for name, rule in {"image": lambda i, t: i, "text": lambda i, t: t, "sum": lambda i, t: i + t,
+                       "product": lambda i, t: max(i, 0) * max(t, 0)}.items():
+        model = made(name)
+        with torch.no_grad():
+            text = model.encode_text(["is red", "", "old dog"])
+            scores = model.score(model.as_query(model.compose(images, text)), gallery)
+        for q in range(3):
+            cosine = [[float(F.cosine_similarity(vector, other, dim=0)) for other in gallery]
+                      for vector in (images[q], text[q])]
+            by_hand = [rule(*pair) for pair in zip(*cosine, strict=True)]
+            assert scores[q].argsort(stable=True).tolist() == torch.tensor(by_hand).argsort(stable=True).tolist()
+
+
+def test_basic_ranks_few_images_as_step_by_step(made, world):
+    """Fewer images than neighbours: all are taken. The query vector's score is that of the steps, one by one."""
+    corpora = [(world / f"{name}.txt").read_text().split("\n")[:-1] for name in ("subjects", "styles")]
+    model = made("BASIC", corpora=corpora)
+    numbers = torch.Generator().manual_seed(2)
+    image, gallery = torch.randn(1, 24, generator=numbers), F.normalize(torch.randn(5, 24, generator=numbers), dim=1)
+    with torch.no_grad():
+        model.meet(gallery)
+        text = model.encode_text(["is red"])
+        found = model.score(model.as_query(model.compose(image, text)), gallery)[0]
+        sentences = [f"{word} is red" for word in corpora[0]] + [f"is red {word}" for word in corpora[0]]
+        context = torch.stack([F.normalize(model.encode_captions([sentence])[0], dim=0) for sentence in sentences])
+        mean, subjects = gallery.mean(0), F.normalize(model.encode_captions(corpora[0]), dim=1)
+        asked = F.normalize(image[0], dim=0) - mean
+        near = torch.cat([gallery - mean, asked[None]])
+        similar = torch.cat([(gallery - mean) @ (model.projection @ asked), torch.ones(1)])
+        grown = model.projection @ ((0.1 * similar).exp() / (0.1 * similar).exp().sum() @ near)
+        told = F.normalize(context.mean(0), dim=0) - subjects.mean(0)
+        least = [((gallery - mean) @ (rows - rows_mean).T).min() for rows, rows_mean in (
+            (gallery, mean), (subjects, subjects.mean(0)))]
+        of_image = (((gallery - mean) @ grown - least[0]) / least[0].abs()).clamp(min=0)
+        of_text = (((gallery - mean) @ told - least[1]) / least[0].abs()).clamp(min=0)
+    torch.testing.assert_close(found, of_image * of_text - 0.1 * (of_image + of_text) ** 2, rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_by_a_models_own_score(made):
+    """Ties go to the earlier image, as ever: the product's zeros."""
+    from benchmarks.base import Metric
+
+    gallery = F.normalize(torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]]), dim=1)
+    query = torch.tensor([[1.0, 0.0, 0.0, 1.0]])                                # along x, and along y
+    metric = Metric("m", np.array([3]), np.arange(4))
+
+    def product(queries, images):
+        return MODELS["product"].score(None, queries, images)
+    assert ranks_of_right(query, gallery, np.array([-1]), [metric], score=product)[0].tolist() == [[3]]
+    assert ranks_of_right(query, gallery, np.array([0]), [metric], score=product)[0].tolist() == [[2]]
+    own, listed = np.array([-1]), np.array([[3, 0, 2, -1]])                     # a gallery of its own: columns
+    assert ranks_of_right(query, gallery, own, [Metric("m", np.array([0]), np.arange(4))], score=product,
+                          galleries=listed)[0].tolist() == [[1]]
+
+
+# Masking
+
+@pytest.mark.parametrize(("caption", "expected"), [
+    ("a red dog runs on the grass", "$ runs on $"), ("two blue buses, parked.", "two $, parked."),
+    ("the snow", "$"), ("a cat is sleeping quietly in a big box", "$ is sleeping quietly in $"),
+    ("art of a cart", "$ of $"), ("", "$"), ("an e-mail  from grandma's 2 cats", "$  from $ 2 $")])
+def test_the_rule_where_spacy_is_not(caption, expected):
+    assert masked(caption, by_rule(caption), np.random.default_rng(0)) == expected
+
+
+def test_without_a_noun_a_word_by_chance_makes_way():
+    found = {masked("running  slowly", by_rule("running  slowly"), np.random.default_rng(seed)) for seed in range(20)}
+    assert found == {"$  slowly", "running  $"}
+
+
+def test_captions_are_cleaned_and_drawn_the_same_again(world):
+    data = Texts(world / "captions.txt", "train")
+    assert data.images[:3] == ["a red dog runs on the grass", "two blue buses, parked.", "an old person with 5"]
+    order = np.arange(len(data))
+    assert [data.sample(order, 4, (0, 1)).text for _ in range(3)] == ["$"] * 3
+    train, held = (Texts(world / "captions.txt", split, held_out=0.7) for split in ("train", "validation"))
+    assert not set(train.images) & set(held.images) and set(train.images) | set(held.images) == set(data.images)
+
+
+def test_pictures_are_found_in_folders_below(tmp_path):
+    for name in ("a.jpg", "b/c.png", "b/._d.jpg"):
+        picture(tmp_path / name)
+    assert Pictures(tmp_path, "train").images == ["a.jpg", "b/c.png"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="no picture"):
+        Pictures(tmp_path / "none", "train")
+
+
+# Runs
+
+def test_lincir_learns_from_captions_goes_on_and_is_tested(world, tower, tmp_path, capsys):  # noqa: F811
+    logs = tmp_path / "logs"
+    how = {**changes(tower), **ADAMW, "model": "LinCIR"}
+    run = run_main("texts", world / "captions.txt", logs, **how, num_iters=6)
+    said = capsys.readouterr()
+    assert "15 captions, masked by" in said.out + said.err
+    state = torch.load(run.checkpoint, weights_only=True)
+    first, weights = tower[1].state_dict(), state["model_state_dict"]
+    assert all(torch.equal(weights[f"text_tower.clip.{name}"], value) for name, value in first.items()
+               if not name.startswith("visual."))
+    assert all(torch.equal(weights[f"img_model.backbone.{name.removeprefix('visual.')}"], value)
+               for name, value in first.items() if name.startswith("visual."))
+    half = run_main("texts", world / "captions.txt", tmp_path / "half", **how, num_iters=3)
+    assert main.main(flags("texts", world / "captions.txt", tmp_path / "half", **how, num_iters=6,
+                           resume=half.checkpoint)) == 0
+    again = torch.load(half.checkpoint, weights_only=True)["model_state_dict"]
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    tested = run_main("mitstates", world / "mitstates", tmp_path / "tests", test_only=True, baselines=True,
+                      model_checkpoint=run.checkpoint, image_size=None, image_weights=None, image_encoder=None)
+    methods = set(tested.metrics["baselines"])
+    assert {"test source image alone", "test text alone", "test image + text", "test image x text"} <= methods
+    assert (world / "image_cache").is_dir()                                     # captions' vectors are kept there
+
+
+def test_pic2word_learns_from_pictures(world, tower, tmp_path):  # noqa: F811
+    run = run_main("pictures", world / "pictures", tmp_path / "logs", **changes(tower), **ADAMW, model="Pic2Word",
+                   num_iters=4, validation=0.3)
+    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    assert any("pictures_word_loss" in line for line in lines) and "validation" in run.metrics
+
+
+@pytest.mark.parametrize("name", some(["product", "BASIC", "sum", "image", "text"], 2))
+def test_what_learns_nothing_is_tested_kept_searched_and_exported(name, world, tower, tmp_path, capsys):  # noqa: F811
+    more = {"subjects": world / "subjects.txt", "styles": world / "styles.txt"} if name == "BASIC" else {}
+    run_logs = tmp_path / "logs"
+    assert main.main(flags("mitstates", world / "mitstates", run_logs, **changes(tower), **more, model=name,
+                           test_only=True)) == 0
+    (folder,) = run_logs.iterdir()
+    metrics, kept = json.loads((folder / "metrics.json").read_text()), folder / "best_checkpoint.pth"
+    again = run_main("mitstates", world / "mitstates", tmp_path / "again", test_only=True, model_checkpoint=kept,
+                     image_size=None, image_weights=None, image_encoder=None)
+    assert again.metrics["test"] == metrics["test"]
+    index, out = tmp_path / "index", tmp_path / "model"
+    assert search.main(["index", f"--model_checkpoint={kept}", f"--images={world / 'pictures'}", f"--out={index}"]) == 0
+    gallery = Gallery(index, "cpu")
+    hits = gallery.search(world / "pictures" / "3.jpg", "is red", 6)
+    assert len(hits) == 6 and [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    assert gallery.search(world / "pictures" / "3.jpg", "", 1)[0].path.name == "3.jpg"
+    assert search.main(["export", f"--model_checkpoint={kept}", f"--out={out}"]) == 0
+    theirs, ours = (load_model(path, "cpu").encode([world / "pictures" / "3.jpg"]) for path in (kept, out))
+    assert np.array_equal(theirs, ours)
+    if name == "product":
+        with pytest.raises(InputError, match="leave it out"):
+            gallery.search(world / "pictures" / "3.jpg", "is red", 6, nearness=0.5)
+        model = gallery.encoder.model
+        features = torch.from_numpy(load_model(kept, "cpu").encode([hit.path for hit in hits]))
+        query = torch.from_numpy(load_model(kept, "cpu").compose(world / "pictures" / "3.jpg", "is red"))
+        by_hand = (features @ query[:24]).clamp(min=0) * (features @ query[24:]).clamp(min=0)
+        assert [hit.score for hit in hits] == pytest.approx(by_hand.tolist(), abs=1e-6)
+        assert model.query_dim == 48
+
+
+def released(kind, path, width=32):
+    """A file as the original's training writes it."""
+    from zero_shot import lincir, pic2word
+
+    if kind == "LinCIR":
+        content = {"epoch": 3, "Phi": lincir.Phi(24, width).state_dict()}
+    else:
+        phi = {f"module.{name}": value for name, value in pic2word.Phi(24, width).state_dict().items()}
+        content = {"epoch": 3, "name": "x", "state_dict": {"module.visual.proj": torch.zeros(2, 2)},
+                   "state_dict_img2text": phi, "optimizer": {"state": {}, "param_groups": []}}
+    torch.save(content, path)
+    return content
+
+
+@pytest.mark.parametrize("kind", some(["LinCIR", "Pic2Word"]))
+def test_the_originals_files_load(kind, world, tower, tmp_path, capsys):  # noqa: F811
+    content = released(kind, tmp_path / "phi.pt")
+    how = {**changes(tower), "model": kind, "test_only": True, "model_checkpoint": tmp_path / "phi.pt"}
+    assert main.main(flags("mitstates", world / "mitstates", tmp_path / "logs", **how)) == 0
+    (folder,) = (tmp_path / "logs").iterdir()
+    whole = checkpoint.load(folder / "best_checkpoint.pth")["model_state_dict"]
+    theirs = content.get("Phi") or {name.removeprefix("module."): value
+                                    for name, value in content["state_dict_img2text"].items()}
+    assert all(torch.equal(whole[f"phi.{name}"], value) for name, value in theirs.items())
+    released(kind, tmp_path / "phi.pt", width=40)
+    capsys.readouterr()
+    assert main.main(flags("mitstates", world / "mitstates", tmp_path / "logs", **how)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "(40" in error and "another CLIP model" in error
+
+
+# What is refused, in one line
+
+@pytest.mark.parametrize(("dataset", "how", "told"), [
+    ("mitstates", {"model": "sum"}, "learns nothing: pass --test_only True"),
+    ("pictures", {"model": "LinCIR"}, "learns from texts"),
+    ("mitstates", {"model": "Pic2Word"}, "choose one of pictures"),
+    ("texts", {"model": "tirg"}, "learns from triplets"),
+    ("mitstates", {"model": "sum", "test_only": True, "text_encoder": "lstm"}, "both towers of one CLIP model"),
+    ("mitstates", {"model": "sum", "test_only": True, "image_encoder": "mobilenet_v3_small"}, "both towers"),
+    ("mitstates", {"model": "BASIC", "test_only": True}, "--subjects FILE"),
+    ("mitstates", {"model": "text", "test_only": True, "prompt": "a photo"}, "one {}"),
+    ("texts", {"model": "LinCIR", "prompt": "a photo that {}"}, "has no $")])
+def test_what_does_not_go_together_is_refused(dataset, how, told, world, tower, tmp_path, capsys):  # noqa: F811
+    place = {"texts": "captions.txt"}.get(dataset, dataset)
+    capsys.readouterr()
+    assert main.main(flags(dataset, world / place, tmp_path / "logs", **{**changes(tower), **how})) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert told in error[-1] and "Traceback" not in "".join(error)
