@@ -345,7 +345,9 @@ class FashionIQ(CompositionDataset):
 
     @property
     def template(self) -> str:
-        return "{category} {caption} and it {caption}" if self.category == "all" else "{caption} {caption}"
+        joined = "{category} {caption} and it {caption}" if self.category == "all" else "{caption} {caption}"
+        return {"published": joined, "and": "{caption} and {caption}", "reversed": "{second caption} and {first}",
+                "both": "{caption} and {caption}, in both orders"}[self.caption_form]
 
     @property
     def files(self) -> str:

@@ -559,7 +559,7 @@ class OpenClip:
         if path.suffix == ".npz":                                               # SigLIP's, of big_vision
             conversions.load_big_vision_weights(whole, str(path))
             return whole.state_dict()
-        state = conversions.convert_state_dict(whole, read_weights(path))
+        state = conversions.convert_state_dict(whole, named_as_open_clip(read_weights(path)))
         if not any(weight.startswith("visual.") for weight in state):
             state = {f"visual.{weight}": value for weight, value in state.items()}
         if "positional_embedding" in state and hasattr(whole, "text"):
@@ -595,6 +595,42 @@ class OpenClip:
         return others and (f"open_clip:{plain} names no weights, so its images get OpenAI's mean and deviation; "
                            f"{', '.join(others[:5])} want others: if the file is one of these, say so in the name, as "
                            f"open_clip:{plain}/{others[0]}")
+
+
+# transformers' names of a CLIP model's parts, and OpenAI's and open_clip's of the same.
+OF_TRANSFORMERS = (("text_model.embeddings.token_embedding.", "token_embedding."),
+                   ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+                   ("text_model.final_layer_norm.", "ln_final."), ("text_projection.weight", "text_projection"),
+                   ("text_model.encoder.layers.", "transformer.resblocks."),
+                   ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+                   ("vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
+                   ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+                   ("vision_model.pre_layrnorm.", "visual.ln_pre."),
+                   ("vision_model.post_layernorm.", "visual.ln_post."),
+                   ("visual_projection.weight", "visual.proj"),
+                   ("vision_model.encoder.layers.", "visual.transformer.resblocks."))
+OF_A_BLOCK = ((".self_attn.out_proj.", ".attn.out_proj."), (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."),
+              (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))
+PROJECTIONS = "text_projection", "visual.proj"                                  # which the two have transposed
+
+
+def named_as_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP model's weights as transformers has them, under open_clip's names; others as they are."""
+    if not any(weight.startswith("text_model.encoder.layers.") for weight in state):
+        return state
+    named = {}
+    for weight, value in state.items():
+        if weight.endswith("position_ids"):                                     # older files' counting from 0
+            continue
+        for theirs, ours in OF_TRANSFORMERS:
+            weight = ours + weight.removeprefix(theirs) if weight.startswith(theirs) else weight
+        for theirs, ours in OF_A_BLOCK:
+            weight = weight.replace(theirs, ours)
+        named[weight] = value.T.contiguous() if weight in PROJECTIONS else value
+    for query in [weight for weight in named if ".self_attn.q_proj." in weight]:
+        parts = [named.pop(query.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        named[query.replace(".self_attn.q_proj.", ".attn.in_proj_")] = torch.cat(parts)
+    return named
 
 
 LIBRARIES = {"timm": Timm(), "open_clip": OpenClip()}

@@ -18,7 +18,7 @@ class TextStore:
     def __init__(self, texts: Sequence[str], folder: Path | None):
         self.texts = texts
         names = (hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32] for text in texts)
-        self.paths = [f"{folder}/{name}" for name in names]
+        self.names = self.paths = [f"{folder}/{name}" for name in names]
         self.versions = [(1, 0)] * len(self.paths)
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ from training import checkpoint
 from zero_shot import prompts
 
 from .conftest import flags, picture, run_main, some, write_mitstates
-from .test_text_encoders import clip_flags, tower  # noqa: F401 the fixture
+from .test_text_encoders import TOWER, clip_flags, tower  # noqa: F401 the fixture
 
 CAPTIONS = ["a red dog runs on the grass", "Two blue buses, parked.", "an old <PERSON> with $5", "the snow", "running"]
 ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01}
@@ -315,3 +315,32 @@ def test_what_does_not_go_together_is_refused(dataset, how, told, world, tower, 
     assert main.main(flags(dataset, world / place, tmp_path / "logs", **{**changes(tower), **how})) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert told in error[-1] and "Traceback" not in "".join(error)
+
+
+def test_weights_of_transformers_load(tmp_path, tower):  # noqa: F811
+    """A CLIP model of transformers, as it saves one, and open_clip's of the same sizes: the same vectors."""
+    from transformers import CLIPConfig, CLIPModel
+
+    text, vision = {"hidden_act": "quick_gelu", "intermediate_size": 128, "hidden_size": 32, "num_attention_heads": 2,
+                    "num_hidden_layers": 1}, {"image_size": 32, "patch_size": 16}
+    torch.manual_seed(0)
+    theirs = CLIPModel(CLIPConfig(text_config={**text, "max_position_embeddings": 16, "vocab_size": 49408,
+                                               "eos_token_id": 49407},
+                                  vision_config={**text, **vision}, projection_dim=24)).eval()
+    theirs.save_pretrained(tmp_path / "clip")
+    (tmp_path / "quick-towers.json").write_text(json.dumps({**TOWER, "quick_gelu": True}))
+    open_clip.add_model_config(tmp_path / "quick-towers.json")
+    model = Recipe("sum", "open_clip:quick-towers", 32, 0, "open_clip:quick-towers", 0, {}).build()
+    model.load_weights(str(tmp_path / "clip" / "model.safetensors"))
+    ids = model.text_tower.ids(["a red dog", "snow"])
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        close = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(model.text_tower.encode(ids), vectors(theirs.get_text_features(ids)), **close)
+        torch.testing.assert_close(model.eval().encode_image(pixels),
+                                   vectors(theirs.get_image_features(model.normalized(pixels))), **close)
+
+
+def vectors(answer):
+    """transformers 5 wraps them."""
+    return answer if isinstance(answer, torch.Tensor) else answer.pooler_output
