@@ -160,19 +160,22 @@ def test_a_trained_model_is_tested_by_several_as_by_one(mitstates, tmp_path):
 @pytest.mark.long("a job of its own")
 def test_several_processes_train_on_sentence_vectors(fashion200k, tmp_path, minilm):
     """Of modifications, which are new in each epoch, kept in one file; nothing trains the LSTM."""
-    words = flags("fashion200k", fashion200k, tmp_path / "logs", **minilm.flags, num_iters=3, batch_size=8)
+    words = flags("fashion200k", fashion200k, tmp_path / "logs", **minilm.flags, num_iters=3, batch_size=8,
+                  learn_words=True)
     run(*torchrun(2, "main.py", *words))
     found = only_run(tmp_path / "logs")
     assert found.metrics["it"] == 3 and len(list((fashion200k / "image_cache").glob("sentences_*.sqlite"))) == 1
     trained = checkpoint.load(found.checkpoint)["optimizer_state_dict"]["state"]
     names = [name for name, _ in checkpoint.rebuild_model(found.checkpoint, lambda texts: None).named_parameters()]
     assert len(trained) == sum(not name.startswith("text_model.") for name in names)
+    assert "learned_words.filters.weight" in names
 
 
 @pytest.mark.long("a job of its own")
-def test_several_processes_train_on_features_and_encode_each_image_once(mitstates, tmp_path):
+@pytest.mark.parametrize(("features", "head"), [("last", "img_model.classifier.3."), ("stages", "img_model.fc.")])
+def test_several_processes_train_on_features_and_encode_each_image_once(features, head, mitstates, tmp_path):
     """Filled by both, then found by one that trains alone; nobody moves the frozen layers."""
-    frozen = {"freeze_image_encoder": True, "num_iters": 2, "batch_size": 8}
+    frozen = {"freeze_image_encoder": True, "num_iters": 2, "batch_size": 8, "image_features": features}
     run(*torchrun(2, "main.py", *flags("mitstates", mitstates, tmp_path / "two", **frozen)))
     shared, cache = only_run(tmp_path / "two"), mitstates / "image_cache"
     kept = {file: file.read_bytes() for file in cache.glob("features_*.features")}
@@ -180,7 +183,6 @@ def test_several_processes_train_on_features_and_encode_each_image_once(mitstate
     alone = run_main("mitstates", mitstates, tmp_path / "one", **frozen)
     assert {file: file.read_bytes() for file in cache.glob("features_*.features")} == kept
     weights = [checkpoint.load(each.checkpoint)["model_state_dict"] for each in (shared, alone)]
-    head = "img_model.classifier.3."
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items()
                if name.startswith("img_model.") and not name.startswith(head))
     assert shared.metrics["it"] == 2 and not torch.equal(*(each[f"{head}0.weight"] for each in weights))
