@@ -84,11 +84,11 @@ class LearnedWords(nn.Module):
     three neighbouring words' vectors gives (Kim, "Convolutional Neural Networks for Sentence Classification", 2014).
 
     A word that is unknown has the vector 0, and a text without any known word 0 too. In training every tenth word and
-    every tenth text is made unknown, so that what composes learns to do without, with the sentence vector alone.
+    every second text is made unknown, so that what composes learns to do without, with the sentence vector alone.
     """
 
     size = 128                          # of words' vectors and of what comes of a text
-    unknown_words, unknown_texts = 0.1, 0.1
+    unknown_words, unknown_texts = 0.1, 0.5
 
     def __init__(self, vocabulary: SimpleVocab):
         super().__init__()

@@ -1,6 +1,7 @@
 """Statistics of an encoder's stages beside its last features: as worked out slowly from the layers' own outputs, for
 encoders of each library, and through everything that is made of a checkpoint."""
 
+import copy
 import json
 
 import numpy as np
@@ -103,6 +104,16 @@ def test_an_encoder_without_stages_is_refused_in_one_line(mitstates, tmp_path, c
                   image_features="stages")
     assert main.main(words) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_looks_at_the_stages_can_be_copied_compiled_and_exported():
+    torch.manual_seed(0)
+    encoder, images = image_encoder("resnet18", 8, 32, "stages").eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = encoder(images)
+        for other in (copy.deepcopy(encoder), torch.compile(encoder, backend="eager", fullgraph=True),
+                      torch.export.export(encoder, (images,)).module()):
+            torch.testing.assert_close(other(images), expected)
 
 
 def test_features_have_a_file_for_each_kind(mitstates, tmp_path):
