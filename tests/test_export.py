@@ -247,7 +247,7 @@ def test_a_folder_with_a_frozen_encoder_and_sentence_vectors_is_as_its_checkpoin
     (tested,) = (tmp_path / "tests").iterdir()
     assert json.loads((tested / "metrics.json").read_text()) == run.metrics
     card, record = (folder / "README.md").read_text(), json.loads((folder / "model.json").read_text())
-    assert record["sentences"]["max_seq_len"] == 25 and "only the last layer was trained" in card
+    assert record["sentences"]["max_seq_len"] == 256 and "only the last layer was trained" in card
     assert f"hf:{MINILM}, which is not in this folder: T = 384" in card
 
 

@@ -207,13 +207,14 @@ def test_a_strangers_index_ends_in_one_line_or_the_right_answer(first, right, tm
 
 @pytest.mark.parametrize(("flags", "said"), some([
     ({"text_encoder": "hf:evil.example/model", "pooling_layer": -2, "max_seq_len": 25}, "HF_HUB_OFFLINE=0"),
+    ({"text_encoder": "hf:evil.example/model", "pooling_layer": "own", "max_seq_len": "own"}, "HF_HUB_OFFLINE=0"),
     ({"text_encoder": "open_clip:ViT-B-32/openai", "image_encoder": "x", "image_weights": "none"},
      "get https.* and put it at .*HF_HUB_OFFLINE=0"),
     ({"text_encoder": "hf:evil.example/model"}, "none of this program's"),
     ({"text_encoder": "service", "bert_port": "x"}, "none of this program's"),
     ({"text_encoder": "service", "bert_timeout": 1e9}, "none of this program's"),
     ({"text_encoder": "service", "bert_ip": "192.0.2.1", "bert_timeout": 1.0, "bert_port": 9, "bert_port_out": 9},
-     "localhost:9")], 2))
+     "localhost:9")], 3))
 def test_a_strangers_index_has_no_other_host_asked(first, tmp_path, monkeypatch, flags, said):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     def change(state):
