@@ -48,12 +48,11 @@ def test_it_is_tested_and_resumed(old, tmp_path):
                       "--device=cpu", f"--log_dir={tmp_path / 'tests'}"]) == 0
     (tested,) = (tmp_path / "tests").iterdir()
     assert {split: values.keys() for split, values in OLD["results"].items()} == {
-        split: values.keys() for split, values in Run(tested).metrics.items() if split != "it"}
+        split: {name for name in values if name.startswith("recall_")}
+        for split, values in Run(tested).metrics.items() if split not in ("it", "protocol")}
     assert main.main(flags("mitstates", tmp_path / "data", tmp_path / "logs", num_iters=5, resume=old)) == 0
     state = checkpoint.load(file)
-    assert state["it"] == 5 and state["opt"].keys() - OLD["opt"].keys() == {"dataset_path", "log_dir", "f",
-                                                                            "image_features", "learn_words",
-                                                                            "feature_dropout"}
+    assert state["it"] == 5 and state["opt"].keys() >= OLD["opt"].keys()
     assert state["progress"].keys() - OLD["progress"].keys() == {"data"}
     with pytest.raises(InputError, match=r"--batch_size 4 \(now 5\)"):
         main.run(*main.settle(flags("mitstates", tmp_path / "data", tmp_path / "logs", batch_size=5, resume=old),
