@@ -933,7 +933,7 @@ def cpu_rows(folder: Path, quick: bool) -> list[dict]:
                         (10, 3, 200) if quick else (245, 8, 53_753))
     small = toy_split(folder, "train", 128, "bicubic")
     rows.append(filling_row(small, folder / "features", repetitions))
-    rows += lincir_rows(8 if quick else 256, min(repetitions, 2))
+    rows += lincir_rows(2 if quick else 256, min(repetitions, 2))
     rows += search_rows(folder / "search", 1000 if quick else 100_000, size, repetitions)
     return rows
 

@@ -54,7 +54,7 @@ def make_model(args: argparse.Namespace, data: Data, source: str | Path, state: 
         model.load_weights(args.image_weights, progress_bar)
     if state:
         checkpoint.restore(model, state, source)
-    if data.train:
+    if data.train and data.train.teaches == "triplets":                        # else its texts are no queries
         samples = Epoch(data.train, args.seed, 0)
         texts = dict.fromkeys(samples[i].text for i in spread(range(len(samples)), 2048))
         model.example_texts = spread([*texts], 256)
@@ -155,7 +155,7 @@ def evaluate_splits(args: argparse.Namespace, model: ImgTextCompositionBase, dat
         tested[name] = report.SplitResult(evaluate_split(
             args, model, split, baselines=args.baselines and split.data is data.test,
             watch=seen if distributed.first() else None), seen,
-            {**split.data.protocol(args.seed), "weights": weights, **model.protocol()})
+            {**split.data.protocol(args.seed, model.template), "weights": weights})
     return tested
 
 

@@ -19,6 +19,7 @@ class ByCosine:
     compare it with a gallery's. Others say all four."""
 
     frozen = False                      # whether it is made of a CLIP model's two towers, which stay as they are
+    template = "{}"                     # what it puts a query's text into
     score = staticmethod(cosines)       # of what `as_query` gives, (B, Q), with unit rows (N, D): (B, N)
 
     @property
@@ -29,10 +30,6 @@ class ByCosine:
     def as_query(self, composed: Tensor) -> Tensor:
         """What `compose` gives -> (B, Q)."""
         return F.normalize(composed, dim=1)
-
-    def protocol(self) -> dict[str, str]:
-        """What numbers of it depend on that a benchmark does not say, in plain values."""
-        return {}
 
     def meet(self, gallery: Tensor) -> None:
         """Before queries are composed that are to be ranked against a gallery, unit rows (N, D): what depends on it."""

@@ -319,8 +319,9 @@ class CompositionDataset:
         """What a query's text is made of."""
         return "{target_caption}" if self.complete_text else "{text}"
 
-    def protocol(self, seed: int = 0) -> dict:
-        """What the numbers of a test are of, in plain values: with another protocol they would be others."""
+    def protocol(self, seed: int = 0, prompt: str = "{}") -> dict:
+        """What the numbers of a test are of, in plain values: with another protocol they would be others. prompt: what
+        the model puts a text into, as {}."""
         task = self.task(seed)
         listed = [query_set.galleries for query_set in task.query_sets if query_set.galleries is not None]
         sizes = np.concatenate([(galleries >= 0).sum(1) for galleries in listed]) if listed else [len(task.gallery)]
@@ -329,7 +330,8 @@ class CompositionDataset:
         return {"benchmark": self.title or type(self).__name__, "split": split,
                 "queries": sum(len(query_set.texts) for query_set in task.query_sets),
                 "gallery": least if least == most else [least, most], "galleries": "one a query" if listed else "one",
-                "source": self.source_in(task), "text": self.template, "annotations": self.fingerprint(seed)[:12]}
+                "source": self.source_in(task), "text": prompt.replace("{}", self.template),
+                "annotations": self.fingerprint(seed)[:12]}
 
     @staticmethod
     def source_in(task: RetrievalTask) -> str:

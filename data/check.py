@@ -105,7 +105,7 @@ class Report:
 def check(args: argparse.Namespace, report: Report) -> None:
     """The whole program, in order. Raises InputError where the folder is none, or --out cannot be written."""
     kind, root = DATASETS[args.dataset], args.dataset_path
-    if not root.is_dir():
+    if not (root.is_dir() if kind.has_pictures else root.exists()):
         raise InputError(f"{root} is no folder; check --dataset_path")
     report.say(f"{args.dataset} in {root}")
     read = partial(kind, root, complete_text=args.use_complete_text_query, category=args.category_to_train,
@@ -127,7 +127,7 @@ def check(args: argparse.Namespace, report: Report) -> None:
         known = words if name == "train" else known
     if told := note_passed_over(splits.values()):
         report.complain(told)
-    bad = look_at_files(root, kind.upright, splits, whole, report)
+    bad = look_at_files(root, kind.upright, splits, whole, report) if kind.has_pictures else set()
     for name, data in list(splits.items()):
         if gone := bad.intersection(data.images):
             try:
@@ -142,7 +142,7 @@ def check(args: argparse.Namespace, report: Report) -> None:
                if report.wrong else "nothing is wrong")
     if "out" not in args:
         report.say("--out check.html draws ten of its queries")
-    elif splits:
+    elif splits and kind.has_pictures:
         write(args.out, draw(splits[list(splits)[-1]]), report)
     else:
         report.say(f"no query to draw, so {args.out} was not written")
@@ -185,7 +185,7 @@ def describe(data: CompositionDataset, known: SimpleVocab | None, report: Report
         report.row("queries", len(texts))
         report.row("right answers", f"min {min(counts)}, mean {np.mean(counts):.1f}, max {max(counts)} a query")
     often = Counter(texts)
-    text, most = often.most_common(1)[0]
+    text, most = often.most_common(1)[0] if often else ("", 0)
     report.row("texts", f"{len(often)} distinct of {len(texts)}, {sum(count > 1 for count in often.values())} of them "
                         f"more than once, at most {most} times ({text[:60]!r})")
     words = SimpleVocab.from_texts(texts)

@@ -14,6 +14,7 @@ import search
 from benchmarks.masking import by_rule, masked
 from benchmarks.pictures import Pictures
 from benchmarks.texts import Texts
+from data import check
 from img_text_composition_models import MODELS, Recipe
 from machine.errors import InputError
 from searching.gallery import Gallery, load_model
@@ -21,8 +22,9 @@ from test_retrieval import ranks_of_right
 from training import checkpoint
 from zero_shot import prompts
 
-from .conftest import flags, picture, run_main, some, write_mitstates
+from .conftest import flags, picture, run_main, some, write_cirr, write_fashion_iq, write_mitstates
 from .test_text_encoders import TOWER, clip_flags, tower  # noqa: F401 the fixture
+from .zero_shot_trees import TREES
 
 CAPTIONS = ["a red dog runs on the grass", "Two blue buses, parked.", "an old <PERSON> with $5", "the snow", "running"]
 ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01}
@@ -344,3 +346,28 @@ def test_weights_of_transformers_load(tmp_path, tower):  # noqa: F811
 def vectors(answer):
     """transformers 5 wraps them."""
     return answer if isinstance(answer, torch.Tensor) else answer.pooler_output
+
+
+@pytest.mark.parametrize(("dataset", "place", "told"), [("texts", "captions.txt", 15), ("pictures", "pictures", 10)])
+def test_check_says_what_such_data_hold(dataset, place, told, world, tmp_path, capsys):
+    out = tmp_path / "check.html"
+    assert check.main(["--dataset", dataset, "--dataset_path", str(world / place), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"training samples  {told}" in said and "nothing is wrong" in said and out.exists() == (dataset != "texts")
+
+
+@pytest.mark.parametrize(("dataset", "name"), some([("genecis", "product"), ("circo", "BASIC"), ("imagenet_r", "sum"),
+                                                    ("shoes", "product"), ("lasco", "text"), ("fashionIQ", "LinCIR"),
+                                                    ("cirr", "product")]))
+def test_every_benchmark_is_asked(dataset, name, world, tower, tmp_path, capsys):  # noqa: F811
+    """Of GeneCIS each query has a gallery of its own, which a composer scores in its own way."""
+    trees = {**TREES, "cirr": write_cirr, "fashionIQ": write_fashion_iq}
+    root, more = trees[dataset](tmp_path / "data") or tmp_path / "data", {"test_only": True, "model": name}
+    if name == "BASIC":
+        more |= {"subjects": world / "subjects.txt", "styles": world / "styles.txt"}
+    if name == "LinCIR":
+        released(name, tmp_path / "phi.pt")
+        more |= {"model_checkpoint": tmp_path / "phi.pt", "caption_form": "both"}
+    run = run_main(dataset, root, tmp_path / "logs", **changes(tower), **more)
+    assert all(0 <= value <= 1 for value in run.metrics["test"].values()) and run.metrics["test"]
+    assert run.metrics["protocol"]["test"]["text"]

@@ -263,9 +263,8 @@ def in_a_line(protocol: dict) -> str:
     size, *larger = protocol["gallery"] if isinstance(protocol["gallery"], list) else [protocol["gallery"]]
     size = f"{size:,}" + "".join(f" to {most:,}" for most in larger)
     gallery = f"each a gallery of {size}" if protocol["galleries"] != "one" else f"gallery of {size} images"
-    told = f" in {protocol['prompt']!r}" if "prompt" in protocol else ""
     return (f"{protocol['benchmark']}, {protocol['split']}: {protocol['queries']:,} queries, {gallery}, the source "
-            f"{protocol['source']}; text: {protocol['text']}{told}; weights {protocol['weights']}, annotations "
+            f"{protocol['source']}; text: {protocol['text']}; weights {protocol['weights']}, annotations "
             f"{protocol['annotations']}")
 
 

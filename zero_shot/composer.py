@@ -76,9 +76,6 @@ class ZeroShot(ImageSide, ByCosine):
         """T, of what `encode_text` gives."""
         return self.image_dim
 
-    def protocol(self) -> dict[str, str]:
-        return {"prompt": self.template}
-
     def freeze_backbone(self) -> None:
         """Nothing of it learns anyway."""
 
