@@ -26,6 +26,7 @@ from benchmarks.base import (
     require,
     texts_of,
 )
+from benchmarks.captions import Captions
 from benchmarks.circo import CIRCO
 from benchmarks.cirr import CIRR
 from benchmarks.genecis import GeneCIS
@@ -460,7 +461,7 @@ class FashionIQ(CompositionDataset):
 
 DATASETS = {"mitstates": MITStates, "fashion200k": Fashion200k, "fashionIQ": FashionIQ, "cirr": CIRR,
             "circo": CIRCO, "genecis": GeneCIS, "imagenet_r": ImageNetR, "shoes": Shoes, "lasco": LaSCo,
-            "triplets": Triplets, "texts": Texts, "pictures": Pictures}
+            "triplets": Triplets, "captions": Captions, "texts": Texts, "pictures": Pictures}
 
 
 def integer_labels(query_values: list[str], gallery_values: list[str]) -> tuple[np.ndarray, np.ndarray]:

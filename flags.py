@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.base import CAPTION_FORMS
+from benchmarks.mining import Mining, Templates
 from datasets import DATASETS, FashionIQ
 from machine.errors import InputError
 from machine.stopping import one_of_several
@@ -165,6 +166,14 @@ def or_own(kind: Callable[[str], object]) -> Callable[[str], object]:
     return parse
 
 
+def template_shares(text: str) -> str:
+    try:
+        Templates(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def save_frequency(text: str) -> str:
     if not re.fullmatch(r"0*[1-9]\d{0,8}m?", text):
         raise argparse.ArgumentTypeError(f"expected iterations, as 500, or minutes, as 10m, got {text!r}")
@@ -200,11 +209,40 @@ def add_dataset_flags(data, required: bool) -> None:
     add(data, "--validation", 0.0, "share of the train split's nouns, products or source images to hold out and test "
         "on too; best_checkpoint.pth is then the best on these. Published: 0, the best on the test split",
         type=at_least(0, float, 0.9), metavar="SHARE")
-    add(data, "--keep_source", False, "triplets: a query's own picture stays in its ranking, as FashionIQ has it")
+    add(data, "--keep_source", False, "triplets, captions: a query's own picture stays in its ranking, as FashionIQ "
+        "has it")
     add(data, "--shared_concept", False, "CIRCO: queries also say what their two pictures have in common, which makes "
         "them easier. Published by most: the caption alone")
     add(data, "--any_suffix", False, "MIT-States: read images that end in .JPG, .png and the like, too. Published: in "
         ".jpg alone")
+    own = Mining()
+    add(data, "--attributes", own.attributes, "captions: columns of the table to mine beside the captions, as "
+        "colour,pattern,category; where there are no captions and none is named, all of words that recur",
+        metavar="NAMES")
+    add(data, "--same", own.same, "captions: columns in which source and target have the same, as category",
+        metavar="NAMES")
+    add(data, "--product", own.product, "captions: which pictures show one product, none of which is another's "
+        "target, and which no split cuts in two: a column's name, or a regular expression for file names with the "
+        r"product in brackets, as '(.+)_\d+'; auto for the column product or group, else each picture is one",
+        metavar="auto|COLUMN|RULE")
+    add(data, "--same_product", own.same_product, "captions: a product's other pictures may be targets, too")
+    add(data, "--span", own.span, "captions: words in a row in which two captions may differ; 0 for one word in place "
+        "of another alone", type=at_least(0, most=20), metavar="WORDS")
+    add(data, "--two_changes", own.two_changes, "captions: share of the samples from attributes that may differ in two "
+        "of them", type=at_least(0, float, 1), metavar="SHARE")
+    add(data, "--templates", own.templates, "captions: shares of the ways to say what changes, of those that fit: in "
+        "B; replace A with B; B instead of A; with B; without A; covr, the nine of CoVR; named: of attributes, with "
+        "their column's name. What is not in the list has none", type=template_shares, metavar="SHARES")
+    add(data, "--written", own.written, "captions: share of the training samples that are hand-written triplets, where "
+        "there are any beside the table", type=at_least(0, float, 1), metavar="SHARE")
+
+
+def dataset_settings(args: argparse.Namespace) -> dict:
+    """What of these flags a dataset is told, by name."""
+    return {"complete_text": args.use_complete_text_query, "category": args.category_to_train,
+            "held_out": args.validation, "keep_source": args.keep_source, "any_suffix": args.any_suffix,
+            "shared_concept": args.shared_concept, "caption_form": args.caption_form,
+            "mining": Mining(*(getattr(args, name) for name in Mining._fields))}
 
 
 def get_parser() -> TrainingParser:

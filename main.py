@@ -155,7 +155,7 @@ def evaluate_splits(args: argparse.Namespace, model: ImgTextCompositionBase, dat
         tested[name] = report.SplitResult(evaluate_split(
             args, model, split, baselines=args.baselines and split.data is data.test,
             watch=seen if distributed.first() else None), seen,
-            {**split.data.protocol(args.seed, model.template), "weights": weights})
+            {**split.data.protocol(args.seed, model.template), "weights": weights}, split.data.asked)
     return tested
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.mining import Mining
 from machine.checksums import digest
 from machine.errors import InputError
 from machine.picture_folder import is_passed_over, tell_of_unread
@@ -249,6 +250,7 @@ class CompositionDataset:
     caption_form: of CAPTION_FORMS, how several captions of one query are put together.
     any_suffix: images are read whatever kind of picture they end as, where the benchmark reads one ending alone.
     shared_concept: CIRCO's queries also say what the two pictures have in common.
+    mining: how triplets are made of captions, where the benchmark has none.
     without: images to leave out, with all that refers to them; `dropped` then counts what went, and `amiss` says it.
     None is the strict reading: anything amiss raises InputError, with file and line.
     """
@@ -259,6 +261,7 @@ class CompositionDataset:
     upright = False                     # whether pictures are turned as the camera noted; the published are not
     is_ones_own = False                 # whether who runs it can change it; the published are as they are
     about = ""                          # what is tested, where the benchmark's name does not say it
+    asked = ""                          # whose queries these are, where they may be several kinds
     served = ""                         # the split, where there is one, whose answers a test server alone knows
     answers_served: int | None = None   # how many of a query's first images its server takes; None = it depends
     group_size = 1                      # consecutive samples of an epoch that belong in one batch
@@ -274,9 +277,10 @@ class CompositionDataset:
 
     def __init__(self, path: str | Path, split: str, complete_text: bool = False, category: str = "all",
                  without: frozenset[str] | None = None, held_out: float = 0.0, keep_source: bool = False,
-                 any_suffix: bool = False, shared_concept: bool = False, caption_form: str = "published"):
+                 any_suffix: bool = False, shared_concept: bool = False, caption_form: str = "published",
+                 mining: Mining | None = None):
         self.keep_source, self.any_suffix, self.shared_concept = keep_source, any_suffix, shared_concept
-        self.caption_form = caption_form
+        self.caption_form, self.mining = caption_form, mining or Mining()
         self.root, self.split, self.complete_text, self.category = Path(path), split, complete_text, category
         self.published, self.held_out = "test" if split in ("test", self.served) else "train", held_out
         self.lenient, self.without = without is not None, without or frozenset()
@@ -311,8 +315,11 @@ class CompositionDataset:
         """Whether a group of the published split is in this one: which are held out depends on their names alone."""
         if self.published == "test" or not self.held_out:
             return self.split != "validation"
+        return self.is_held_out(group) == (self.split == "validation")
+
+    def is_held_out(self, group: str) -> bool:
         lot = int.from_bytes(hashlib.sha256(group.encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
-        return (lot < self.held_out) == (self.split == "validation")
+        return lot < self.held_out
 
     @property
     def template(self) -> str:

@@ -5,6 +5,7 @@ Its columns are named so that Hugging Face's `imagefolder` reads it too.
 
 import difflib
 import os
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,6 @@ from machine.picture_folder import Kind, Walk, why_not_listed
 from machine.tables import ENDINGS, read_table
 from machine.text_files import read_lines
 
-TABLES = [f"metadata{ending}" for ending in ENDINGS]
 SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(  # as Hugging Face's datasets has them
     ("validation", "valid", "val", "dev"), "validation") | dict.fromkeys(
         ("test", "testing", "eval", "evaluation"), "test")
@@ -40,7 +40,7 @@ UNFIT = "lines that do not fit"
 
 class Triplets(AnnotatedDataset):
     """Pictures of one's own: train/metadata.jsonl and test/metadata.jsonl (or .csv, .xlsx, ...) beside their images, or
-    one table at the top with a column `split`, or without it and a share held out.
+    one table at the top with a column `split`, or without it and a share held out. A table may also be called triplets.
 
     A line has source_file_name, text, and target_file_name or target_file_names, several being right; it may have
     negative_file_names, group and target_caption. File names count from the table's folder; but in JSON several stand
@@ -51,28 +51,18 @@ class Triplets(AnnotatedDataset):
     upright = is_ones_own = True
     title = "own triplets"
     MOST_GROUPS = 50
+    held_out_of = "source images, held out, whose targets may be training's too"
 
     @classmethod
     def table(cls, folder: Path) -> Path | None:
-        found = [name for name in os.listdir(folder) if name.lower() in TABLES and (folder / name).is_file()]
-        found.sort(key=lambda name: TABLES.index(name.lower()))
-        if len(found) > 1:
-            raise InputError(f"{folder} has both {found[0]} and {found[1]}; remove the one that is not meant")
-        return folder / found[0] if found else None
+        """A folder's table."""
+        return table_in(folder, "triplets") or table_in(folder, "metadata")
 
     @classmethod
     def tables(cls, root: Path) -> dict[str, Path]:
         """{split: its table}, or {"": the one at the top}."""
-        require(root, "folder")
-        folders = [("", root)] + [(SPLITS[name.lower()], root / name) for name in sorted(os.listdir(root))
-                                  if name.lower() in SPLITS and (root / name).is_dir()]
-        found = {}
-        for split, table in ((split, cls.table(folder)) for split, folder in folders):
-            if table and ("" in found or split in found):
-                raise InputError(f"{found.get('') or found[split]} and {table} are two ways to say it; remove one")
-            found |= {split: table} if table else {}
-        if not found:
-            raise InputError(f"neither {root} nor {root / 'train'} has a {' or '.join(TABLES[:2])} (or "
+        if not (found := tables_in(root, cls.table)):
+            raise InputError(f"neither {root} nor {root / 'train'} has a metadata.jsonl or metadata.csv (or "
                              f"{', '.join(ENDINGS[2:])}); docs/your-own-pictures.md shows what it looks like")
         return found
 
@@ -116,31 +106,45 @@ class Triplets(AnnotatedDataset):
         if not rows:
             raise InputError(f"{self.root} has no {own} split, neither a folder {own} with a table nor lines of it")
         tables = self.tables(self.root)
-        self.below = "" if "" in tables else f"{tables[own].parent.name}/"
-        folder = self.root / self.below
-        self.walk = Walk(folder, follow_links=True)
-        self.there = self.walk.names()
-        self.named, self.unread = Named((name, name) for name in self.there), {folder: self.walk.unread}
-        known, parsed = set(self.there), []
-        for where, row in rows:
-            try:
-                entry = self.parse(row, where)
-            except InputError as error:
-                self.refuse_or_drop(UNFIT, f"{error}; --skip_bad_images True leaves such lines out")
-                continue
-            if own == "validation" or self.has(entry.source):
-                if missing := [name for name in (entry.source, *entry.targets, *entry.negatives) if name not in known]:
-                    self.refuse_or_drop("triplets whose images are missing", self.not_there(folder, missing[0], where))
-                else:
-                    parsed.append((where, entry))
-        listed = self.listed(folder, known)
-        self.collect(parsed, listed)
+        self.look_into("" if "" in tables else f"{tables[own].parent.name}/")
+        parsed = [(where, entry) for where, entry in self.entries(rows)
+                  if (own == "validation" or self.has(entry.source)) and self.is_there(entry, where)]
+        listed = self.listed()
+        self.collect(parsed, self.named_by(parsed) if self.split == "train" else listed or self.there)
         if not self.annotations:
-            raise InputError(f"no usable line of the {self.split} split in {self.table(folder)}: " + (
+            raise InputError(f"no usable line of the {self.split} split in {self.table(self.walk.folder)}: " + (
                 "--validation holds out by source image, give a larger share" if self.held_out else
                 next(iter(self.amiss), "all of its images are broken")))
         if self.split != "train":
-            self.tell(folder, listed)
+            self.tell(listed)
+
+    def look_into(self, below: str) -> None:
+        """Find the pictures of a folder below root, '' or one that ends in a slash."""
+        self.below = below
+        folder = self.root / below
+        self.walk = Walk(folder, follow_links=True)
+        self.there = self.walk.names()
+        self.known = frozenset(self.there)
+        self.named, self.unread = Named((name, name) for name in self.there), {folder: self.walk.unread}
+
+    def entries(self, rows: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, "Entry"]]:
+        """The lines that can be read, each with where it stands."""
+        for where, row in rows:
+            try:
+                yield where, self.parse(row, where)
+            except InputError as error:
+                self.refuse_or_drop(UNFIT, f"{error}; --skip_bad_images True leaves such lines out")
+
+    def is_there(self, entry: "Entry", where: str) -> bool:
+        """Whether all of a line's pictures are."""
+        missing = next((name for name in entry.names if name not in self.known), None)
+        if missing is not None:
+            self.refuse_or_drop("triplets whose images are missing", self.not_there(missing, where))
+        return missing is None
+
+    @staticmethod
+    def named_by(parsed: list[tuple[str, "Entry"]]) -> list[str]:
+        return [name for _, entry in parsed for name in entry.names]
 
     def parse(self, row: dict, where: str) -> "Entry":
         def value(name: str) -> str:
@@ -190,7 +194,8 @@ class Triplets(AnnotatedDataset):
     def by_file(self) -> dict[str, str]:
         return {os.path.realpath(self.walk.folder / name): name for name in reversed(self.there)}
 
-    def not_there(self, folder: Path, name: str, where: str) -> str:
+    def not_there(self, name: str, where: str) -> str:
+        folder = self.walk.folder
         if os.path.exists(folder / name):
             return f"{where}: {name} {why_not_listed(folder, name)}"
         alike = [other for other in self.there if other.lower() == name.lower()]    # as IMG_1.JPG and img_1.jpg
@@ -199,24 +204,22 @@ class Triplets(AnnotatedDataset):
         return (f"{where}: {name} is not in {folder}{nearest}; mend the line, put the picture there, or pass "
                 "--skip_bad_images True to leave such lines out")
 
-    def listed(self, folder: Path, known: set[str]) -> list[str]:
+    def listed(self) -> list[str]:
         """The gallery's file names; empty where all of the folder's images are in it."""
-        names, file = [], folder / "gallery.txt"
+        names, file = [], self.walk.folder / "gallery.txt"
         if self.split == "train" or not os.path.lexists(file):
             return names
         for number, line in read_lines(file):
             where = f"{file}, line {number}"
             name = self.meant(inside(os.path.normpath(line.strip()), where), where)
-            if name in known:
+            if name in self.known:
                 names.append(name)
             else:
-                self.refuse_or_drop("lines of gallery.txt", self.not_there(folder, name, where))
+                self.refuse_or_drop("lines of gallery.txt", self.not_there(name, where))
         return list(dict.fromkeys(names))
 
-    def collect(self, parsed: list[tuple[str, "Entry"]], listed: list[str]) -> None:
-        """Ids for the gallery's images, then for sources that are not in it; of the train split, for what is used."""
-        used = [name for _, entry in parsed for name in (entry.source, *entry.targets, *entry.negatives)]
-        gallery = used if self.split == "train" else listed or self.there
+    def collect(self, parsed: list[tuple[str, "Entry"]], gallery: list[str]) -> None:
+        """Ids for the gallery's images, then for sources that are not in it."""
         here = [name for name in dict.fromkeys(gallery) if self.below + name not in self.without]
         ids = {name: image for image, name in enumerate(here)}
         self.gallery, self.annotations, self.captions = len(here), [], {}
@@ -244,18 +247,18 @@ class Triplets(AnnotatedDataset):
                              "group is a category, as dress or shoe")
         self.groups = groups
 
-    def tell(self, folder: Path, listed: list[str]) -> None:
+    def tell(self, listed: list[str]) -> None:
         """Fill `about`."""
         right = [len(line.targets) for line in self.annotations]
         span = str(right[0]) if len(set(right)) == 1 else f"{min(right)} to {max(right)}"
+        among = "those of gallery.txt" if listed else f"all of {self.walk.folder}"
         self.about = (f"{self.split} split: {len(self.annotations)} queries with {span} right of {self.gallery} images "
-                      f"in the gallery, {'those of gallery.txt' if listed else f'all of {folder}'}; a query's "
-                      f"source {'stays in' if self.keep_source else 'is left out of'} its ranking")
+                      f"in the gallery, {among}; a query's source "
+                      f"{'stays in' if self.keep_source else 'is left out of'} its ranking")
         if passed := self.walk.counted(Kind.PASSED_OVER, Kind.UNREADABLE_FOLDER, Kind.LINKED_FOLDER, Kind.HIDDEN):
             self.about += f"; passed over: {', '.join(passed)}"
         if self.split == "validation" and self.held_out:
-            self.about += (f"; these are the lines of a share of {self.held_out:g} of the source images, held out, "
-                           "whose targets may be training's too")
+            self.about += f"; these are the lines of a share of {self.held_out:g} of the {self.held_out_of}"
 
     @cached_property
     def target_labels(self) -> np.ndarray:
@@ -295,3 +298,30 @@ class Entry(NamedTuple):
     negatives: list[str]
     group: str
     caption: str
+
+    @property
+    def names(self) -> list[str]:
+        return [self.source, *self.targets, *self.negatives]
+
+
+def table_in(folder: Path, stem: str) -> Path | None:
+    """The table of this name, whatever kind of file it is."""
+    names = [f"{stem}{ending}" for ending in ENDINGS]
+    found = [name for name in os.listdir(folder) if name.lower() in names and (folder / name).is_file()]
+    found.sort(key=lambda name: names.index(name.lower()))
+    if len(found) > 1:
+        raise InputError(f"{folder} has both {found[0]} and {found[1]}; remove the one that is not meant")
+    return folder / found[0] if found else None
+
+
+def tables_in(root: Path, find: Callable[[Path], Path | None]) -> dict[str, Path]:
+    """{split: its table}, or {"": the one at the top}, or nothing. find: gives a folder's."""
+    require(root, "folder")
+    folders = [("", root)] + [(SPLITS[name.lower()], root / name) for name in sorted(os.listdir(root))
+                              if name.lower() in SPLITS and (root / name).is_dir()]
+    found: dict[str, Path] = {}
+    for split, table in ((split, find(folder)) for split, folder in folders):
+        if table and ("" in found or split in found):
+            raise InputError(f"{found.get('') or found[split]} and {table} are two ways to say it; remove one")
+        found |= {split: table} if table else {}
+    return found

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from flags import Parser, a_path, add_dataset_flags
+from flags import Parser, a_path, add_dataset_flags, dataset_settings
 from machine.errors import InputError, in_words
 from machine.stopping import ending, starting
 
@@ -108,9 +108,7 @@ def check(args: argparse.Namespace, report: Report) -> None:
     if not (root.is_dir() if kind.has_pictures else root.exists()):
         raise InputError(f"{root} is no folder; check --dataset_path")
     report.say(f"{args.dataset} in {root}")
-    read = partial(kind, root, complete_text=args.use_complete_text_query, category=args.category_to_train,
-                   held_out=args.validation, keep_source=args.keep_source, any_suffix=args.any_suffix,
-                   shared_concept=args.shared_concept)
+    read = partial(kind, root, **dataset_settings(args))
     try:
         names, whole = kind.splits(root, args.validation), True
     except (InputError, OSError) as error:

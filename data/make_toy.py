@@ -365,17 +365,21 @@ def plan_fashioniq(files):
 
 
 def plan_shop(files):
-    """Yield a shop's photos, whose names say nothing, and add its one table to files. A line asks by a photo for
-    another article of the same product, whose photos are all right; what it does not speak of stays as it is."""
+    """Yield a shop's photos, whose names say nothing, and add two tables to files: of the photos, as a shop has it, and
+    of hand-written queries. A line of these asks by a photo for another article of the same product, whose photos are
+    all right; what it does not speak of stays as it is."""
     count = sum(PHOTOS) * sum(len(nouns.split()) for nouns in SHOP.values())
-    names, lines = [f"photos/IMG_{number:04}.jpg" for number in range(1, count + 1)], []
+    names, lines, stock = [f"photos/IMG_{number:04}.jpg" for number in range(1, count + 1)], [], []
     generator("shop").shuffle(names)
     for group, noun in ((group, noun) for group, nouns in SHOP.items() for noun in nouns.split()):
         chance, shapes = generator(f"shop {noun}"), {**TRAIN_NOUNS, **TEST_NOUNS}[noun]
         articles = chance.sample(list(itertools.product(COLOURS, PATTERNS, SIZES)), len(PHOTOS))
         photos = {article: [names.pop() for _ in range(number)]
                   for article, number in zip(articles, PHOTOS, strict=True)}
-        for (colour, pattern, size), taken in photos.items():
+        for number, ((colour, pattern, size), taken) in enumerate(photos.items(), start=1):
+            article = (f"{noun}-{number}", f"{size} {pattern} {colour} {noun}", noun, colour, pattern, size,
+                       f"{generator(f'{noun} {number}').uniform(5, 90):.2f}", "test" if noun in TEST_NOUNS else "train")
+            stock += [(name, *article) for name in taken]
             yield from ((f"shop/{name}", shapes, Look(colour, pattern, **SIZES[size])) for name in taken)
         pairs = [(source, old, new) for old, new in itertools.permutations(photos, 2) for source in photos[old]]
         chance.shuffle(pairs)
@@ -386,11 +390,13 @@ def plan_shop(files):
             wrong = chance.sample(others, 3) if chance.random() < 0.25 else []
             lines.append((source, "|".join(photos[new]), text, group, f"{new[2]} {new[1]} {new[0]} {noun}",
                           "|".join(wrong), "test" if noun in TEST_NOUNS else "train"))
-    sheet = csv.writer(table := io.StringIO(), lineterminator="\n")
-    sheet.writerow(("source_file_name", "target_file_names", "text", "group", "target_caption", "negative_file_names",
-                    "split"))
-    sheet.writerows(sorted(lines))
-    files["shop/metadata.csv"] = table.getvalue()
+    queries = "source_file_name target_file_names text group target_caption negative_file_names split"
+    for name, columns, rows in (("metadata", queries, lines),
+                                ("captions", "file_name product caption kind colour pattern size price split", stock)):
+        sheet = csv.writer(table := io.StringIO(), lineterminator="\n")
+        sheet.writerow(columns.split())
+        sheet.writerows(sorted(rows))
+        files[f"shop/{name}.csv"] = table.getvalue()
 
 
 PUBLISHED = {"mitstates": plan_mitstates, "fashion200k": plan_fashion200k, "fashionIQ": plan_fashioniq}
@@ -432,11 +438,11 @@ def main():
     parser = Parser(prog="make_toy.py", description="Write three small drawn data sets in their published layouts, or "
                     "a small shop's photos and spreadsheet.")
     parser.add_argument("folder", metavar="OUT", type=Path, help="folder that receives " + ", ".join(PUBLISHED))
-    for flag, help in (("--shop", "write OUT/shop instead, for --dataset triplets"),
+    for flag, help in (("--shop", "write OUT/shop instead, for --dataset captions and triplets"),
                        ("--force", "replace what an earlier run of this program wrote")):
         parser.add_argument(flag, action="store_true", help=help)               # no True|False: OUT may follow
     options, started = parser.parse_args(), time.perf_counter()
-    dataset, name = ("triplets", "shop") if options.shop else ("mitstates", "mitstates")
+    dataset, name = ("captions", "shop") if options.shop else ("mitstates", "mitstates")
     try:
         write_datasets(options.folder, OWN if options.shop else PUBLISHED, options.force)
     except OSError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.mining import Mining
 from image_encoders import FEATURES, encoder_head
 from img_text_composition_models import MODELS, ImgTextCompositionBase, Recipe, SentenceVectors
 from machine import distributed, model_folder, tensor_files
@@ -36,19 +37,20 @@ RECIPE_SINCE = {field.name for field in fields(Recipe)
 TESTED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "validation", "keep_source", "any_suffix",
                 "shared_concept", "caption_form", "skip_bad_images", "image_size", "model", "image_encoder",
                 "image_embed_dim", "text_embed_dim", "use_bert", "text_encoder", "freeze_image_encoder", "precision",
-                "image_features", "learn_words", "prompt")
+                "image_features", "learn_words", "prompt", "attributes", "same", "product", "same_product", "span",
+                "two_changes", "templates")
 # Not a service's host: a stranger's checkpoint would be told every text.
 WHERE_TEXTS_ARE_READ = ("image_weights", "pooling_layer", "max_seq_len", "bert_port", "bert_port_out", "bert_timeout")
 # A run goes on only with the values of these that it was started with: others would give other results.
 FIXED_FLAGS = (*TESTED_FLAGS, "loss", "batch_size", "learning_rate", "learning_rate_decay_frequency", "weight_decay",
                "seed", "compile", "accumulate", "gather", "sync_bn", "optimizer", "schedule", "warmup",
-               "feature_dropout")
+               "feature_dropout", "written")
 # What older checkpoints' runs did.
 BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18", "accumulate": 1,
                       "gather": True, "sync_bn": False, "freeze_image_encoder": False, "optimizer": "sgd",
                       "schedule": "step", "warmup": 0, "validation": 0.0, "keep_source": False, "any_suffix": False,
                       "shared_concept": False, "image_features": "last", "learn_words": False, "feature_dropout": 0.0,
-                      "prompt": "auto", "caption_form": "published"}
+                      "prompt": "auto", "caption_form": "published", **Mining()._asdict()}
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,

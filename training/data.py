@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.base import CompositionDataset, note_passed_over
 from datasets import DATASETS
-from flags import plain
+from flags import dataset_settings, plain
 from image_encoders import traits
 from img_text_composition_models import MODELS, ImgTextCompositionBase
 from machine import distributed
@@ -105,9 +105,7 @@ def open_split(args: argparse.Namespace, split: str) -> Split | None:
 
 def read_split(args: argparse.Namespace, split: str) -> Split:
     """Read a split; with --skip_bad_images decode all of it first and read it again without what is broken."""
-    read = partial(DATASETS[args.dataset], args.dataset_path, split, complete_text=args.use_complete_text_query,
-                   category=args.category_to_train, held_out=args.validation, keep_source=args.keep_source,
-                   any_suffix=args.any_suffix, shared_concept=args.shared_concept, caption_form=args.caption_form)
+    read = partial(DATASETS[args.dataset], args.dataset_path, split, **dataset_settings(args))
 
     def open_store(data: CompositionDataset) -> ImageStore | TextStore:
         if not data.has_pictures:

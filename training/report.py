@@ -152,10 +152,11 @@ class Submission:
 
 @dataclass
 class SplitResult:
-    """A split's test: {method: {metric: value}}, what there is to look at, and what the numbers are of."""
+    """A split's test: {method: {metric: value}}, what there is to look at, what the numbers are of, and who asked."""
     results: dict[str, dict[str, float]]
     qualitative: QualitativeResults
     protocol: dict = field(default_factory=dict)
+    asked: str = ""                     # whose queries these are, where they may be several kinds
 
 
 class Report:
@@ -239,7 +240,9 @@ def show_results(log: Report, tested: dict[str, SplitResult], it: int) -> dict[s
     results = {name: split.results["model"] for name, split in tested.items()}
     baselines = {f"{name} {method}": metrics for name, split in tested.items()
                  for method, metrics in split.results.items() if method != "model"}
-    say(log.metrics(results, baselines, it, {name: split.protocol for name, split in tested.items() if split.protocol}))
+    protocols = {name: split.protocol for name, split in tested.items() if split.protocol}
+    table = log.metrics(results, baselines, it, protocols)
+    say("\n".join([table, *(f"{name}: {split.asked} queries" for name, split in tested.items() if split.asked)]))
     if note := chance_line(tested):
         say(note)
     for name, split in tested.items():

@@ -2,7 +2,8 @@
 
 Weights and inputs come from numpy's MT19937, seeded by the crc32 of a name, so they are the same on any machine.
 `golden.json` holds names, shapes, losses, gradient norms, vocabulary and recalls; `golden.npz` the features.
-`checkpoint.json` is what a run of ours saved, see test_old_checkpoints.py.
+`checkpoint.json` is what a run of ours saved, see test_old_checkpoints.py; `mining.json` has what the rules of TIRG and
+CoVR make of some captions, see test_mining.py.
 """
 
 import json
