@@ -215,6 +215,11 @@ def add_dataset_flags(data, required: bool) -> None:
         "them easier. Published by most: the caption alone")
     add(data, "--any_suffix", False, "MIT-States: read images that end in .JPG, .png and the like, too. Published: in "
         ".jpg alone")
+    add_mining_flags(data)
+
+
+def add_mining_flags(data) -> None:
+    """How triplets are mined from captions and attributes."""
     own = Mining()
     add(data, "--attributes", own.attributes, "captions: columns of the table to mine beside the captions, as "
         "colour,pattern,category; where there are no captions and none is named, all of words that recur",
@@ -242,7 +247,11 @@ def dataset_settings(args: argparse.Namespace) -> dict:
     return {"complete_text": args.use_complete_text_query, "category": args.category_to_train,
             "held_out": args.validation, "keep_source": args.keep_source, "any_suffix": args.any_suffix,
             "shared_concept": args.shared_concept, "caption_form": args.caption_form,
-            "mining": Mining(*(getattr(args, name) for name in Mining._fields))}
+            "mining": mining_of(args)}
+
+
+def mining_of(args: argparse.Namespace) -> Mining:
+    return Mining(*(getattr(args, name) for name in Mining._fields))
 
 
 def get_parser() -> TrainingParser:

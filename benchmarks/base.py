@@ -267,6 +267,8 @@ class CompositionDataset:
     group_size = 1                      # consecutive samples of an epoch that belong in one batch
     best_metric = "recall_top10_correct_composition"  # by which a run's best checkpoint is chosen
     solved_at = "correct_composition", 10  # how its metrics' names begin, and K, by which a query counts as solved
+    shown = "", 10, "ten of its queries"  # of which split, how many queries data/check.py draws; '' is the last
+    compares_splits = False             # whether pictures of train and test may not look the same, either
     headline = tuple(f"recall_top{k}_correct_composition" for k in (1, 5, 10))  # what papers report of it
     tabled: tuple[str, ...] = ("recall", "map", "precision")  # kinds of metrics that the table shows
     title = ""                          # the benchmark's name and release, in the line above a table of results
@@ -366,6 +368,10 @@ class CompositionDataset:
     @property
     def paths(self) -> list[str]:
         return [f"{self.root}/{image}" for image in self.images]
+
+    def described(self) -> list[tuple[str, str]]:
+        """What else there is to say of the split, line by line."""
+        return []
 
     def read(self) -> None:
         """Fill `images` and whatever the split's samples or queries need."""

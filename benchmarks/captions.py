@@ -5,6 +5,7 @@ The table is read as that of triplets.py, a row a picture; which rows are paired
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +70,9 @@ class Captions(Triplets):
     """
 
     held_out_of = "products"
+    shown = "train", 20, "twenty mined triplets"
+    compares_splits = True
+    DESCRIBED = 2000                    # draws that are counted
 
     @classmethod
     def table(cls, folder: Path) -> Path | None:
@@ -404,7 +408,21 @@ class Captions(Triplets):
         return np.unique(labels, return_inverse=True)[1]
 
     def described(self) -> list[tuple[str, str]]:
-        return []
+        """What some draws change and how they say it."""
+        if not self.mined:
+            return []
+        changed, ways = Counter(), Counter()
+        for place, row in enumerate(self.mined.sources[:self.DESCRIBED]):
+            rng = np.random.default_rng((0, 0, 1 + place))
+            for change in self.mined.draw(row, rng).changes:
+                changed[change.column or "caption"] += 1
+                ways[self.templates.pick(change, rng)[0]] += 1
+        lost = [self.rows_here[row].where for row in {*range(len(self.rows_here))}.difference(self.mined.sources)]
+        return [("changes", ", ".join(f"{name} {count}" for name, count in changed.most_common())),
+                ("templates", ", ".join(f"{name} {count}" for name, count in ways.most_common())),
+                ("without partner", f"{len(lost)} rows{''.join(f', first {where}' for where in lost[:1])}"),
+                *[("of one value", ", ".join(self.single))] * bool(self.single),
+                *[("hand-written", f"{len(self.annotations)} lines")] * bool(self.annotations)]
 
 
 def listed(names: str) -> list[str]:

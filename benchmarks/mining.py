@@ -138,10 +138,15 @@ class Templates:
     def say(self, changes: Sequence[Change], rng: np.random.Generator) -> str:
         return " and ".join(self.say_one(change, rng) for change in changes)
 
-    def say_one(self, change: Change, rng: np.random.Generator) -> str:
+    def pick(self, change: Change, rng: np.random.Generator) -> tuple[str, str]:
+        """The name of a template, and the template."""
         names = FIT[change.kind]
-        forms = TEMPLATES[names[rng.choice(len(names), p=self.chances[change.kind])]]
-        form = forms[rng.integers(len(forms))] if len(forms) > 1 else forms[0]
+        name = names[rng.choice(len(names), p=self.chances[change.kind])]
+        forms = TEMPLATES[name]
+        return name, forms[rng.integers(len(forms))] if len(forms) > 1 else forms[0]
+
+    def say_one(self, change: Change, rng: np.random.Generator) -> str:
+        _, form = self.pick(change, rng)
         if change.column and rng.random() < self.named:                         # "replace colour red with blue"
             form = form.replace("{", f"{change.column.translate(BRACES)} {{", 1)
         return form.format(old=change.old, new=change.new)

@@ -24,9 +24,10 @@ from machine.errors import InputError, in_words
 from machine.stopping import ending, starting
 
 PROGRAM = "data/check.py"
-SHOWN, RESULTS, TILE = 10, 8, 128       # queries drawn, right answers of each, and pixels of a picture
+RESULTS, TILE = 8, 128                  # right answers of each query that is drawn, and pixels of a picture
 NAMED = 5                               # of what is amiss in one way
 COMPLAINTS = 1000                       # of a split, that are said one by one
+NEAR = 1                                # of 64 bits that two looks may differ in
 SIDE = 32                               # pixels: an image is decoded whole, and made no larger than it takes
 
 
@@ -40,8 +41,9 @@ def get_parser() -> Parser:
         "something is, 2 for a wrong flag or a folder that is none.")
     add_dataset_flags(parser, required=True)
     parser.add_argument("--out", type=a_sheet, metavar="FILE", default=argparse.SUPPRESS,
-                        help=f"also draw {SHOWN} queries with their right answers, always the same: a .png, or a .html "
-                        "with all that was said, which needs no other file (default: not drawn)")
+                        help="also draw ten queries with their right answers, of captions twenty mined ones, always "
+                        "the same: a .png, or a .html with all that was said, which needs no other file (default: not "
+                        "drawn)")
     return parser
 
 
@@ -138,10 +140,11 @@ def check(args: argparse.Namespace, report: Report) -> None:
         report.say(f"note: {remark}")
     report.say(f"{len(report.wrong)} wrong, see above: a run would stop there, leave something out or count it wrongly"
                if report.wrong else "nothing is wrong")
+    split, count, what = kind.shown
     if "out" not in args:
-        report.say("--out check.html draws ten of its queries")
+        report.say(f"--out check.html draws {what}")
     elif splits and kind.has_pictures:
-        write(args.out, draw(splits[list(splits)[-1]]), report)
+        write(args.out, draw(splits.get(split) or splits[list(splits)[-1]], count), report)
     else:
         report.say(f"no query to draw, so {args.out} was not written")
 
@@ -191,6 +194,8 @@ def describe(data: CompositionDataset, known: SimpleVocab | None, report: Report
     report.row("vocabulary", f"{len(words) - 1} words"                          # less the one for unknown words
                + f", {len(new)} of them not the train split's" * bool(new)
                + f"; {len(wordless)} texts have none" * bool(wordless))
+    for what, found in data.described():
+        report.row(what, found)
     if gone := left_out(data):
         report.row("passed over", gone)
     return words
@@ -231,11 +236,13 @@ def look_at_files(root: Path, upright: bool, splits: dict[str, CompositionDatase
     found = progress_bar(found, desc="checking images", total=len(looked), unit="image")
     broken: dict[str, str] = {}
     same: dict[bytes, list[str]] = {}
-    for image, (complaint, digest) in zip(looked, found, strict=True):
+    looks: dict[str, int] = {}
+    for image, (complaint, digest, look) in zip(looked, found, strict=True):
         if complaint:
             broken[image] = complaint
         else:
             same.setdefault(digest, []).append(image)
+            looks[image] = look
     report.say("files")
     if passed := walk.counted(Kind.PASSED_OVER, Kind.UNREADABLE_FOLDER):
         report.row("passed over", ", ".join(passed))
@@ -246,6 +253,8 @@ def look_at_files(root: Path, upright: bool, splits: dict[str, CompositionDatase
     leaks = [[next((image for image in images if image in about), None) for about in named.values()]
              for images in same.values()]
     report.count("in train and test", [" = ".join(dict.fromkeys(pair)) for pair in leaks if None not in pair])
+    if any(data.compares_splits for data in splits.values()):
+        report.count("look the same", alike_across(splits, looks))
     check_duplicates(splits, same, report)
     if whole:
         report.count("never used", unused)
@@ -256,6 +265,20 @@ def look_at_files(root: Path, upright: bool, splits: dict[str, CompositionDatase
             report.complain(f"{len(images)} images are {what}: put them back, or pass --skip_bad_images True to leave "
                             "such images out")
     return {*missing, *broken}
+
+
+def alike_across(splits: dict[str, CompositionDataset], looks: dict[str, int]) -> list[str]:
+    """Pictures of the train split that look like one of another split's: of 64 differences at most NEAR are others."""
+    train, rest = ([image for image in images if image in looks] for images in (
+        splits["train"].images if "train" in splits else [], dict.fromkeys(
+            image for name, data in splits.items() if name != "train" for image in queried_images(data))))
+    rest = [image for image in rest if image not in set(train)]
+    theirs = np.array([looks[image] for image in rest], np.uint64)
+    found = []
+    for image in train if rest else ():
+        near = np.flatnonzero(np.bitwise_count(theirs ^ np.uint64(looks[image])) <= NEAR)
+        found += [f"{image} = {rest[place]}" for place in near[:1]]
+    return found
 
 
 def check_duplicates(splits: dict[str, CompositionDataset], same: dict[bytes, list[str]], report: Report) -> None:
@@ -289,25 +312,33 @@ def queried_images(data: CompositionDataset) -> set[str]:
     return {data.images[image] for image in np.concatenate(ids)}
 
 
-def look_at(root: Path, upright: bool, image: str) -> tuple[str, bytes]:
-    """(what is wrong with an image, as training reads it, its file's digest)."""
+def look_at(root: Path, upright: bool, image: str) -> tuple[str, bytes, int]:
+    """(what is wrong with an image, as training reads it, its file's digest, how it looks)."""
     try:
-        decode(f"{root}/{image}", SIDE, upright=upright)
+        pixels = decode(f"{root}/{image}", SIDE, upright=upright)
     except InputError as error:
-        return str(error), b""
+        return str(error), b"", 0
     with open(f"{root}/{image}", "rb") as file:
-        return "", hashlib.file_digest(file, "sha256").digest()
+        return "", hashlib.file_digest(file, "sha256").digest(), look_of(pixels)
 
 
-def draw(data: CompositionDataset) -> Image.Image:
-    """Queries drawn by a fixed seed, each with its first right answers, as training sees them."""
+def look_of(pixels: np.ndarray) -> int:
+    """64 bits, the same for pictures that look the same (dHash): whether each of 8 x 8 fields is brighter than the next
+    one to the right. pixels: (SIDE, SIDE, 3)."""
+    grey = Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX)
+    bits = np.diff(np.asarray(grey, int), axis=1) < 0                           # (8, 8)
+    return int.from_bytes(np.packbits(bits).tobytes())
+
+
+def draw(data: CompositionDataset, count: int) -> Image.Image:
+    """So many queries drawn by a fixed seed, each with its first right answers, as training sees them."""
     def picture(image: int) -> Image.Image:
         crop = square_of(data.crops and data.crops[image])
         return Image.fromarray(decode(data.paths[image], TILE, upright=data.upright, to_square=crop))
     gallery, sets = data.task().gallery, query_sets_of(data)
     every = [(query_set, number) for query_set in sets for number in range(len(query_set.texts))]
     rights = (right for query_set in sets for right in right_answers(query_set))
-    chosen = set(np.random.default_rng(0).choice(len(every), min(SHOWN, len(every)), replace=False).tolist())
+    chosen = set(np.random.default_rng(0).choice(len(every), min(count, len(every)), replace=False).tolist())
     answers = []
     for place, ((query_set, number), right) in enumerate(zip(every, rights, strict=True)):
         if place in chosen:

