@@ -1,5 +1,5 @@
 # make demo: toy data, a short training, its recall table.  make page: a web page to search on with that model.
-# make bert-demo: the demo with vectors of a sentence service.  make shop: photos and a spreadsheet of one's own.
+# make bert-demo: the demo with vectors of a sentence service.  make shop: photos and a table of one's own.
 # make test: the tests.  Each installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -44,7 +44,7 @@ data/toy/lite0.pth: data/lite0_weights.py | install
 	mkdir -p data/toy
 	$(BIN)/python data/lite0_weights.py $@
 
-data/toy/shop/metadata.csv: data/make_toy.py | install
+data/toy/shop/captions.csv: data/make_toy.py | install
 	$(BIN)/python data/make_toy.py data/toy --shop --force
 
 demo: install data/toy/complete
@@ -70,9 +70,10 @@ bert-demo: install data/toy/complete
 		--bert_port_out $(word 2,$(BERT_PORTS)) --bert_timeout 60 --comment _bert_demo; }
 
 # docs/your-own-pictures.md, from the drawing to a query.
-shop: install data/toy/shop/metadata.csv data/toy/lite0.pth
-	$(BIN)/python data/check.py --dataset triplets --dataset_path data/toy/shop
-	PYTHON=$(BIN)/python runs/shop.sh
+SHOP := --dataset captions --attributes colour,pattern,size --same kind
+shop: install data/toy/shop/captions.csv data/toy/lite0.pth
+	$(BIN)/python data/check.py --dataset_path data/toy/shop $(SHOP)
+	PYTHON=$(BIN)/python runs/shop.sh $(SHOP)
 	run=$$(dirname "$$(ls -t logs/*_shop/best_checkpoint.pth | head -1)") && \
 	$(BIN)/python search.py index --model_checkpoint "$$run/best_checkpoint.pth" --images data/toy/shop/photos \
 		--out "$$run/index" && \

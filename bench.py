@@ -4,10 +4,10 @@
 
 The floor of a training step is a bare torchvision ResNet-18 doing the same two forward passes and one backward pass;
 of the test, one forward pass of each gallery image; of the retrieval stage, one float32 matrix product of its size; of
-filling the image store, PIL alone on all cores; of the start, reading the label files; of a search, one forward pass
-and one float32 product; with a frozen encoder, of a step, the composer's own on tensors in memory, of filling the
-feature file, the encoder's forward passes alone. Ways that are compared take
-turns, in one order and then in the other; medians are printed.
+filling the image store, PIL alone on all cores; of the start, reading the label files; of mining, looking each word
+up; of a search, one forward pass and one float32 product; with a frozen encoder, of a step, the composer's own on
+tensors in memory, of filling the feature file, the encoder's forward passes alone. Ways that are compared take turns,
+in one order and then in the other; medians are printed.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 import main
 from benchmarks.base import MAP_KS, ListedMetric, OwnGalleryMetric
+from benchmarks.mining import Miner, Mining
 from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Metric, MITStates
 from flags import Parser, add, at_least, get_parser, plain
 from image_encoders import quiet, traits
@@ -697,6 +698,35 @@ def start_row(root: Path, scale: int, repetitions: int) -> dict:
                times["floor"], (times["floor"] + 3) / times["floor"])
 
 
+def mining_rows(count: int, repetitions: int) -> list[dict]:
+    """Captions of eight words, and five attributes, from rows in memory to the first draw; floor: each word looked up.
+    """
+    rng = np.random.default_rng(0)
+    names = [[f"{kind}{number}" for number in range(size)] for kind, size in (
+        ("colour", 12), ("material", 8), ("kind", 60), ("shape", 40), ("detail", 40))]
+    rows = [tuple((values[place],) for values, place in zip(names, places, strict=True))
+            for places in rng.integers(0, [*map(len, names)], (count, 5)).tolist()]
+    captions = [("a", *(value for (value,) in row), "and", names[4][number % 40]) for number, row in enumerate(rows)]
+    products, same = range(count), [0] * count
+
+    def mine() -> None:
+        miner = Miner(captions, rows, products, same, ["colour", "material", "kind", "shape", "detail"], Mining())
+        miner.draw(miner.sources[0], np.random.default_rng(0))
+
+    def look_up() -> None:
+        known: dict[str, int] = {}
+        for words in captions:
+            for word in words:
+                known.setdefault(word, len(known))
+    times = compare("mining", {"floor": look_up, "ours": mine}, repetitions)
+    with peak_memory(CPU) as taken:
+        mine()
+        memory = taken()
+    return [row(f"{count} rows of captions and attributes mined (goal: 10 s)", times["ours"], times["floor"],
+                10 / times["floor"]),
+            row("the same: memory beside the rows (goal: 300 MB)", memory, 1, 300, "MB")]
+
+
 # Sentence vectors
 
 @contextmanager
@@ -928,6 +958,7 @@ def cpu_rows(folder: Path, quick: bool) -> list[dict]:
     (folder / "pictures").mkdir()
     rows.append(store_row(folder / "pictures", 8 if quick else 800, repetitions))
     rows.append(start_row(folder / "start", 50 if quick else 1, repetitions))
+    rows += mining_rows(1000 if quick else 100_000, min(repetitions, 2))
     rows.append(sentence_row(64 if quick else 2048, min(repetitions, 2)))
     rows += frozen_rows(folder / "frozen", splits["train"], batch, repetitions, 2 if quick else 40,
                         (10, 3, 200) if quick else (245, 8, 53_753))

@@ -372,6 +372,12 @@ class Kind(NamedTuple):
     by: str                             # "captions", "attributes"
 
 
+def kind_of(units: tuple[np.ndarray, list[list[int]], np.ndarray], entries: Entries, share: float, by: str) -> Kind:
+    """units: as Miner has them; entries: of the distinct captions, or rows of attributes, in order."""
+    unit, rows, numbers = units
+    return Kind(Siblings(entries, *numbers), unit, rows, share, by)
+
+
 class Drawn(NamedTuple):
     target: int                         # a row
     changes: list[Change]
@@ -393,13 +399,14 @@ class Miner:
             for bag, words in zip(bags, captions, strict=True):
                 first.setdefault(bag, words)
             first.pop((), None)
-            kinds.append(self.kind(bags, caption_entries([*first.values()], mining.span), 1.0, "captions"))
+            kinds.append(kind_of(self.units(bags), caption_entries([*first.values()], mining.span), 1.0, "captions"))
             self.spoken = first
         rows = [row if any(row) else () for row in attributes]
         if distinct := [row for row in dict.fromkeys(rows) if row]:
+            units = self.units(rows)
             for most, share in ((1, 1 - mining.two_changes), (2, mining.two_changes)):
                 if share and len((entries := attribute_entries(distinct, most)).parent):
-                    kinds.append(self.kind(rows, entries, share, "attributes"))
+                    kinds.append(kind_of(units, entries, share, "attributes"))
         self.kinds = [kind for kind in kinds if len(kind.siblings.ways)]
         leads = np.zeros(len(captions), bool)
         for kind in self.kinds:
@@ -407,8 +414,9 @@ class Miner:
             leads |= (kind.unit >= 0) & found[kind.unit]
         self.sources = np.flatnonzero(leads).tolist()                           # rows that lead somewhere
 
-    def kind(self, classes: Sequence[tuple], entries: Entries, share: float, by: str) -> Kind:
-        """classes: of each row its caption's or attributes', () for none; entries: of the distinct ones, in order."""
+    def units(self, classes: Sequence[tuple]) -> tuple[np.ndarray, list[list[int]], np.ndarray]:
+        """classes: of each row its caption or attributes, () for none. Returns (R,) each row's unit, each unit's rows,
+        and (3, U) each unit's class, a number in order, its product, and what is to be the same."""
         numbers = {found: number for number, found in enumerate(dict.fromkeys(filter(None, classes)))}
         units: dict[tuple[int, int, int], int] = {}
         unit = np.full(len(classes), -1, np.int32)
@@ -419,7 +427,7 @@ class Miner:
                 if number == len(rows):
                     rows.append([])
                 rows[number].append(row)
-        return Kind(Siblings(entries, *np.array([*units], np.int64).reshape(-1, 3).T), unit, rows, share, by)
+        return unit, rows, np.array([*units], np.int64).reshape(-1, 3).T
 
     def ways(self, row: int) -> list[int]:
         return [number for number, kind in enumerate(self.kinds)

@@ -14,7 +14,8 @@ from PIL import Image
 
 import main
 import search
-from datasets import Triplets
+from benchmarks.mining import Mining
+from datasets import Captions, Triplets
 
 from .services import ROOT, free_ports, serving_page
 from .test_runs import asked_for
@@ -55,13 +56,16 @@ def test_the_shop_is_the_same_bytes_each_time(shop, tmp_path):
     type_in(tmp_path, again, f"{again} --force")
     there, here = ({file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
                    for folder in (shop, tmp_path / "shop"))
-    assert there == here and len(there) == 302                                  # photos, the table, the marker
+    assert there == here and len(there) == 303                                  # photos, two tables, the marker
 
 
 def test_the_shop_is_what_the_page_says(shop, tmp_path):
-    lines = (shop / "metadata.csv").read_text().splitlines()
-    quoted = re.findall(r"^ {4}((?:source_file_name,|photos/).*)$", PAGE, re.M)
-    assert quoted[0] == lines[0] and len(quoted) == 3 and {*quoted} < {*lines}
+    stock, lines = ((shop / f"{name}.csv").read_text().splitlines() for name in ("captions", "metadata"))
+    quoted = re.findall(r"^ {4}((?:(?:source_)?file_name,|photos/\S+?,).*)$", PAGE, re.M)
+    assert quoted[:2] == stock[:2] and quoted[2] == lines[0] and len(quoted) == 5 and {*quoted[2:]} < {*lines}
+    mined = [Captions(shop, split, mining=Mining(attributes="colour,pattern,size", same="kind", written=0))
+             for split in ("train", "test")]
+    assert len(stock) == 301 and len(mined[0]) == 220 and mined[1].asked == "hand-written"
     train, test = (Triplets(shop, split) for split in ("train", "test"))
     assert f"{len(train)} lines to train with and {len(test)} to test with" in " ".join(PAGE.split())
     assert f"There are {test.gallery} photos" in PAGE and {*train.groups} == {*test.groups} == {"home", "toys", "decor"}
@@ -81,7 +85,7 @@ def test_held_out_by_photo_it_is_what_the_page_says(shop, tmp_path):
 
 
 def test_the_commands_have_flags_that_the_programs_take(tmp_path):
-    assert len(COMMANDS) == 9 and len(OTHERS) == 5
+    assert len(COMMANDS) == 10 and len(OTHERS) == 5
     for program, *words in map(shlex.split, [*COMMANDS, *OTHERS]):
         if program == "runs/shop.sh":
             words = asked_for("shop.sh", *words, folder=tmp_path)
@@ -100,10 +104,11 @@ def test_the_commands_run_as_typed(tmp_path_factory, tmp_path):
         if command.startswith("run="):
             assigned.append(command)
         else:
-            said[command] = type_in(place, *assigned, command + FEWER_STEPS * (command == "runs/shop.sh"))
+            said[command] = type_in(place, *assigned, command + FEWER_STEPS * command.startswith("runs/shop.sh"))
     trained, tested, indexed, found = list(said.values())[-4:]
     rows = [re.search(r"^test correct_composition .*$", output, re.M)[0].split() for output in (trained, tested)]
-    assert len(rows[0]) == 7 and rows[0] == rows[1]
+    assert len(rows[0]) == 7 and rows[0] == rows[1] and "\ntest: hand-written queries\n" in trained
+    assert (place / "data/toy/shop/mined.csv").read_text().startswith("source_file_name,target_file_names,text,split\n")
     assert all(f"\ntest {row} " in trained for row in ("own_gallery_toys", "among_negatives", "text alone correct_"
                                                        "composition", "chance correct_composition"))
     assert ": 300 images, 300 of them encoded now, 0 left out" in indexed
