@@ -143,7 +143,7 @@ def test_mined_queries_are_asked_of_the_split_s_own_rows(tmp_path):
     right = {data.images[source][0]: "".join(data.images[image][0] for image in images)
              for source, images in zip(asked.sources, asked.metrics[0].right, strict=True)}
     assert right == {"a": "b", "b": "acde", "c": "b", "d": "b", "e": "b"}
-    assert asked.own.tolist() == asked.sources.tolist()
+    assert asked.excluded.tolist() == asked.sources.tolist()
 
 
 LINES = [{"source_file_name": "a.jpg", "target_file_names": ["b.jpg", "c.jpg"], "text": "is not red"},
@@ -177,7 +177,7 @@ def test_a_test_on_hand_written_lines_is_that_of_triplets(names, tmp_path):
     assert data.asked == "hand-written" and data.images == theirs.images and data.about == theirs.about
     gallery, queries = torch.nn.functional.normalize(torch.randn(2, 16, 8, generator=torch.manual_seed(0)), dim=2)
     found = [{name: value for asked in split.task().query_sets for name, value in recalls(
-        queries[:2], gallery, asked.own, asked.metrics).items()} for split in (data, theirs)]
+        queries[:2], gallery, asked.excluded, asked.metrics).items()} for split in (data, theirs)]
     assert found[0] == found[1] and Captions.splits(root, 0) == Triplets.splits(root, 0) == ["train", "test"]
     assert len(Captions(root, "train").annotations) == 2 and Captions(root, "train").asked == "mined and hand-written"
 

@@ -23,7 +23,8 @@ from .test_runs import asked_for
 PAGE = (ROOT / "docs" / "your-own-pictures.md").read_text()
 COMMANDS, OTHERS = ("".join(re.findall(r"^```sh\n(.*?)^```", part, re.M | re.S)).splitlines()
                     for part in PAGE.split("\n## With your photos\n"))
-PROGRAMS = "*.py", "benchmarks/*.py", "data/*.py", "machine/*.py", "runs/*", "searching/*.py", "training/*.py"
+PROGRAMS = "*.py", "benchmarks/*.py", "data/*.py", "machine/*.py", "runs/*", "searching/*.py", "training/*.py", \
+    "zero_shot/*.py"
 FEWER_STEPS = " --num_iters 20"         # the one thing that is not as typed
 
 
