@@ -45,7 +45,7 @@ from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Metric, MITStates
 from flags import Parser, add, at_least, get_parser, plain
 from image_encoders import quiet, traits
 from img_text_composition_models import MODELS, OF_TRIPLETS, Recipe
-from machine import distributed
+from machine import distributed, engine
 from machine.device import choose_device, compiled, set_up, usable_cores
 from machine.errors import InputError
 from machine.feature_store import FeatureStore
@@ -58,7 +58,7 @@ from test_retrieval import encoder_batch, evaluate, recalls
 from text_model import SentenceService, SentenceTable, SimpleVocab
 from torch_function import LOSSES, composition_losses
 from training import report
-from training.data import Data, open_split
+from training.data import Backbone, Data, open_split
 from training.loop import Split, Training, batches, make_optimizer, train_step
 from training.settings import filled
 
@@ -395,7 +395,7 @@ def frozen_test_row(split: Split, kind: str, sentences: SentenceTable, repetitio
                "alone)", times["ours"], times["floor"], 1.2)
 
 
-def filling_row(split: Split, folder: Path, repetitions: int) -> dict:
+def filling_rows(split: Split, folder: Path, repetitions: int) -> list[dict]:
     """Features of a split whose pixels are in the store; the floor is the encoder on as many, in its best batches."""
     known = traits(FROZEN)
     model = Recipe("tirg", FROZEN, split.store.size, 512, "lstm", 512, {"<UNK>": 0}).build()
@@ -409,15 +409,18 @@ def filling_row(split: Split, folder: Path, repetitions: int) -> dict:
         for start in range(0, images, size):
             net(pixels[:images - start])
 
-    def ours(turn: Iterator[int]) -> None:
-        store = FeatureStore(split.store, model.backbone, known.width, str(next(turn)), folder)
+    def fill(encode: Callable, turn: Iterator[int]) -> None:
+        store = FeatureStore(split.store, encode, known.width, str(next(turn)), folder)
         store.fill(encoder_batch(CPU, split.store), 4, partial(tqdm, disable=True))
+    by_engine, turn = Backbone(model, engine.NAME), itertools.count()
+    by_engine(split.store.batch(range(min(8, count))))                          # made, off the clock
     sizes = compare("batch sizes", {size: partial(floor, size, min(count, 256)) for size in (8, 16, 32, 64, 128)}, 1)
     best = min(sizes, key=sizes.get)
-    times = compare("filling the feature file", {"floor": partial(floor, best),
-                                                 "ours": partial(ours, itertools.count())}, repetitions)
-    return row(f"filling the feature file, {count} images of {split.store.size} pixels (floor: batches of {best})",
-               times["ours"], times["floor"], 1.15)
+    times = compare("filling the feature file", {"floor": partial(floor, best), "ours": partial(
+        fill, model.backbone, turn), "engine": partial(fill, by_engine, turn)}, repetitions)
+    return [row(f"filling the feature file, {count} images of {split.store.size} pixels (floor: batches of {best})",
+                times["ours"], times["floor"], 1.15),
+            row("the same by --engine openvino (floor: by torch)", times["engine"], times["ours"], 0.4)]
 
 
 # Several processes
@@ -835,6 +838,45 @@ def search_rows(folder: Path, count: int, size: int, repetitions: int) -> list[d
                 "B")]
 
 
+def command_rows(folder: Path, count: int, repetitions: int) -> list[dict]:
+    """search.py as it is typed, on the index of `search_rows`, by the networks that it holds; the floor is torch."""
+    picture, program = folder / "images" / "0.jpg", [sys.executable, str(Path(__file__).parent / "search.py")]
+
+    def asked(way: str) -> None:
+        subprocess.run([*program, "query", "--index", folder / "index", "--image", picture, "--text", "red",
+                        "--engine", way], check=True, capture_output=True)
+    query = compare("search.py query", {"floor": partial(asked, "torch"), "ours": partial(asked, engine.NAME)},
+                    repetitions)
+    served = {way: [serve_once([*program, "serve", "--index", folder / "index", "--engine", way])
+                    for _ in range(repetitions)] for way in ("torch", engine.NAME)}
+    (floor, floor_memory), (ours, memory) = (map(statistics.median, zip(*each, strict=True))
+                                             for each in served.values())
+    return [row(f"search.py query against {count} images, from command to prompt (floor: --engine torch)",
+                query["ours"], query["floor"], 0.25),
+            row("search.py serve, from command to the first answer (floor: --engine torch)", ours, floor, 0.3),
+            row("its memory after ten queries (floor: --engine torch)", memory, floor_memory, 0.5, "MB")]
+
+
+def serve_once(command: list) -> tuple[float, float]:
+    """Seconds until a page has answered its first query, and the megabytes that it holds after ten."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    start = time.perf_counter()
+    server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        server.stdout.readline()                                                # that it is there
+        ask = partial(urlopen, f"http://127.0.0.1:{port}/api/search?image=1&text=red")
+        ask().read()
+        taken = time.perf_counter() - start
+        for _ in range(9):
+            ask().read()
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        return taken, int(status.partition("VmRSS:")[2].split()[0]) / 1000
+    finally:
+        server.terminate()
+        server.wait()
+
+
 class MadeUp:
     """In the place of an index's list: so many made-up features, in half precision in a file, with ids from 1.
 
@@ -963,9 +1005,11 @@ def cpu_rows(folder: Path, quick: bool) -> list[dict]:
     rows += frozen_rows(folder / "frozen", splits["train"], batch, repetitions, 2 if quick else 40,
                         (10, 3, 200) if quick else (245, 8, 53_753))
     small = toy_split(folder, "train", 128, "bicubic")
-    rows.append(filling_row(small, folder / "features", repetitions))
+    rows += filling_rows(small, folder / "features", repetitions)
     rows += lincir_rows(2 if quick else 256, min(repetitions, 2))
-    rows += search_rows(folder / "search", 1000 if quick else 100_000, size, repetitions)
+    count = 1000 if quick else 100_000
+    rows += search_rows(folder / "search", count, size, repetitions)
+    rows += command_rows(folder / "search", count, repetitions)
     return rows
 
 

@@ -168,7 +168,8 @@ import transformers
 import zmq
 
 from machine.errors import first_line
-from machine.sentence_encoder import CHARACTERS, ModelError, Sentence, SentenceEncoder, sentence_encoder
+from machine.sentence_encoder import ModelError, SentenceEncoder, sentence_encoder
+from machine.word_pieces import CHARACTERS, Sentence
 
 IDENTITY = re.compile(rb"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")  # as every client makes its own: a uuid4
 LARGEST_FRAME = 64 * 2**20              # bytes; ZeroMQ closes the connection of who sends more

@@ -152,11 +152,15 @@ class ImageSide(nn.Module):
     def backbone(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> (B, W) float32 on the CPU: what the encoder's last layer is given in a test."""
         self.img_model.eval()
+        with self.rounding(self.a.device):
+            return self.before_last_layer(send(images, self.a.device)).float().cpu()
+
+    def before_last_layer(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, W), normalization included, of tensors alone: so this is what can be traced."""
         given: list[Tensor] = []
-        with (self.last_layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])),
-              self.rounding(self.a.device)):
-            self.img_model(self.normalized(send(images, self.a.device)))
-        return given[0].float().cpu()
+        with self.last_layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])):
+            self.img_model(self.normalized(images))
+        return given[0]
 
     def backbone_fingerprint(self) -> str:
         """Twelve digits that change with whatever `backbone` depends on, but for the pixels."""

@@ -181,6 +181,17 @@ class ImgTextCompositionBase(ImageSide, ByCosine):
         return {}
 
 
+class Part(nn.Module):
+    """What one of a model's methods computes of tensors, as a module of its own, to be traced or exported."""
+
+    def __init__(self, model: ImgTextCompositionBase, method: str):
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return getattr(self.model, self.method)(*inputs)
+
+
 class TIRG(ImgTextCompositionBase):
     """Text Image Residual Gating (arXiv 1812.07119, section 3.2): a gated image plus a residual."""
 

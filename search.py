@@ -49,7 +49,11 @@ def get_parser() -> Parser:
         return commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
 
     def add_device_flag(made: Parser) -> None:
-        made.add_argument("--device", default="auto", choices=DEVICES, help="where the model runs")
+        made.add_argument("--device", default="auto", choices=DEVICES, help="where the model runs, if torch computes "
+                          "it; auto takes a GPU where there is one")
+        made.add_argument("--engine", default="auto", choices=("auto", "torch", "openvino"), help="what computes the "
+                          "model: openvino, on the CPU and without PyTorch, by the networks that an index holds, or "
+                          "torch; auto takes openvino where they can be used")
 
     def add_index_flags(made: Parser) -> None:
         add_device_flag(made)
@@ -78,8 +82,9 @@ def get_parser() -> Parser:
     index = command("index", "make an index of a folder of images, or bring one up to date; stopped, the same command "
                     "goes on")
     add_device_flag(index)
-    index.add_argument("--model_checkpoint", required=True, type=a_path, metavar="PATH", default=argparse.SUPPRESS,
-                       help="a run's best_checkpoint.pth, or a folder that `export` wrote (required)")
+    index.add_argument("--model_checkpoint", type=a_path, metavar="PATH", default=argparse.SUPPRESS,
+                       help="a run's best_checkpoint.pth, or a folder that `export` wrote (required for a new index; "
+                       "else its own model is taken)")
     index.add_argument("--images", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
                        help="folder with images, in it and below it (required)")
     index.add_argument("--out", required=True, type=a_path, metavar="DIR", default=argparse.SUPPRESS,
@@ -152,8 +157,7 @@ if __name__ == "__main__":                                                      
 from PIL import Image
 from tqdm import tqdm
 
-from machine import distributed
-from machine.device import choose_device, set_up
+from machine import processes
 from machine.progress import progress_bar
 from searching.build import build
 from searching.gallery import Gallery, Hit
@@ -164,23 +168,31 @@ from training.pictures import NOTE, QueryResults, sheet, thumbnail, wrapped
 def open_index(args: argparse.Namespace) -> Gallery:
     where = {name: value for name, value in vars(args).items() if name.startswith("bert_")}
     ranking = partial(Qdrant, args.qdrant, args.collection) if "qdrant" in args else None
-    return Gallery(args.index, start_device(args), where, getattr(args, "images", None), args.follow_links, ranking,
-                   args.hubness)
+    return Gallery(args.index, device_of(args), where, getattr(args, "images", None), args.follow_links, ranking,
+                   args.hubness, args.engine)
+
+
+def device_of(args: argparse.Namespace):
+    """Where torch computes, if it has to: it is loaded when that is asked, unless a GPU or torchrun want it."""
+    started = partial(start_device, args)
+    return started if args.device in ("auto", "cpu") and not processes.launched() else started()
 
 
 def start_device(args: argparse.Namespace):
-    device = choose_device(args.device, distributed.local_rank() if distributed.launched() else None)
-    set_up(device, "fp32", distributed.local_world())
+    from machine.device import choose_device, set_up  # only here: it needs torch
+
+    device = choose_device(args.device, processes.local_rank() if processes.launched() else None)
+    set_up(device, "fp32", processes.local_world())
     return device
 
 
 def index(args: argparse.Namespace) -> None:
-    start, device = time.perf_counter(), start_device(args)
+    start, device = time.perf_counter(), device_of(args)
     kind = "pq" if args.pq else "ivf" if args.ivf else "exact"
-    with distributed.job(device):
-        built = build(args.model_checkpoint, args.images, args.out, kind, device, args.batch_size,
+    with processes.job(device):
+        built = build(getattr(args, "model_checkpoint", None), args.images, args.out, kind, device, args.batch_size,
                       args.loader_num_workers, progress_bar, args.prune, getattr(args, "metadata", None),
-                      args.follow_links)
+                      args.follow_links, args.engine)
     if not built:                                                               # by the first of several processes
         return
     for path, reason in list(built.left_out.items())[:SHOWN_BROKEN]:
@@ -344,7 +356,7 @@ def export_model(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run with these flags; returns the exit code, as `ending` says."""
-    log_to_stderr(logging.WARNING if distributed.local_rank() == 0 else logging.ERROR)
+    log_to_stderr(logging.WARNING if processes.local_rank() == 0 else logging.ERROR)
     warnings.filterwarnings("ignore", module="PIL")
 
     def work(_stopping) -> None:

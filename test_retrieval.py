@@ -23,8 +23,9 @@ from machine import distributed
 from machine.compiled import compiled
 from machine.device import send
 from machine.feature_store import FeatureStore
-from machine.image_store import DeviceStore, ImageStore, prefetch
+from machine.image_store import DeviceStore, ImageStore
 from machine.progress import no_progress
+from machine.threads import prefetch
 from torch_function import cosines
 from zero_shot.simple import beside
 

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from image_encoders import LIBRARIES, quiet
-from machine.downloads import offline
 from machine.errors import InputError, first_line
+from machine.offline import offline
 from machine.tensor_files import fingerprint
 from text_model import SentenceService
 

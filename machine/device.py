@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from machine.errors import InputError
+from machine.threads import usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +43,6 @@ def choose_device(name: str, number: int | None = None) -> torch.device:
         raise InputError(f"this machine has {torch.cuda.device_count()} GPUs and each process takes one: lower "
                          "torchrun's --nproc_per_node, or pass --device cpu")
     return torch.device("cuda", number)
-
-
-def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores this process may run on: those of its affinity, and no more than a container's quota pays for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        allowed, period = quota.read_text().split()
-        return max(1, min(cores, int(allowed) // int(period)))
-    except (OSError, ValueError):                                               # no such file, or "max": no quota
-        return cores
 
 
 def set_up(device: torch.device, precision: str, processes: int = 1) -> None:

@@ -14,19 +14,10 @@ from pathlib import Path
 import torch
 
 from machine.errors import first_line
+from machine.offline import offline
 from machine.tensor_files import SHARDS, parts
 
 HASH = re.compile(r"-([a-f0-9]{8,})\.")         # of torchvision's file names: how their SHA-256 begins
-
-
-def stay_offline() -> None:
-    """From here on, what a file names that may be a stranger's is looked for on this machine alone, unless the user has
-    set HF_HUB_OFFLINE=0. To be called before huggingface_hub is first imported, which reads it."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
 
 
 def fetched(address: str, hashed: bool = False) -> Path:

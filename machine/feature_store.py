@@ -13,7 +13,8 @@ from torch import Tensor
 
 from machine.device import free_memory, send
 from machine.errors import InputError
-from machine.image_store import CPU, ImageStore, RowFile, prefetch
+from machine.image_store import CPU, ImageStore, RowFile
+from machine.threads import prefetch
 
 log = logging.getLogger(__name__)
 

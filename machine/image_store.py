@@ -12,8 +12,7 @@ import shutil
 import struct
 import weakref
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -24,10 +23,11 @@ import torch
 from torch import Tensor
 
 from machine.cropping import square_of
-from machine.device import free_memory, send, usable_cores
+from machine.device import free_memory, send
 from machine.errors import InputError
 from machine.picture_files import decode
 from machine.regular_files import open_own
+from machine.threads import prefetch, usable_cores
 
 try:
     import fcntl
@@ -76,26 +76,6 @@ def relative(paths: Sequence[str], folder: Path) -> list[str]:
     shared = shared[:shared.rfind("/") + 1]
     start = os.path.relpath(shared or ".", folder)                              # slow: once for all
     return [f"{start}/{path[len(shared):]}" for path in paths]
-
-
-def prefetch(make: Callable, items: Iterable, workers: int) -> Iterator:
-    """make(item) for each item, in order, `workers` threads working ahead; 0 workers make each when it is asked for.
-
-    Threads, not processes: decoding and copying run without Python's lock, and an error arrives as it was raised.
-    """
-    if workers == 0:
-        yield from map(make, items)
-        return
-    pool, ahead = ThreadPoolExecutor(workers), deque()
-    try:
-        for item in items:
-            ahead.append(pool.submit(make, item))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class RowFile:

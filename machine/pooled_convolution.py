@@ -20,7 +20,7 @@ NEAR = 2**19    # numbers: what fits the caches of today's cores
 def in_one_pass(signals: Tensor, windows: int) -> bool:
     """Whether `pooled_convolution` takes these, (B, C, L)."""
     return (signals.shape[2] % windows == 0 and signals.device.type == "cpu" and signals.dtype == torch.float32
-            and not torch.compiler.is_compiling())
+            and not torch.compiler.is_compiling() and not torch.jit.is_tracing())
 
 
 def pooled_convolution(signals: Tensor, weight: Tensor, bias: Tensor, windows: int) -> Tensor:

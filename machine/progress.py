@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sized
 
 from tqdm import tqdm
 
-from machine import distributed
+from machine import processes
 from machine.streams import shown
 
 
@@ -67,7 +67,7 @@ def on_terminal() -> bool:
 def progress_bar(items: Iterable | None = None, leave: bool = False, smoothing: float = 0.3, lines: bool = True,
                  **how) -> "tqdm | Lines":
     """A bar over items, or over a total that `update` counts up to. lines: whether it says some without a terminal."""
-    if not distributed.first() or not (lines or on_terminal()):
+    if not processes.first() or not (lines or on_terminal()):
         return tqdm(items, disable=True, **how)
     if not on_terminal():
         return Lines(items, **how)
@@ -81,11 +81,11 @@ def no_progress(items, **_):
 
 def say(text: str) -> None:
     """Print beside the bars; a name in it commands no terminal."""
-    if distributed.first():
+    if processes.first():
         tqdm.write("\n".join(map(shown, text.split("\n"))))
 
 
 def note(line: str) -> None:
     """One line for whoever watches, beside what is printed."""
-    if distributed.first() and sys.stderr:
+    if processes.first() and sys.stderr:
         print(shown(line), file=sys.stderr, flush=True)

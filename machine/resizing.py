@@ -10,7 +10,6 @@ of 153 x 116 0.44 in place of 0.85.
 
 from functools import lru_cache
 
-import nanoarrow
 import numpy as np
 from PIL import Image
 
@@ -45,8 +44,11 @@ def square(image: Image.Image, size: int, resampling: str = "bilinear") -> np.nd
         return plain_square(image, size, resampling)
     image.load()                                                                # raises what is wrong with the file
     try:
+        import nanoarrow  # only here: a server has it not, nor
+        import numba  # noqa: F401                                              # numba, and takes twice the time
+
         held = nanoarrow.c_array(image).child(0).view().buffer(1)
-    except ValueError:                                                          # over 4 megapixels: in several pieces
+    except (ImportError, ValueError):                                           # over 4 megapixels: in several pieces
         return plain_square(image, size)
     width, height, left, top = placed(*image.size, size)
     made = np.empty((size, size, 3), np.uint8)

@@ -18,16 +18,14 @@ from torch import Tensor
 
 from machine.errors import first_line
 from machine.tensor_files import fingerprint as weights_fingerprint
+from machine.word_pieces import Sentence, joined, readable, split_pair
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-CHARACTERS = 400                        # of a text are read for each word piece that is kept, so none takes for ever
 TOKENS = 2**14                          # of a batch's texts go through the model at once
 LONGEST = 2**20                         # tokens; a tokenizer says more where it knows of no bound
 CLIP = ("clip", "clip_text_model")      # what configurations call it
 # Whose vectors were others once, by the texts beside them or segments that they do not have, and may be kept so.
 OTHER_BEFORE = ("convbert", "flaubert", "fnet", "mobilebert", "nystromformer", "xlm", "yoso")
-
-Sentence = str | list[str]              # a text, or its word pieces
 
 POOLING: dict[str, Callable[[Tensor], Tensor]] = {                              # (B, T, D) -> (B, D), no padding in it
     "REDUCE_MEAN": lambda states: states.mean(1), "REDUCE_MAX": lambda states: states.amax(1),
@@ -141,22 +139,15 @@ class SentenceEncoder:
 
     def plain_ids(self, parts: list[Sentence]) -> list[list[int]]:
         """Ids of texts, tokenized together, and of word pieces, among which an unknown one is [UNK]."""
-        texts = [part[:CHARACTERS * self.length].encode("utf-8", "replace").decode()  # half a surrogate pair is no text
-                 for part in parts if isinstance(part, str)]
+        texts = [readable(part, self.length) for part in parts if isinstance(part, str)]
         ids = iter(self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False,
                                   split_special_tokens=True).input_ids if texts else ())  # "[SEP]" in a text is text
         return [next(ids) if isinstance(part, str) else self.tokenizer.convert_tokens_to_ids(part[:self.length])
                 for part in parts]
 
     def joined(self, first: list[int], second: Sequence[int] = ()) -> tuple[list[int], int]:
-        """[CLS] first [SEP], or [CLS] first [SEP] second [SEP], cut on the right to `length`: the longer part first."""
         cls, sep = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        if not second:
-            return [cls, *first[:self.length - 2], sep], min(len(first) + 2, self.length)
-        room = max(0, self.length - 2 - len(self.between))
-        kept = min(len(second), max(room // 2, room - len(first)))
-        first = first[:room - kept]
-        return [cls, *first, *self.between, *second[:kept], sep], len(first) + 2
+        return joined(first, second, cls, sep, self.between, self.length)
 
     def encode(self, ids: Sequence[tuple[list[int], int]]) -> np.ndarray:
         """Results of `token_ids` -> (B, dim) float32. Those of one length go through the model together and nothing is
@@ -170,18 +161,29 @@ class SentenceEncoder:
         return vectors
 
     def inputs(self, ids: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
-        """Of sentences of one length, each (B, T)."""
-        tokens = torch.tensor([tokens for tokens, _ in ids], device=self.device)
+        """Of sentences of one length, each (B, n)."""
+        tokens, first = (torch.tensor(values, device=self.device) for values in zip(*ids, strict=True))
+        return self.told_apart(tokens, first)
+
+    def told_apart(self, tokens: Tensor, first: Tensor | None = None) -> dict[str, Tensor]:
+        """The same of ids (B, n), and how many of each sentence's are the first segment's (B,)."""
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         if self.segments:
-            first = torch.tensor([first for _, first in ids], device=self.device)
-            inputs["token_type_ids"] = (torch.arange(tokens.shape[1], device=self.device) >= first[:, None]).long()
+            inputs["token_type_ids"] = (torch.arange(tokens.shape[1], device=tokens.device) >= first[:, None]).long()
         return inputs
 
     def alike_to_vectors(self, ids: Sequence[tuple[list[int], int]]) -> Tensor:
         """Sentences of one length to (B, dim)."""
-        states = self.model(**self.inputs(ids), output_hidden_states=True).hidden_states[self.layer]  # (B, T, dim)
-        return self.pool(states)
+        return self.vectors(self.inputs(ids))
+
+    def vectors(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What `inputs` gives to (B, dim)."""
+        return self.pool(self.model(**inputs, output_hidden_states=True).hidden_states[self.layer])     # (B, n, dim)
+
+    def facts(self) -> dict:
+        """What WordPieces has to know beside the tokenizer's file."""
+        return {"start": self.tokenizer.cls_token_id, "end": self.tokenizer.sep_token_id, "between": self.between,
+                "length": self.length}
 
     def tokens(self, ids: tuple[list[int], int]) -> list[str]:
         return self.tokenizer.convert_ids_to_tokens(ids[0])
@@ -212,8 +214,17 @@ class ClipTexts(SentenceEncoder):
         whole = ([first, *ids[:self.length - 2], last] for ids in self.plain_ids(sentences))
         return [(ids, len(ids)) for ids in whole]
 
-    def alike_to_vectors(self, ids: Sequence[tuple[list[int], int]]) -> Tensor:
-        return self.model(**self.inputs(ids)).text_embeds
+    def vectors(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.model(**inputs).text_embeds
+
+    def facts(self) -> dict:
+        return {"start": self.tokenizer.bos_token_id, "end": self.tokenizer.eos_token_id, "between": None,
+                "length": self.length}
+
+    def trial(self, length: int, turn: int = 0) -> tuple[list[int], int]:
+        """So many tokens of no text."""
+        ids = [self.tokenizer.bos_token_id, *range(10 + turn, 8 + turn + length), self.tokenizer.eos_token_id]
+        return ids, len(ids)
 
 
 class OwnWay:
@@ -252,9 +263,30 @@ class OwnWay:
                                                self.model.default_prompt_name, sorted(self.model.tokenizer.get_vocab()
                                                                                       .items()))[:12]
 
+    segments = False
+
+    @property
+    def tokenizer(self):
+        return self.model.tokenizer
+
+    def facts(self) -> dict:
+        return {"start": self.tokenizer.cls_token_id, "end": self.tokenizer.sep_token_id, "between": None,
+                "length": self.length, "special": True}
+
+    def trial(self, length: int, turn: int = 0) -> tuple[list[int], int]:
+        """So many tokens of no text."""
+        return [self.tokenizer.cls_token_id, *range(1000 + turn, 998 + turn + length), self.tokenizer.sep_token_id], 0
+
+    def told_apart(self, tokens: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    def vectors(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Ids of texts of one length, each (B, n), to (B, dim)."""
+        return self.model(inputs)["sentence_embedding"]
+
     def token_ids(self, sentences: Sequence[str]) -> list[str]:
         """What `encode` takes: the texts, which the library tokenizes."""
-        return [text[:CHARACTERS * self.length].encode("utf-8", "replace").decode() for text in sentences]
+        return [readable(text, self.length) for text in sentences]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """(B, dim) float32."""
@@ -388,15 +420,6 @@ def of_one_length(ids: Sequence[tuple[list[int], int]]) -> Iterator[list[int]]:
     for tokens, same in groupby(sorted(range(len(ids)), key=length), key=length):
         places, most = list(same), max(1, TOKENS // tokens)
         yield from (places[start:start + most] for start in range(0, len(places), most))
-
-
-def split_pair(sentence: Sentence) -> list[Sentence]:
-    """A text with ' ||| ', or word pieces with '|||', is a pair of sentences."""
-    if isinstance(sentence, str):
-        first, _, second = sentence.strip().rpartition(" ||| ")
-        return [first, second] if first else [second]
-    place = sentence.index("|||") if "|||" in sentence else len(sentence)
-    return [sentence[:place], *([sentence[place + 1:]] if place < len(sentence) else [])]
 
 
 def fingerprint(tokenizer, model: torch.nn.Module) -> str:

@@ -162,10 +162,10 @@ def out_of_memory(error: Exception) -> InputError:
 
 def complain(reason: BaseException, before: str) -> None:
     """Say in one line why the program ends, of several processes one, and what the first of them has saved."""
-    from machine import distributed  # here: it loads torch, which wrong flags do not wait for
+    from machine import processes  # here: it may load torch, which wrong flags do not wait for
 
     follows = isinstance(reason, Stopped | PeerLost)                            # from what others say too
     said = in_words(reason)
-    new = distributed.first() if follows else distributed.first_to_say(said)
+    new = processes.first() if follows else processes.first_to_say(said)
     if line := [said] * new + getattr(reason, "__notes__", []):
         print(before, shown("; ".join(line)), file=sys.stderr)

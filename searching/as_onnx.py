@@ -17,32 +17,12 @@ from image_encoders import quiet
 from img_text_composition_models import ImgTextCompositionBase
 from machine.errors import InputError, first_line
 from machine.streams import shown
+from searching.as_networks import image_and_composer
 
 NEEDED = "onnx", "onnxscript", "onnxruntime"
 IMAGE_ENCODER, COMPOSER, WORDS = "image_encoder.onnx", "composer.onnx", "words.onnx"
+FILES = (IMAGE_ENCODER, ["pixels"], "feature"), (COMPOSER, ["image", "text"], "query")  # names of inputs and output
 TOLERANCE = 1e-4                        # of the largest number that torch gives
-
-
-class ImageEncoder(nn.Module):
-    """(B, 3, S, S) uint8 -> (B, D)."""
-
-    def __init__(self, model: ImgTextCompositionBase):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_image(pixels)
-
-
-class Composer(nn.Module):
-    """(B, D), (B, T) -> (B, D), unit rows."""
-
-    def __init__(self, model: ImgTextCompositionBase):
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        return self.model.as_query(self.model.compose(image, text))
 
 
 class SlicedMax(nn.Module):
@@ -78,13 +58,11 @@ def write(model: ImgTextCompositionBase, folder: Path) -> dict[str, float]:
     for module in list(model.modules()):
         if isinstance(getattr(module, "pool", None), nn.AdaptiveMaxPool1d):
             module.pool = SlicedMax(module.pool.output_size)
-    size, numbers = model.recipe.image_size, torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (3, 3, size, size), dtype=torch.uint8, generator=numbers)
-    image, text = model.encode_image(pixels), torch.randn(3, model.text_dim, generator=numbers)
-    found = {IMAGE_ENCODER: written(ImageEncoder(model), {"pixels": pixels}, "feature", folder / IMAGE_ENCODER),
-             COMPOSER: written(Composer(model), {"image": image, "text": text}, "query", folder / COMPOSER)}
+    parts = image_and_composer(model)
+    found = {file: written(part, dict(zip(inputs, rows, strict=True)), output, folder / file)
+             for (file, inputs, output), (part, rows) in zip(FILES, parts.values(), strict=True)}
     if model.learned_words is not None:
-        words = torch.randint(len(model.learned_words.vocabulary), (3, 5), generator=numbers)
+        words = torch.randint(len(model.learned_words.vocabulary), (3, 5), generator=torch.Generator().manual_seed(0))
         found[WORDS] = written(model.learned_words, {"words": words}, "text", folder / WORDS, ("batch", "length"))
     return found
 

@@ -10,21 +10,22 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from machine import distributed
+from machine import engine, processes
 from machine.checksums import chunks_of, digest, file_digest
 from machine.errors import InputError, first_line
 from machine.folder_lock import NAME as LOCK
 from machine.folder_lock import FolderLock
-from machine.image_store import prefetch
 from machine.picture_files import LARGEST_FILE, decode
 from machine.picture_folder import Kind, Walk, tell_of_unread
 from machine.regular_files import open_regular
-from machine.tensor_files import packed
-from searching.gallery import IMAGES, MODEL, Encoder, check_model
-from searching.image_list import Held, ImageList
+from machine.threads import prefetch
+from searching import networks
+from searching.encoder import Encoder
+from searching.gallery import check_model, load_model, open_encoder
+from searching.image_list import IMAGES, MODEL, Held, ImageList
 from searching.metadata import Cells, keep, placed, read_metadata
+from searching.networks import NETWORKS
 from searching.ranking import RANKING, faiss, rank
 
 FOR_TRAINING = ("optimizer_state_dict", "random", "progress")                   # of a checkpoint
@@ -55,9 +56,9 @@ class Update:
     gone: list[int]                     # ids
 
 
-def build(source: Path, folder: Path, out: Path, kind: str, device: torch.device, batch_size: int, workers: int,
-          progress: Callable, prune: bool = False, metadata: Path | None = None,
-          follow_links: bool = False) -> Built | None:
+def build(source: Path | None, folder: Path, out: Path, kind: str, device, batch_size: int, workers: int,
+          progress: Callable, prune: bool = False, metadata: Path | None = None, follow_links: bool = False,
+          engine_name: str = "auto") -> Built | None:
     """Make `out` the index of the images below `folder` by a checkpoint's model. What it already holds is kept: so it
     goes on where it was stopped, and takes in what has changed since. What is no more there is taken out at the very
     end; prune: even where it is much, or only its folder is known to be gone. metadata: a table of what is known of
@@ -65,6 +66,7 @@ def build(source: Path, folder: Path, out: Path, kind: str, device: torch.device
     others encode their share, and return nothing.
 
     The folder may be another than the last time, if it holds the same images: none of them is encoded again.
+    source: None for the index's own model. device, engine_name: as of `open_encoder`.
     """
     faiss()                                                                     # missing? said before the work
     if not folder.is_dir():
@@ -73,24 +75,71 @@ def build(source: Path, folder: Path, out: Path, kind: str, device: torch.device
     if folder == folder.parent:
         raise InputError(f"--images {folder} is the whole machine; name a folder in it")
     rows = read_metadata(metadata) if metadata else {}
-    encoder = Encoder(source, device)
-    if not distributed.first():
+    encoder = model_for(source, out, device, engine_name)
+    if not processes.first():
         return helped(encoder, folder, batch_size, workers)
     with FolderLock("--out") as lock:
         prepare(out, encoder, source, lock)
-        return brought_up_to_date(encoder, folder, out, kind, batch_size, workers, progress, prune, rows,
+        images = ImageList(out / IMAGES)
+        if images.create(folder):
+            log.warning("note: %s had no checksums; what it holds is taken as it is, and has them from now on", out)
+        if images.file_note(MODEL)[0] is None:
+            images.note_file(MODEL, file_digest(out / MODEL))
+        if engine_name != "torch":
+            encoder = with_networks(encoder, images, out, source)
+        return brought_up_to_date(encoder, images, folder, out, kind, batch_size, workers, progress, prune, rows,
                                   follow_links)
 
 
-def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, kind: str, batch_size: int, workers: int,
-                       progress: Callable, prune: bool, rows: dict[str, Cells], follow_links: bool) -> Built:
+def model_for(source: Path | None, out: Path, device, engine_name: str) -> Encoder:
+    """What encodes: the index's own model where it is the checkpoint's, or none is given; else the checkpoint's, by
+    torch. Raises InputError."""
+    own = (out / MODEL).is_file() and (out / IMAGES).is_file()
+    if source is None and not own:
+        raise InputError(f"{out} is no index yet: pass --model_checkpoint PATH to make one")
+    images = ImageList(out / IMAGES)
+    if own and source:
+        record = networks.record_of(out, images)
+        own = record and record.made_of == made_of(source)
+    if own and processes.world() == 1:
+        check_model(images, out / MODEL)
+        return open_encoder(out, images, device, engine=engine_name)
+    return load_model(source or out / MODEL, device)
+
+
+def made_of(source: Path | None) -> str | None:
+    """The digest of a checkpoint's file, by which it is known again without being read."""
+    return file_digest(source) if source and source.is_file() else None
+
+
+def with_networks(encoder: Encoder, images: ImageList, out: Path, source: Path | None) -> Encoder:
+    """Give the index networks for searching without torch, if it has none that are whole. Returns what is to encode
+    pictures: these, on a CPU and of one process. Raises InputError where they cannot be written."""
+    if isinstance(encoder, networks.NetworkEncoder):
+        return encoder
+    on_cpu = encoder.device.type == "cpu"
+    try:
+        made = networks.read(out, images)
+    except networks.Unusable:
+        from searching.as_networks import write  # only here: it needs torch
+
+        try:
+            made = write(encoder if on_cpu else load_model(out / MODEL, "cpu"), images, out, made_of(source))
+        except (engine.Refused, networks.Unusable) as why:
+            log.warning("note: searching %s will need PyTorch, as it has no networks: %s", out, why)
+            return encoder
+        except OSError as error:
+            raise InputError(f"cannot make the index {out} ({first_line(error)}); make room, or choose another "
+                             "--out") from None
+    return made if on_cpu and processes.world() == 1 else encoder
+
+
+def brought_up_to_date(encoder: Encoder, images: ImageList, folder: Path, out: Path, kind: str, batch_size: int,
+                       workers: int, progress: Callable, prune: bool, rows: dict[str, Cells],
+                       follow_links: bool) -> Built:
     """The index in `out`, which is this process's own and holds the encoder's model, of what is below `folder`; rows:
     metadata by file name, if there is any that is new."""
-    images, walk = ImageList(out / IMAGES), Walk(folder, follow_links)
-    if images.create(folder):
-        log.warning("note: %s had no checksums; what it holds is taken as it is, and has them from now on", out)
-    if images.file_note(MODEL)[0] is None:
-        images.note_file(MODEL, file_digest(out / MODEL))
+    walk = Walk(folder, follow_links)
     update = compare(images, walk, progress, prune)
     images.move(folder, update.again)
     if rows:
@@ -112,7 +161,7 @@ def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, kind: str, bat
         log.warning("note: %s", unread)
     if update.gone:
         images.remove(update.gone)
-    rank(images, out, encoder.model.image_dim, kind, progress)
+    rank(images, out, encoder.image_dim, kind, progress)
     tried = {path for path, _ in update.new}
     return Built(len(images), len(tried - broken.keys()), {path: why for path, (_, why) in walk.left_out.items()},
                  walk.summary(), walk.not_followed(), broken)
@@ -121,19 +170,19 @@ def brought_up_to_date(encoder: Encoder, folder: Path, out: Path, kind: str, bat
 def encoded(encoder: Encoder, folder: Path, new: list | None, batch_size: int, workers: int) -> Iterator[tuple]:
     """Batches of the images (path, version) that are new, in order, each with what was made of them, as `features` has
     it. Of several processes the first alone knows what is new, and gets all; each encodes its share."""
-    new = distributed.from_first(lambda: new)
+    new = processes.from_first(lambda: new)
     parts = [new[start:start + batch_size] for start in range(0, len(new), batch_size)]
-    mine, read = distributed.share(parts), partial(attempt, folder, encoder)
+    mine, read = processes.share(parts), partial(attempt, folder, encoder)
     pixels = prefetch(lambda part: list(map(read, part)), mine, workers)
-    for start in range(0, len(parts), distributed.world()):                     # in rounds: none gets far ahead
-        rows = distributed.to_first(features(encoder, next(pixels, [])))
+    for start in range(0, len(parts), processes.world()):                     # in rounds: none gets far ahead
+        rows = processes.to_first(features(encoder, next(pixels, [])))
         yield from zip(parts[start:start + len(rows)], rows, strict=False)      # of the last few, one may have had none
 
 
 def features(encoder: Encoder, read: list[tuple[np.ndarray | str, str | None]]) -> list[tuple]:
     """Of images as `attempt` gives them: (feature (D,), checksum of the file); of one that cannot be read, as it is."""
     pixels = [row for row, _ in read if not isinstance(row, str)]
-    rows = iter(encoder.images(pixels).numpy() if pixels else ())
+    rows = iter(encoder.images(pixels) if pixels else ())
     return [(row if isinstance(row, str) else next(rows), content) for row, content in read]
 
 
@@ -237,11 +286,12 @@ def why_nothing(walk: Walk) -> str:
     return f"{walk.folder} {'holds no image' if walk.filled else 'is empty'}" + f" ({unread})" * bool(unread)
 
 
-def prepare(out: Path, encoder: Encoder, source: Path, lock: FolderLock) -> None:
+def prepare(out: Path, encoder: Encoder, source: Path | None, lock: FolderLock) -> None:
     """The folder, locked, with the model in it. Raises InputError where it is not free, or another model's index, or
     holds links in the place of our files, which would be written through."""
     unfinished = f"{MODEL}.unfinished"
-    ours = (MODEL, IMAGES, f"{IMAGES}-journal", RANKING, f"{RANKING}.unfinished", unfinished)
+    ours = (MODEL, IMAGES, f"{IMAGES}-journal", RANKING, f"{RANKING}.unfinished", unfinished, NETWORKS,
+            f"{NETWORKS}.unfinished")
     for path in (out / name for name in ours):
         if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
             raise InputError(f"{path} is not a regular file; remove it, or choose another --out")
@@ -249,7 +299,7 @@ def prepare(out: Path, encoder: Encoder, source: Path, lock: FolderLock) -> None
         lock.take(out)
         if (out / IMAGES).is_file():
             check_model(ImageList(out / IMAGES), out / MODEL)
-        if Encoder(out / MODEL, encoder.device).fingerprint() != encoder.fingerprint():
+        if Path(encoder.path).parent != out and load_model(out / MODEL, "cpu").fingerprint() != encoder.fingerprint():
             raise InputError(f"{out} is the index of another model than {source}; give this one's its own --out")
         return
     try:
@@ -257,6 +307,8 @@ def prepare(out: Path, encoder: Encoder, source: Path, lock: FolderLock) -> None
         if any(name not in (unfinished, LOCK) for name in os.listdir(out)):
             raise InputError(f"{out} holds other files; give the index a folder of its own with --out")
         lock.take(out)
+        from machine.tensor_files import packed  # only here: it needs torch
+
         content = {name: value for name, value in encoder.state.items() if name not in FOR_TRAINING}
         (out / unfinished).write_bytes(packed(content))
         os.replace(out / unfinished, out / MODEL)

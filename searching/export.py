@@ -13,7 +13,7 @@ from machine.errors import InputError, first_line
 from machine.folder_lock import whole_folder
 from machine.streams import shown
 from searching import as_onnx
-from searching.gallery import Encoder
+from searching.from_checkpoint import CheckpointEncoder
 from training.report import markdown_recalls
 from training.writers import markdown_table
 
@@ -33,7 +33,7 @@ def export(source: Path, out: Path, onnx: bool) -> dict[str, float]:
     try:
         if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out} is there already; name a new folder with --out")
-        encoder = Encoder(source, "cpu")
+        encoder = CheckpointEncoder(source, "cpu")
         with whole_folder(out) as folder:
             differences = as_onnx.write(encoder.model, folder) if onnx else {}
             record = record_of(encoder, differences)
@@ -44,7 +44,7 @@ def export(source: Path, out: Path, onnx: bool) -> dict[str, float]:
         raise InputError(f"cannot write {out} ({error.strerror or error}); choose another --out") from None
 
 
-def write_model(encoder: Encoder, record: dict, folder: Path) -> None:
+def write_model(encoder: CheckpointEncoder, record: dict, folder: Path) -> None:
     try:
         model_folder.write(folder, encoder.state["model_state_dict"], record)
     except (TypeError, ValueError, RecursionError) as error:
@@ -52,7 +52,7 @@ def write_model(encoder: Encoder, record: dict, folder: Path) -> None:
                          "program") from None
 
 
-def record_of(encoder: Encoder, differences: dict[str, float]) -> dict:
+def record_of(encoder: CheckpointEncoder, differences: dict[str, float]) -> dict:
     """All that `checkpoint.load` gives of a model but its weights, and how to feed its ONNX files."""
     told = {name: encoder.state[name] for name in RECORDED if name in encoder.state}
     record = {**told, "recipe": encoder.model.recipe.plain()}
@@ -67,7 +67,7 @@ def record_of(encoder: Encoder, differences: dict[str, float]) -> dict:
 
 # The card
 
-def card(encoder: Encoder, record: dict) -> str:
+def card(encoder: CheckpointEncoder, record: dict) -> str:
     """What the model is, what it is worth, and how to use it, in Markdown; FOLDER stands for where it lies."""
     made_of, opt, text = encoder.model.recipe, encoder.opt, (encoder.examples or ["is white"])[0]
     dataset = opt.get("dataset", "data that it does not tell")
@@ -90,7 +90,7 @@ def card(encoder: Encoder, record: dict) -> str:
         *(onnx_section(encoder, record["onnx"]) if "onnx" in record else []), ""])
 
 
-def encoders(encoder: Encoder) -> list[tuple[str, str]]:
+def encoders(encoder: CheckpointEncoder) -> list[tuple[str, str]]:
     made_of, opt = encoder.model.recipe, encoder.opt
     whole = encoder.model.frozen
     frozen = ", as it is" if whole else ", of which only the last layer was trained" * bool(
@@ -124,7 +124,7 @@ def command(opt: dict) -> str:
     return shlex.join(["python", "main.py", *told])
 
 
-def onnx_section(encoder: Encoder, told: dict) -> list[str]:
+def onnx_section(encoder: CheckpointEncoder, told: dict) -> list[str]:
     made_of, differences = encoder.model.recipe, told["largest_difference_from_torch"]
     features = ("the LSTM is not among them: `model.model.encode_text([...])` gives it" if encoder.vocabulary else
                 f"the vector of {made_of.text_encoder}")

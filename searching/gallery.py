@@ -1,45 +1,34 @@
 """A folder of images as a gallery to search: the images nearest to a query, from an index that is checked first.
 
-An index is a folder of three files: `model.pth`, the checkpoint without what only training needs; `images.sqlite`, the
-list of the images, each with its id, the version of its file and its feature, what a user's table says of them, and the
-checksums of all three files; and `index.faiss`, unit features in half precision by image id, which ranks and can be
-made again from the other two.
+An index is a folder of four files: `model.pth`, the checkpoint without what only training needs; `networks.zip`, the
+same model as networks that need no torch; `images.sqlite`, the list of the images, each with its id, the version of its
+file and its feature, what a user's table says of them, and the checksums of all four files; and `index.faiss`, unit
+features in half precision by image id, which ranks. The second and the last can be made again from the other two.
 """
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from img_text_composition_models import MODELS
 from machine.checksums import file_digest
-from machine.device import choose_device
-from machine.errors import InputError, first_line
-from machine.picture_files import InMemory, TooLarge, decode
+from machine.errors import InputError
+from machine.picture_files import InMemory
 from machine.progress import progress_bar
-from machine.resizing import plain_square
-from machine.tensor_files import bytes_of, fingerprint
+from searching import networks
+from searching.encoder import Encoder
 from searching.filter import Filter
 from searching.hubness import Hubness
-from searching.image_list import ImageList, InvalidIndex
+from searching.image_list import IMAGES, MODEL, ImageList, InvalidIndex
 from searching.metadata import Cells, columns_of, metadata_of
+from searching.networks import NETWORKS
 from searching.ranking import RANKING, Ranking, ranking_of, read_ranking, unit
-from text_encoders import sentence_source, text_encoder_of
-from text_model import SentenceTable, spread, tokenize
-from training import checkpoint
 
-MODEL, IMAGES = "model.pth", "images.sqlite"
-LONGEST_TEXT = 1000                     # characters
-LARGEST_SIDE = 4096                     # pixels of the images that a model sees
-ENCODED_AT_ONCE = 32                    # pictures
 ROUNDING = 2**-11 + 2**-20              # half precision moves the product of two unit vectors by no more
 
 log = logging.getLogger(__name__)
@@ -48,7 +37,7 @@ log = logging.getLogger(__name__)
 @dataclass
 class Source:
     """A query's picture: its feature (D,), and its id if it is one of the gallery's."""
-    feature: Tensor
+    feature: np.ndarray
     image: int | None = None
 
 
@@ -64,173 +53,49 @@ class Hit:
     metadata: Cells = field(default_factory=dict)
 
 
-def read_picture(path: str | Path | InMemory, size: int, resampling: str = "bilinear") -> np.ndarray:
-    """(size, size, 3) uint8 of a query's picture. Raises InputError where it is none, or beyond the bounds of
-    picture_files.py, within which no picture needs a time limit."""
+def load_model(path: str | Path, device=None, where: dict | None = None, folder: Path | None = None) -> Encoder:
+    """The model of a run's checkpoint, or of a folder that search.py export wrote, by torch, to `compose` queries and
+    `encode` galleries with; device: torch's or its name, a GPU where there is one, unless given. where, folder: of a
+    sentence service, see CheckpointEncoder. Raises InputError for what is neither, or not whole, and where torch is
+    missing.
+    """
     try:
-        return decode(path, size, resampling, upright=True, to_square=plain_square)
-    except TooLarge:
-        raise
-    except InputError:
-        raise InputError(f"{path} is no picture that can be read; give a JPEG, PNG or WebP file") from None
+        from searching.from_checkpoint import CheckpointEncoder
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path} is computed by PyTorch, and there is no {error.name}: pip install -r "
+                         "requirements.txt, or bring the index up to date with search.py index where that is "
+                         "installed") from None
+    return CheckpointEncoder(path, device, where, folder)
 
 
-class Sentences:
-    """The sentence service or text encoder of a checkpoint's flags, met when the first text is asked for.
+def open_encoder(index: Path, images: ImageList, device=None, where: dict | None = None,
+                 engine: str = "auto") -> Encoder:
+    """An index's model: by the networks that it holds, on the CPU and without torch; by torch where it has none that
+    can be used, where a device other than the CPU is given, and with the engine 'torch'.
 
-    where: of the service, by flag, what shall differ from the checkpoint's; its host is this machine unless named here,
-    for a stranger's checkpoint would be told every text.
+    device: torch's or its name, or what is called to choose one; then torch's choice where it is not given. where: of
+    the sentence service, by flag, what shall differ from the checkpoint's. Raises InputError.
     """
-
-    def __init__(self, state: dict, where: dict, folder: Path):
-        given = {name: value for name, value in where.items() if value is not None}
-        self.flags, self.features = {**state["opt"], "bert_ip": "localhost", **given}, state.get("sentences")
-        self.dim, self.folder = checkpoint.text_dim(state), folder
-
-    @cached_property
-    def table(self) -> SentenceTable:
+    on_cpu = device is None or callable(device) or str(device) == "cpu"
+    if engine != "torch" and on_cpu and images.file_note(NETWORKS)[0]:
         try:
-            check_service(self.flags)
-            source = sentence_source(self.flags)
-        except (LookupError, TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"the checkpoint's flags of its text encoder are none of this program's "
-                             f"({first_line(error)})") from None
-        if source.dim != self.dim or self.features not in (None, source.features):
-            raise source.complaint(f"has other vectors (size {source.dim}, {source.features}) than the model was "
-                                   f"trained with (size {self.dim}, {self.features})")
-        return SentenceTable(source, self.folder)
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        return self.table(texts)
-
-
-def check_service(flags: dict) -> None:
-    """Raises ValueError for what no flag of a sentence service can be."""
-    ports, patience = [flags.get(name, 1) for name in ("bert_port", "bert_port_out")], flags.get("bert_timeout", 1)
-    if not all(isinstance(port, int) and 0 < port < 2**16 for port in ports):
-        raise ValueError(f"ports {ports}")
-    if not (isinstance(patience, int | float) and 0 < patience <= 24 * 3600):
-        raise ValueError(f"bert_timeout {patience!r}")
-
-
-class Encoder:
-    """The model of a checkpoint and what goes with it: image size, vocabulary, texts' kind.
-
-    device: a GPU where there is one, unless given. where: of the sentence service, by flag, what shall differ from the
-    checkpoint's. folder: keeps its vectors. Raises InputError for what is no whole checkpoint.
-    """
-
-    def __init__(self, path: str | Path, device: str | torch.device | None = None, where: dict | None = None,
-                 folder: Path | None = None):
-        self.state, self.device, self.path = checkpoint.load(path), device or choose_device("auto"), path
-        self.opt = self.state["opt"]
-        own = text_encoder_of(self.opt) == "lstm" or MODELS[checkpoint.recipe(self.state, path).composer].frozen
-        sentences = None if own else Sentences(self.state, where or {}, folder)
-        self.check(sentences)
-        self.model = checkpoint.rebuild(self.state, path, sentences).to(device, memory_format=torch.channels_last)
-        self.size, self.resampling = self.model.recipe.image_size, self.model.traits.resampling
-        self.vocabulary = self.model.vocabulary
-        self.examples = [text for text in self.state.get("example_texts", []) if text.strip()]
-
-    def check(self, sentences: "Sentences | None") -> None:
-        """Before memory is taken for it: raises InputError for a model that is larger than its weights' bytes, and for
-        images larger than any model sees."""
-        recipe = checkpoint.recipe(self.state, self.path)
-        size = self.opt.get("image_size", 224)
-        if not all(isinstance(side, int) and 0 < side <= LARGEST_SIDE for side in (size, recipe.image_size)):
-            raise InputError(f"{self.path} is none of this program's checkpoints: images of {size!r} pixels")
-        with torch.device("meta"):
-            weights = recipe.build(sentences).state_dict()                      # shapes alone
-        if sum(weight.numel() for weight in weights.values()) > bytes_of(self.state["model_state_dict"]):
-            raise InputError(f"{self.path} is none of this program's checkpoints: it holds less than its model has")
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.state["model_state_dict"])
-
-    def compose(self, picture: str | Path, text: str) -> np.ndarray:
-        """A query's picture and text -> the unit vector (D,) float32 to search with: without a text, the picture's own.
-
-        Raises InputError for a picture that cannot be read, and for a text as `unknown` does.
-        """
-        return self.query(self.images([self.read(picture)])[0], text).numpy()
-
-    def encode(self, pictures: Sequence[str | Path]) -> np.ndarray:
-        """A gallery's N pictures -> unit rows (N, D) float32, whose products with a composed query are cosines.
-
-        Raises InputError for a picture that cannot be read.
-        """
-        parts = [self.images([self.read(picture) for picture in pictures[start:start + ENCODED_AT_ONCE]])
-                 for start in range(0, len(pictures), ENCODED_AT_ONCE)]
-        return F.normalize(torch.cat([torch.empty(0, self.model.image_dim), *parts]), dim=1).numpy()
-
-    def read(self, picture: str | Path | InMemory) -> np.ndarray:
-        """(S, S, 3) uint8, as the model sees it."""
-        return read_picture(picture, self.size, self.resampling)
-
-    @torch.inference_mode()
-    def images(self, pixels: Sequence[np.ndarray]) -> Tensor:
-        """B arrays (S, S, 3) uint8 -> (B, D) on the CPU. Raises InputError where they are not finite."""
-        batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)          # (B, 3, S, S)
-        features = self.model.encode_image(batch.to(self.device)).cpu()
-        if not features.isfinite().all():
-            raise InputError(f"the model of {self.path} gives features that are not finite: its training diverged")
-        return features
-
-    @torch.inference_mode()
-    def query(self, image: Tensor, text: str, nearness: float = 0.0) -> Tensor:
-        """(D,), a text -> the unit vector (D,) to search with: without a text, the image's own; or, of a composer whose
-        `score` takes something else, that. Words that the model does not know are left out, as read they would be
-        noise.
-
-        nearness: so much of the image's direction is added to the composed one, which things profit from that the model
-        was not trained with (docs/experiments.md).
-
-        Raises InputError for a text as `unknown` does, for nearness where the query is no such vector, and where it is
-        not finite.
-        """
-        if unknown := self.unknown(text):                                       # which refuses what cannot be read
-            text = " ".join(word for word in tokenize(text) if word not in unknown)
-        own = composed = F.normalize(image[None].to(self.device), dim=1)        # (1, D)
-        if text.strip():
-            composed = self.model.as_query(self.model.compose(image[None].to(self.device),
-                                                              self.model.encode_text([text])))
-        if nearness and text.strip():
-            if composed.shape != own.shape:
-                raise InputError(f"--nearness does not go with {self.model.recipe.composer}, which compares an image "
-                                 "with picture and text apart; leave it out")
-            composed = F.normalize(composed + nearness * own, dim=1)
-        query = composed[0].cpu()
-        if not query.isfinite().all():
-            raise InputError("the model's answer to this query is not finite: its training diverged")
-        return query
-
-    def unknown(self, text: str) -> list[str]:
-        """The words that the model was not trained with. A sentence service knows all.
-
-        Raises InputError for a text that is too long, or of which nothing is known.
-        """
-        if len(text) > LONGEST_TEXT:
-            raise InputError(f"the text has {len(text):,} characters; shorten it to {LONGEST_TEXT:,}")
-        if self.vocabulary is None or not text.strip():
-            return []
-        words = list(dict.fromkeys(tokenize(text)))
-        unknown = [word for word in words if word not in self.vocabulary.word2id]
-        if len(unknown) == len(words):
-            known = ", ".join(spread([word for word in self.vocabulary.word2id if word.isalpha()], 8))
-            raise InputError(f"the model knows none of these words; it was trained with words as {known}")
-        return unknown
-
-
-def load_model(path: str | Path, device: str | torch.device | None = None) -> Encoder:
-    """The model of a run's checkpoint, or of a folder that search.py export wrote, to `compose` queries and `encode`
-    galleries with; device: a GPU where there is one, unless given. Raises InputError for what is neither, or not whole.
-    """
-    return Encoder(path, device)
+            return networks.read(index, images)
+        except networks.Unusable as error:
+            if engine != "auto":
+                raise InputError(f"{index / NETWORKS} cannot be used ({error}); search.py index makes it "
+                                 "anew") from None
+            log.warning("note: %s cannot be used (%s), so torch computes; search.py index makes it anew",
+                        index / NETWORKS, error)
+    elif engine not in ("auto", "torch"):
+        raise InputError(f"{index} holds no networks of {engine}, or --device is none of theirs: search.py index adds "
+                         "them; or drop --engine")
+    return load_model(index / MODEL, device, where, index)
 
 
 class Gallery:
-    """An index, opened to be searched; device: a GPU where there is one, unless given. Raises InputError where it is
-    not whole.
+    """An index, opened to be searched. Raises InputError where it is not whole.
+
+    device, where, engine: as of `open_encoder`.
 
     images: the folder of the images, where they were moved since. follow_links: whether files that links lead out of
     it to are given out; the index may be a stranger's, so that it has no say in this. columns: of the metadata.
@@ -239,9 +104,9 @@ class Gallery:
     One query at a time: several threads may ask.
     """
 
-    def __init__(self, index: str | Path, device: str | torch.device | None = None, where: dict | None = None,
-                 images: str | Path | None = None, follow_links: bool = False, ranking: Callable | None = None,
-                 hubness: float = 0.0):
+    def __init__(self, index: str | Path, device=None, where: dict | None = None, images: str | Path | None = None,
+                 follow_links: bool = False, ranking: Callable | None = None, hubness: float = 0.0,
+                 engine: str = "auto"):
         index = Path(index)
         if missing := [name for name in (MODEL, IMAGES, RANKING) if not (index / name).is_file()]:
             raise InputError(f"{index} is no finished index: it has no {missing[0]}; make it with search.py index, "
@@ -250,7 +115,7 @@ class Gallery:
         self.changes, self.size, self.columns = self.images.state()[1], len(self.images), columns_of(self.images)
         self.folder, self.follow_links = self.place(images), follow_links
         check_model(self.images, index / MODEL)
-        self.encoder = Encoder(index / MODEL, device, where, index)
+        self.encoder = open_encoder(index, self.images, device, where, engine)
         self.ranking, self.ranked = self.open_ranking(index / RANKING, ranking)
         if self.ranked is None:
             log.warning("note: %s has no checksums, so that damage to it cannot be told; search.py index adds them",
@@ -258,22 +123,19 @@ class Gallery:
         elif self.ranked != self.changes:
             log.warning("note: %s was changed after its ranking was made, and is searched as far as that goes; %s",
                         index, "export and load it again" if ranking else "search.py index brings it up to date")
-        encoder = self.encoder
-        self.compared = self.read_all() if encoder.model.query_dim != encoder.model.image_dim else None
+        self.compared = self.read_all() if self.encoder.query_dim != self.encoder.image_dim else None
         if self.compared and (hubness or ranking):
-            raise InputError(f"--hubness and --qdrant do not go with {encoder.model.recipe.composer}, which compares "
+            raise InputError(f"--hubness and --qdrant do not go with {self.encoder.opt.get('model')}, which compares "
                              "every image with picture and text apart; leave them out")
-        self.hubness = Hubness(self.images, encoder.model, encoder.examples, hubness, progress_bar) if hubness else None
+        self.hubness = Hubness(self.images, self.encoder, hubness, progress_bar) if hubness else None
 
-    def read_all(self) -> tuple[np.ndarray, Tensor]:
+    def read_all(self) -> tuple[np.ndarray, np.ndarray]:
         """All images' ids, and their features as unit rows, (N, D), for a composer that compares each with a query in a
         way of its own: they are held in memory, and the composer is told of them."""
-        dim, model = self.encoder.model.image_dim, self.encoder.model
-        parts = [*self.images.all_features(dim=dim)]
-        numbers = np.concatenate([part for part, _ in parts])
-        features = F.normalize(torch.from_numpy(np.concatenate([rows for _, rows in parts])), dim=1).to(model.a.device)
-        model.meet(features)
-        return numbers, features
+        parts = [*self.images.all_features(dim=self.encoder.image_dim)]
+        numbers, features = (np.concatenate(rows) for rows in zip(*parts, strict=True))
+        self.encoder.meet(unit(features))
+        return numbers, unit(features)
 
     def place(self, images: str | Path | None) -> Path:
         """The folder of the images. Raises InputError where the one that is given is none."""
@@ -289,10 +151,10 @@ class Gallery:
         """The ranking, and how many changes the list had seen when it was made, None where that was never noted. One
         that cannot be believed is made again."""
         if other:
-            found = other(self.encoder.model.image_dim, self.encoder.fingerprint())
+            found = other(self.encoder.image_dim, self.encoder.fingerprint())
             return found, found.changes
         noted, ranked = self.images.file_note(RANKING)
-        dim, changes = self.encoder.model.image_dim, self.images.state()[1]
+        dim, changes = self.encoder.image_dim, self.images.state()[1]
         try:
             if noted != (file_digest(path) if noted else None):
                 raise InvalidIndex("it is not what its checksum says")
@@ -310,10 +172,10 @@ class Gallery:
 
     def own_picture(self, image: int) -> Source:
         """One of the gallery's, its feature taken from the index."""
-        listed, features = self.images.features([image], self.encoder.model.image_dim)
+        listed, features = self.images.features([image], self.encoder.image_dim)
         if not listed:
             raise InputError(f"the gallery has no image {image}")
-        return Source(torch.from_numpy(features[0].copy()), image)
+        return Source(features[0].copy(), image)
 
     def file(self, image: int) -> Path:
         """Where one of the gallery's images lies. Raises InputError where it does not any more, or is behind a link
@@ -361,7 +223,7 @@ class Gallery:
         among = self.filter.images(where) if where.strip() else None
         source = picture if isinstance(picture, Source) else self.picture(picture)
         with self.lock:
-            query = self.encoder.query(source.feature, text, nearness).numpy()
+            query = self.encoder.query(source.feature, text, nearness)
         own = {source.image} if leave_out else set()
         hubness = self.hubness if text.strip() else None
         found = [(path, number, score) for number, score in self.nearest(query, k + len(own), among, hubness)
@@ -402,11 +264,10 @@ class Gallery:
                 return [(listed[place], float(scores[place])) for place in best]
         return []
 
-    @torch.inference_mode()
     def best_compared(self, query: np.ndarray, k: int, among: list[int] | None) -> list[tuple[int, float]]:
         """Ids and scores of the k best, of all or among some, by the model's own comparison."""
         numbers, features = self.compared
-        scores = self.encoder.model.score(torch.from_numpy(query)[None].to(features.device), features)[0].cpu().numpy()
+        scores = self.encoder.score(query, features)
         if among is not None:
             chosen = np.isin(numbers, among)
             numbers, scores = numbers[chosen], scores[chosen]

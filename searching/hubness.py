@@ -7,14 +7,13 @@ Things that a model was trained with draw queries about others to themselves. Cr
 from collections.abc import Callable
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from machine.errors import InputError
+from machine.threads import prefetch, threads_to_use
+from machine.vocabulary import spread
+from searching.encoder import Encoder
 from searching.image_list import ImageList
 from searching.ranking import unit
-from test_retrieval import compose_queries
-from text_model import spread
 
 QUERIES = 8192                          # at most, that images are compared with
 NEAREST = 10
@@ -26,23 +25,29 @@ class Hubness:
     the queries that can be asked here: every text of the model's that its checkpoint names, of pictures from first to
     last. CSLS has a weight of 1/2.
 
-    model, texts: of the checkpoint. Raises InputError where it names no texts.
+    encoder: with its examples of texts. Raises InputError where it has none.
     """
 
-    def __init__(self, images: ImageList, model, texts: list[str], weight: float, progress: Callable):
+    def __init__(self, images: ImageList, encoder: Encoder, weight: float, progress: Callable):
+        texts = encoder.examples
         if not texts:
             raise InputError("the model names no texts that it was trained with, as --hubness needs; leave that out")
-        dim, numbers, means = model.image_dim, [], []
-        pictures = sources(images, max(1, QUERIES // len(texts)), dim).to(model.a.device)               # (S, D)
-        each = torch.arange(len(pictures), device=pictures.device).repeat(len(texts))
-        asked = compose_queries(model, pictures, each, [text for text in texts for _ in pictures]).cpu()    # (T S, D)
+        dim, numbers, means = encoder.image_dim, [], []
+        pictures = sources(images, max(1, QUERIES // len(texts)), dim)          # (S, D)
+        asked = np.concatenate([encoder.composed(pictures, np.repeat(text[None], len(pictures), 0))
+                                for text in encoder.encode_texts(texts)])       # (T S, D)
+        asked = unit(asked)
+
+        def mean(rows: np.ndarray) -> np.ndarray:                               # (n, D) -> (n,)
+            nearest = min(NEAREST, len(asked))
+            return np.partition(rows @ asked.T, -nearest, axis=1)[:, -nearest:].mean(1)
         with progress(total=len(images), desc="hubness", unit="image") as bar:
             for part, features in images.all_features(dim=dim):
-                means += [(rows @ asked.T).topk(min(NEAREST, len(asked))).values.mean(1)
-                          for rows in torch.from_numpy(unit(features)).split(IMAGES_AT_ONCE)]
+                parts = np.split(unit(features), range(IMAGES_AT_ONCE, len(part), IMAGES_AT_ONCE))
+                means += prefetch(mean, parts, threads_to_use())
                 numbers.append(part)
                 bar.update(len(part))
-        self.numbers, self.taken_off = np.concatenate(numbers), weight * torch.cat(means).numpy()
+        self.numbers, self.taken_off = np.concatenate(numbers), np.float32(weight) * np.concatenate(means)
         self.least = float(self.taken_off.min())
 
     def of(self, numbers: list[int]) -> np.ndarray:
@@ -51,7 +56,7 @@ class Hubness:
         return np.where(self.numbers[places] == numbers, self.taken_off[places], np.float32(self.least))
 
 
-def sources(images: ImageList, count: int, dim: int) -> Tensor:
+def sources(images: ImageList, count: int, dim: int) -> np.ndarray:
     """(S, D) features of `count` of the images, or all, from first to last."""
     found = np.concatenate([features for _, features in images.all_features(max(1, len(images) // count), dim)])
-    return torch.from_numpy(found[spread(range(len(found)), count)])
+    return found[spread(range(len(found)), count)]

@@ -22,6 +22,7 @@ from machine.picture_files import ALWAYS, HEIF
 from machine.regular_files import open_own
 from machine.streams import shown
 
+MODEL, IMAGES = "model.pth", "images.sqlite"                                    # of an index's files
 ROWS_AT_ONCE = 10_000                   # of features, in reading them all
 SMALLEST_ROW = 16                       # bytes of the file that an image takes at the very least
 SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")                               # ends a journal that names another file

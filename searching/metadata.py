@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from machine import distributed
+from machine import processes
 from machine.checksums import digest
 from machine.errors import InputError
 from machine.file_names import Named, spelled_out
@@ -47,7 +47,7 @@ def read_metadata(file: Path) -> dict[str, Cells]:
         raise InputError(f"{others[0][0]}: a second row of {others[0][1]}, which differs{more}; keep one of each")
     read = {name: read_column(name, [cells.get(name) for cells in rows.values()]) for name in columns}
     for column in read.values():
-        if column.note and distributed.first():
+        if column.note and processes.first():
             log.warning("note: %s: %s", file, column.note)
     return {name: {column: found.cells[number] for column, found in read.items()} for number, name in enumerate(rows)}
 

@@ -29,12 +29,11 @@ from starlette.formparsers import MultiPartParser
 
 from flags import MOST_RESULTS
 from machine.errors import InputError
+from machine.vocabulary import UNKNOWN, spread
 from searching.gallery import Gallery, Source, printable
 from searching.guard import LARGEST_UPLOAD, Guard, Names, Refused, address, listening, refusal, running
 from searching.metadata import metadata_of
 from searching.uploads import LARGE, SMALL, Uploads, jpeg
-from text_encoders import text_encoder_of
-from text_model import UNKNOWN, spread
 
 EXAMPLES = 6
 SMALL_COPIES = 3000                     # of the gallery's pictures that are kept, of some 15 kB each
@@ -141,7 +140,7 @@ class Page:
 
     def warm_up(self) -> None:
         """A text encoder in this process is loaded with the first text: before a visitor has to wait for it."""
-        if ":" in text_encoder_of(self.gallery.encoder.opt):
+        if ":" in self.gallery.encoder.text_encoder:
             with suppress(InputError):                                          # said where a visitor asks
                 self.gallery.search(self.gallery.own_picture(self.gallery.images.ids()[0]), "warm up", 1)
 

@@ -6,38 +6,50 @@ What can be made again is believed only where it is just what was written, and r
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from machine.checksums import file_digest
 from machine.errors import InputError, first_line
+from machine.threads import threads_to_use
 from searching.image_list import ImageList, InvalidIndex
 
 RANKING = "index.faiss"
 MOST_CELLS = 4096                       # with more, filling them takes hours at tens of millions
-KERNELS = {"AVX2": "Haswell", "AVX512": "SkylakeX"}                             # of OpenBLAS, by torch's names
+KERNELS = {"avx512f": "SkylakeX", "avx2": "Haswell"}                            # of OpenBLAS, best first
 FEWEST_CODED = 39 * 256                 # images: FAISS asks for 39 to learn each of a code's 256 values from
 
 
 def faiss():
-    """The module, with as many threads as torch has. Its package's OpenBLAS, of 2021, takes a newer processor for one
-    of 2004 and is a fifth as fast, unless told."""
-    if kernels := KERNELS.get(torch.backends.cpu.get_cpu_capability()):
+    """The module, with as many threads as torch has, or would. Its package's OpenBLAS, of 2021, takes a newer processor
+    for one of 2004 and is a fifth as fast, unless told."""
+    if kernels := next((KERNELS[name] for name in KERNELS if name in processor()), None):
         os.environ.setdefault("OPENBLAS_CORETYPE", kernels)
     try:
         import faiss
     except ImportError:
         raise InputError("searching needs FAISS: pip install -r requirements-search.txt") from None
-    faiss.omp_set_num_threads(torch.get_num_threads())                          # of the OpenMP that torch uses, too
+    faiss.omp_set_num_threads(threads_to_use())                                 # of the OpenMP that torch uses, too
     return faiss
 
 
+@cache
+def processor() -> frozenset[str]:
+    """What Linux says that the first core can; nothing elsewhere."""
+    try:
+        return frozenset(re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    except (OSError, TypeError):
+        return frozenset()
+
+
 def unit(features: np.ndarray) -> np.ndarray:
-    return F.normalize(torch.from_numpy(features.copy()), dim=1).numpy()
+    """(..., D) -> rows of length 1, float32; of zeros stay zeros."""
+    lengths = np.linalg.norm(features, axis=-1, keepdims=True)
+    return np.asarray(features / np.maximum(lengths, 1e-12), np.float32)
 
 
 def rank(images: ImageList, out: Path, dim: int, kind: str, progress: Callable) -> None:

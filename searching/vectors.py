@@ -6,8 +6,8 @@ from pathlib import Path
 from machine.errors import InputError, first_line
 from machine.folder_lock import whole_file
 from machine.tensor_files import fingerprint
-from searching.gallery import IMAGES, MODEL, check_model, printable
-from searching.image_list import Entry, ImageList, unpacked
+from searching.gallery import check_model, printable
+from searching.image_list import IMAGES, MODEL, Entry, ImageList, unpacked
 from searching.metadata import Cells, columns_of, kept, metadata_of
 from searching.ranking import unit
 from training import checkpoint

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from datasets import MITStates
 from flags import Parser
 from machine.image_store import ImageStore
-from searching.gallery import Encoder
+from searching.from_checkpoint import CheckpointEncoder
 from test_retrieval import compose_queries, encode_images
 from training.pictures import GREEN, INK, PAPER, QUIET, RED, QueryResults, font, sheet
 
@@ -117,7 +117,7 @@ def run() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "static" / "images", help="folder for the two pictures")
     args = parser.parse_args()
     architecture().save(args.out / "model_en.png", optimize=True)
-    encoder = Encoder(Path(args.model_checkpoint), torch.device("cpu"))
+    encoder = CheckpointEncoder(Path(args.model_checkpoint), torch.device("cpu"))
     sample(encoder.model, Path(args.dataset_path), args.rows, encoder.size).save(args.out / "sample.png", optimize=True)
 
 

@@ -18,7 +18,17 @@ from machine.checksums import file_digest
 from searching.image_list import ImageList, checksum, folder_checksum
 from text_model import SimpleVocab
 
-FILES = ("model.pth", "images.sqlite", "index.faiss")
+FILES = ("model.pth", "images.sqlite", "index.faiss", "networks.zip")
+
+
+class Answer(list):
+    """Results, (path, score) each; equal to others but for what another engine rounds."""
+
+    def __eq__(self, other) -> bool:
+        return ([path for path, _ in self] == [path for path, _ in other]
+                and all(abs(mine - score) < 1e-5 for (_, mine), (_, score) in zip(self, other, strict=True)))
+
+    __hash__ = None
 
 
 def write_model(path: Path) -> Path:

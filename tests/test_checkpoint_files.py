@@ -16,7 +16,7 @@ import image_encoders
 import main
 from datasets import DATASETS
 from img_text_composition_models import Recipe
-from machine import checksums, distributed, tensor_files
+from machine import checksums, distributed, processes, tensor_files
 from machine.errors import InputError
 from machine.folder_lock import FolderLock
 from machine.image_store import ImageStore
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_stops_its_own_run_alone(tiny, tmp_path, caplog):
 
 def test_a_restarted_job_looks_only_for_what_it_began_itself(tiny, tmp_path, monkeypatch):
     saved(tiny, tmp_path / "Nov25_10-00-00_host_x", "_x", turn=1)
-    monkeypatch.setattr(distributed, "rounds", 2)
+    monkeypatch.setattr(processes, "rounds", 2)
     monkeypatch.setattr(distributed, "launch", lambda: "another launch")
     assert start(tmp_path, "_x", "").resumed is None
     path = saved(tiny, tmp_path / "Nov25_11-00-00_host_x", "_x", turn=2)

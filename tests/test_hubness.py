@@ -86,5 +86,6 @@ def test_an_image_that_came_since_has_the_least_taken_off():
 
 def test_a_model_that_names_no_texts_says_so(index):
     opened = Gallery(index, CPU)
+    opened.encoder.examples = []
     with pytest.raises(InputError, match="names no texts"):
-        Hubness(opened.images, opened.encoder.model, [], 0.5, tqdm)
+        Hubness(opened.images, opened.encoder, 0.5, tqdm)

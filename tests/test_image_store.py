@@ -17,7 +17,8 @@ from torchvision import transforms
 
 from machine import image_store
 from machine.errors import InputError
-from machine.image_store import ImageStore, normalize_images, prefetch
+from machine.image_store import ImageStore, normalize_images
+from machine.threads import prefetch
 
 from .conftest import DAMAGE, picture
 
@@ -150,6 +151,7 @@ def test_a_disk_that_fills_up_costs_speed_only(paths, tmp_path, monkeypatch, cap
 FILL = """
 import sys
 from machine.image_store import ImageStore
+from machine.threads import prefetch
 store = ImageStore(sys.argv[2:], 224, sys.argv[1])
 print("ready", flush=True)
 for i in range(len(store)): store.batch([i])

@@ -17,6 +17,7 @@ from searching.image_list import BEFORE_CHECKSUMS, ImageList
 from .conftest import picture, some
 from .index_faults import (
     FILES,
+    Answer,
     beside,
     by_hand,
     circles,
@@ -68,7 +69,7 @@ def paths(out):
 
 def answer(out, image):
     opened = Gallery(out, CPU)
-    return [(hit.path, hit.score) for hit in opened.search(image, "", 12)]
+    return Answer((hit.path, hit.score) for hit in opened.search(image, "", 12))
 
 
 @pytest.mark.parametrize("gone", ["everything", "most"])
@@ -168,9 +169,9 @@ def test_no_flipped_bit_is_believed(first, right, tmp_path, name, caplog):
         caplog.clear()
         try:
             assert answer(out, first / "images" / "0.jpg") == right
-            assert name == "images.sqlite" or "made again from the list" in caplog.text
+            assert name == "images.sqlite" or re.search("made again from the list|torch computes", caplog.text)
         except InputError as error:
-            assert "\n" not in str(error) and name != "index.faiss"
+            assert "\n" not in str(error) and name not in ("index.faiss", "networks.zip")
 
 
 def test_an_index_without_checksums_opens_with_a_note_and_is_given_them(trained, both, caplog):

@@ -16,7 +16,7 @@ from machine.errors import InputError
 from machine.image_store import ImageStore
 from machine.picture_files import LARGEST_FILE, TooLarge, decode
 from machine.resizing import plain_square
-from searching.gallery import read_picture
+from searching.encoder import read_picture
 from training.pictures import thumbnail
 
 from .torture_images import (

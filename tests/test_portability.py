@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import bench
-from machine import device, distributed, image_store, stopping
+from machine import device, image_store, processes, stopping
 from machine.errors import InputError
 from training import checkpoint
 
@@ -103,12 +103,12 @@ def test_without_sigusr1_the_other_signals_are_heard(monkeypatch):
 
 
 def test_a_launch_has_its_name_without_proc(monkeypatch):
-    monkeypatch.setattr(distributed, "launched", lambda: True)
+    monkeypatch.setattr(processes, "launched", lambda: True)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    name = distributed.launch()
+    name = processes.launch()
     assert name.split()[0] == str(os.getppid()) and len(name.split()) == 2
-    monkeypatch.setattr(distributed, "Path", lambda path: Path("/nowhere" + path))
-    assert distributed.launch().split() == [str(os.getppid())]
+    monkeypatch.setattr(processes, "Path", lambda path: Path("/nowhere" + path))
+    assert processes.launch().split() == [str(os.getppid())]
 
 
 def test_the_benchmark_leaves_out_what_is_not_told(tmp_path, monkeypatch):

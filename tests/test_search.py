@@ -24,7 +24,8 @@ from machine.errors import InputError
 from machine.image_store import decode, normalize_images
 from machine.stopping import Stopped
 from searching.build import build
-from searching.gallery import Gallery, load_model, read_picture
+from searching.encoder import read_picture
+from searching.gallery import Gallery, load_model
 from searching.image_list import ImageList
 from searching.ranking import Ranking, rank
 from training import checkpoint

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from machine.errors import InputError
-from text_model import SentenceService, SentenceTable, SimpleVocab, TextLSTMModel, tokenize
+from machine.vocabulary import tokenize
+from text_model import SentenceService, SentenceTable, SimpleVocab, TextLSTMModel
 
 from . import golden
 from .conftest import run_main

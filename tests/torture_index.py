@@ -19,7 +19,7 @@ from searching.build import build
 from searching.gallery import Gallery
 
 from .conftest import picture
-from .index_faults import FILES, copied, flip, generated, write_model
+from .index_faults import FILES, Answer, copied, flip, generated, write_model
 
 SLOW = 5                                # seconds
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def prepared(folder: Path) -> tuple[Path, Path]:
 
 def answer(index: Path, image: Path) -> list:
     opened = Gallery(index, CPU)
-    return [(hit.path, hit.score) for hit in opened.search(image, "", 12)]
+    return Answer((hit.path, hit.score) for hit in opened.search(image, "", 12))
 
 
 def outcome(index: Path, image: Path, right: list) -> str:
@@ -53,7 +53,7 @@ def outcome(index: Path, image: Path, right: list) -> str:
 
 
 def bit_flips(count: int, folder: Path) -> Counter:
-    """A random bit each, in the three files in turn."""
+    """A random bit each, in the files in turn."""
     (index, image), rng, ends = prepared(folder), random.Random(3), Counter()
     right = answer(index, image)
     for number in tqdm(range(count), desc="bits of an index"):

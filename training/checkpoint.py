@@ -44,13 +44,13 @@ WHERE_TEXTS_ARE_READ = ("image_weights", "pooling_layer", "max_seq_len", "bert_p
 # A run goes on only with the values of these that it was started with: others would give other results.
 FIXED_FLAGS = (*TESTED_FLAGS, "loss", "batch_size", "learning_rate", "learning_rate_decay_frequency", "weight_decay",
                "seed", "compile", "accumulate", "gather", "sync_bn", "optimizer", "schedule", "warmup",
-               "feature_dropout", "written")
+               "feature_dropout", "written", "engine")
 # What older checkpoints' runs did.
 BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "resnet18", "accumulate": 1,
                       "gather": True, "sync_bn": False, "freeze_image_encoder": False, "optimizer": "sgd",
                       "schedule": "step", "warmup": 0, "validation": 0.0, "keep_source": False, "any_suffix": False,
                       "shared_concept": False, "image_features": "last", "learn_words": False, "feature_dropout": 0.0,
-                      "prompt": "auto", "caption_form": "published", **Mining()._asdict()}
+                      "prompt": "auto", "caption_form": "published", "engine": "torch", **Mining()._asdict()}
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,

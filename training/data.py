@@ -8,24 +8,30 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.base import CompositionDataset, note_passed_over
 from datasets import DATASETS
 from flags import dataset_settings, plain
 from image_encoders import traits
-from img_text_composition_models import MODELS, ImgTextCompositionBase
-from machine import distributed
+from img_text_composition_models import MODELS, ImgTextCompositionBase, Part
+from machine import distributed, engine
 from machine.errors import InputError
 from machine.feature_store import FeatureStore
 from machine.image_store import DeviceStore, ImageStore
 from machine.progress import progress_bar, say
 from machine.text_store import TextStore
+from machine.vocabulary import tokenize
 from test_retrieval import encoder_batch
 from text_encoders import InProcess, sentence_source
-from text_model import SentenceService, SentenceTable, SimpleVocab, tokenize
+from text_model import SentenceService, SentenceTable, SimpleVocab
 from training import checkpoint
 from training.loop import Split, check_shares, prepare
 from training.resuming import Start
+
+log = logging.getLogger(__name__)
+
+COMPARED = 8                            # images, of an engine with torch
 
 
 @dataclass
@@ -178,18 +184,58 @@ def note_unread_words(words: SimpleVocab, data: Data, seed: int) -> None:
 
 def place_images(args: argparse.Namespace, splits: dict[str, Split], model: ImgTextCompositionBase) -> None:
     """Where batches come from: decoded images, on disk or on the device; or a frozen encoder's features, made here."""
-    device, workers = model.a.device, args.loader_num_workers
+    device = model.a.device
     if args.freeze_image_encoder:
         distributed.same_weights(model if model.frozen else model.img_model)
         model.freeze_backbone()
-        for split in splits.values():
-            at_once = args.test_batch_size or encoder_batch(device, split.store)
-            encode, made_by = ((model.backbone, model.backbone_fingerprint) if split.data.has_pictures else
-                               (model.encode_captions, model.caption_fingerprint))
-            split.store = FeatureStore(split.store, encode, model.traits.width, made_by(), cache_folder(args),
-                                       distributed.local_world())
-            for share in (distributed.machines_share, list):                    # then what another could not keep
-                split.store.fill(at_once, workers, progress_bar, share)
-                distributed.meet()
+        pixels = {name: split.store for name, split in splits.items()}
+        refused = place_features(args, splits, Backbone(model, args.engine))
+        if refused:
+            log.warning("note: --engine %s: %s; torch computes the image encoder", args.engine, refused)
+            for name, split in splits.items():
+                split.store = pixels[name]
+            place_features(args, splits, Backbone(model, "torch"))
     elif args.image_cache == "device":
-        hold_on_device(splits, device, workers)
+        hold_on_device(splits, device, args.loader_num_workers)
+
+
+class Backbone:
+    """A frozen encoder but for its last layer, (B, 3, S, S) uint8 -> (B, W) float32, by an engine, which is compared
+    with torch on the first images. Raises Refused where it does not take the encoder.
+
+    made_by: names all that the features depend on beside the pixels; torch's as it was before there was an engine.
+    """
+
+    def __init__(self, model: ImgTextCompositionBase, name: str):
+        self.model, self.name, self.network = model, name, None
+        self.made_by = model.backbone_fingerprint() + f"_{name}" * (name != "torch")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.name == "torch":
+            return self.model.backbone(images)
+        if not self.network:
+            rows = images[torch.arange(max(len(images), COMPARED)) % len(images)][:COMPARED]
+            training = self.model.training
+            try:
+                self.network = engine.made(Part(self.model, "before_last_layer"), [rows], self.model.bf16)
+            finally:
+                self.model.train(training)
+        return torch.from_numpy(self.network(images.numpy()))
+
+
+def place_features(args: argparse.Namespace, splits: dict[str, Split], encode: Backbone) -> str | None:
+    """Features in the place of pixels, all of them encoded. Returns why the engine refused to, in any process."""
+    model, refused = encode.model, {}
+    for split in splits.values():
+        at_once = args.test_batch_size or encoder_batch(model.a.device, split.store)
+        made_by, by = ((encode.made_by, encode) if split.data.has_pictures else
+                       (model.caption_fingerprint(), model.encode_captions))
+        split.store = FeatureStore(split.store, by, model.traits.width, made_by, cache_folder(args),
+                                   distributed.local_world())
+        for share in (distributed.machines_share, list):                        # then what another could not keep
+            try:
+                split.store.fill(at_once, args.loader_num_workers, progress_bar, share)
+            except engine.Refused as error:
+                refused[distributed.rank()] = str(error)
+            distributed.meet()
+    return next(iter(distributed.union(refused).values()), None)

@@ -22,9 +22,10 @@ from machine.checksums import digest
 from machine.device import send
 from machine.errors import InputError, PeerLost
 from machine.feature_store import FeatureStore
-from machine.image_store import DeviceStore, ImageStore, prefetch
+from machine.image_store import DeviceStore, ImageStore
 from machine.progress import lasting, note, on_terminal, progress_bar
 from machine.stopping import Stopped, Stopping
+from machine.threads import prefetch
 from text_model import SentenceTable, spread
 from torch_function import composition_losses
 from training import checkpoint, report

@@ -9,10 +9,10 @@ from datasets import DATASETS
 from flags import get_parser, plain, refuse
 from image_encoders import traits
 from img_text_composition_models import MODELS
-from machine import distributed
-from machine.downloads import stay_offline
+from machine import distributed, engine
 from machine.errors import InputError
 from machine.folder_lock import FolderLock
+from machine.offline import stay_offline
 from text_encoders import OWN, text_encoder_of
 from training import checkpoint, report
 from training.resuming import Start, find_start
@@ -40,6 +40,8 @@ def settle(words: list[str], device: torch.device, lock: FolderLock) -> tuple[ar
     refuse(args, device.type)
     check_teaching(args)
     settled = filled(args, opt)
+    chosen = distributed.from_first(partial(engine_of, settled, device.type, start.resumed and opt))
+    settled = argparse.Namespace(**{**vars(settled), "engine": chosen})
     if start.state and not start.resumed:
         checkpoint.check_flags(plain(settled), start.source, opt)
     return settled, start
@@ -70,3 +72,28 @@ def filled(args: argparse.Namespace, opt: dict | None = None) -> argparse.Namesp
         "freeze_image_encoder": args.freeze_image_encoder or kind.frozen,
         "image_size": args.image_size or (opt or {}).get("image_size") or known.size,
         "best_metric": DATASETS[args.dataset].best_metric if args.best_metric == "auto" else args.best_metric})
+
+
+def engine_of(args: argparse.Namespace, device: str, opt: dict | None = None) -> str:
+    """What computes a run's frozen image encoder: 'torch' or 'openvino'. opt: of the run that goes on, whose own it is.
+
+    Raises InputError where OpenVINO is asked for and is not there, or not for this run.
+    """
+    if args.engine == "auto" and opt:
+        return opt.get("engine", "torch")                                       # older runs had no other
+    if args.engine == "torch" or (args.engine == "auto" and not (
+            args.freeze_image_encoder and device == "cpu" and engine.is_there())):
+        return "torch"
+    if not args.freeze_image_encoder:
+        raise InputError("--engine openvino computes an image encoder that does not learn: add --freeze_image_encoder "
+                         "True, or drop --engine")
+    if device != "cpu":
+        raise InputError("--engine openvino is for a CPU: drop it, or pass --device cpu")
+    try:
+        if args.precision != "bf16" or engine.has_bf16():
+            return engine.NAME
+    except engine.Refused as error:
+        raise InputError(f"--engine openvino: {error}, or drop --engine") from None
+    if args.engine == "auto":
+        return "torch"
+    raise InputError("--engine openvino --precision bf16: this processor has no bfloat16; pass --precision fp32")

@@ -1,0 +1,73 @@
+"""Texts to the ids of word pieces, as a BERT-type model or a CLIP model's text tower reads them."""
+
+from collections.abc import Sequence
+
+from machine.errors import InputError, first_line
+
+CHARACTERS = 400                        # of a text are read for each word piece that is kept, so none takes for ever
+
+Sentence = str | list[str]              # a text, or its word pieces
+
+
+def readable(text: str, length: int) -> str:
+    """What of a text is read to keep so many of its word pieces; half a surrogate pair is no text."""
+    return text[:CHARACTERS * length].encode("utf-8", "replace").decode()
+
+
+def split_pair(sentence: Sentence) -> list[Sentence]:
+    """A text with ' ||| ', or word pieces with '|||', is a pair of sentences."""
+    if isinstance(sentence, str):
+        first, _, second = sentence.strip().rpartition(" ||| ")
+        return [first, second] if first else [second]
+    place = sentence.index("|||") if "|||" in sentence else len(sentence)
+    return [sentence[:place], *([sentence[place + 1:]] if place < len(sentence) else [])]
+
+
+def joined(first: list[int], second: Sequence[int], start: int, end: int, between: list[int],
+           length: int) -> tuple[list[int], int]:
+    """Ids of [CLS] first [SEP], or [CLS] first [SEP] second [SEP], cut on the right to `length`, the longer part first;
+    and how many of them are the first segment's. between: what is put between the two."""
+    if not second:
+        return [start, *first[:length - 2], end], min(len(first) + 2, length)
+    room = max(0, length - 2 - len(between))
+    kept = min(len(second), max(room // 2, room - len(first)))
+    first = first[:room - kept]
+    return [start, *first, *between, *second[:kept], end], len(first) + 2
+
+
+class WordPieces:
+    """Texts to ids by a tokenizer of the library tokenizers, without transformers and torch.
+
+    start, end: of [CLS] and [SEP], or what stands for them. between: of what is put between the texts of a pair, None
+    for models that know no pairs. length: most ids of a text. special: whether a text that says "[SEP]" has that token
+    there, as sentence-transformers reads it, and not a text.
+    """
+
+    def __init__(self, tokenizer, start: int, end: int, between: list[int] | None, length: int, special: bool = False):
+        if not (all(isinstance(number, int) for number in (start, end, length, *(between or ()))) and length > 2):
+            raise ValueError("a tokenizer's facts are of the wrong kind")
+        self.tokenizer, self.start, self.end, self.between, self.length = tokenizer, start, end, between, length
+        tokenizer.encode_special_tokens = not special
+
+    def ids(self, texts: Sequence[str]) -> list[tuple[list[int], int]]:
+        """For each text its ids, and how many of them are the first segment's."""
+        pairs = [split_pair(text) if self.between is not None else [text] for text in texts]
+        parts = [readable(part, self.length) for pair in pairs for part in pair]
+        found = iter(self.tokenizer.encode_batch(parts, add_special_tokens=False))
+        return [joined(*[next(found).ids for _ in pair], *[()] * (2 - len(pair)), self.start, self.end,
+                       self.between or [], self.length) for pair in pairs]
+
+
+def read_tokenizer(content: bytes):
+    """Of tokenizer.json. Raises InputError."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise InputError("this model's texts are read by tokenizers: pip install -r requirements-serve.txt") from None
+    try:
+        tokenizer = Tokenizer.from_str(content.decode())
+    except Exception as error:                                                  # tokenizers raises bare Exceptions
+        raise InputError(f"its {first_line(error)}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
