@@ -208,7 +208,7 @@ def test_a_spreadsheet_as_libreoffice_saves_it_is_trained_from(name, tmp_path):
     else:
         (root / name).write_text(as_libreoffice([HEADER, *QUERIES], ";"))
     done = run_main("triplets", root, tmp_path / "logs")
-    assert set(done.metrics) == {"it", "train", "test"}
+    assert set(done.metrics) == {"it", "protocol", "train", "test"}
     assert {"recall_top1_own_gallery_1", "recall_top1_own_gallery_2"} <= set(done.metrics["test"])
 
 
