@@ -36,8 +36,8 @@ def results_of(folder: Path) -> dict | None:
     """What a run has given: {split: {metric: value}}, and its "ms" and "weights"; None where it has not ended."""
     for file in sorted(folder.glob("*/metrics.json"), reverse=True):
         state, results = checkpoint.load(file.with_name(checkpoint.LATEST)), json.loads(file.read_text())
-        results.pop("baselines", None)
-        if results.pop("it") == state["opt"]["num_iters"]:
+        it, *_ = (results.pop(name, None) for name in ("it", "baselines", "protocol"))
+        if it == state["opt"]["num_iters"]:
             own = [value.numel() for name, value in state["model_state_dict"].items()
                    if not name.startswith(("img_model.", "text_model."))]
             return {"splits": results, "weights": sum(own),
