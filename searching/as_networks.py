@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from img_text_composition_models import ImgTextCompositionBase, Part
+from img_text_composition_models import ImgTextCompositionBase
 from machine import engine
 from machine.checksums import digest
 from searching import networks
@@ -35,6 +35,17 @@ TEXTS = ("is white, with a ribbon", "A-line, CAFÉ naïve Straße", "[CLS] [SEP]
          "\u82b1\u67c4\u306e\u30c9\u30ec\u30b9", "\U0001f457\U0001f3fd dress", "a ||| b", "x" * 300,
          "1,234.50 EUR\t(50%)\n- new", "don't  it's   they'll", "\u200bzero\u00adsoft", "\ufb01t \uff26\uff35 \u00bd",
          "\u0645\u0631\u062d\u0628\u0627", "same " * 90, "\x00\x07bell", "unaffordable antidisestablishmentarianism")
+
+
+class ImageEncoder(nn.Module):
+    """(B, 3, S, S) uint8 -> (B, D)."""
+
+    def __init__(self, model: ImgTextCompositionBase):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:                                # by its name: as torch.export needs it
+        return self.model.encode_image(pixels)
 
 
 class Composer(nn.Module):
@@ -79,7 +90,7 @@ def image_and_composer(model: ImgTextCompositionBase) -> dict[str, tuple[nn.Modu
     pixels = torch.from_numpy(pictures(size)).permute(0, 3, 1, 2)               # (B, 3, S, S)
     image = torch.randn(COMPARED, model.image_dim, generator=numbers)
     text = torch.randn(COMPARED, model.text_dim, generator=numbers)
-    return {IMAGE: (Part(model, "encode_image"), [pixels]), COMPOSER: (Composer(model), [image, text])}
+    return {IMAGE: (ImageEncoder(model), [pixels]), COMPOSER: (Composer(model), [image, text])}
 
 
 def pictures(size: int) -> np.ndarray:
