@@ -6,7 +6,7 @@ BIN := .venv/bin
 BERT_PORTS := 15555 15556
 
 .DELETE_ON_ERROR:
-.PHONY: install lock demo page bert-demo shop browser test test-long test-anywhere test-oldest torture lint bench clean
+.PHONY: install lock demo page bert-demo shop browser test test-long test-rare test-anywhere test-oldest torture lint bench clean
 
 install: .venv/installed
 
@@ -92,7 +92,11 @@ test: install
 	$(BIN)/python -m pytest -n auto -m "not long"
 
 test-long: install
-	$(BIN)/python -m pytest -n auto -m long
+	$(BIN)/python -m pytest -n auto -m "long and not rare"
+
+# Before a release: minutes more, for further values of what the long tests have, and every measurement of bench.py once.
+test-rare: install
+	$(BIN)/python -m pytest -n auto -m rare
 
 # Other processors' rounding, as far as this one can compute like them, then three times beside two busy loops.
 test-anywhere: install

@@ -184,6 +184,13 @@ class ByFile(LoadFileScheduling):
         return "page" if file.endswith(("test_browser.py", "test_page.py", "test_page_security.py")) else file
 
 
+def pytest_collection_modifyitems(items):
+    """What is rare is long: `make test` leaves it out, too."""
+    for item in items:
+        if item.get_closest_marker("rare"):
+            item.add_marker("long")
+
+
 def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 

@@ -11,7 +11,7 @@ import pytest
 from machine.errors import in_words
 from machine.stopping import ending
 
-from .conftest import flags, picture
+from .conftest import flags, picture, some
 from .index_faults import write_model
 from .services import ROOT
 
@@ -69,7 +69,7 @@ def test_without_a_folder_for_temporary_files_all_is_done(tmp_path, mitstates):
 
 
 @own
-@pytest.mark.parametrize("how", SHARED_MEMORY)
+@pytest.mark.parametrize("how", some(SHARED_MEMORY))
 def test_a_run_needs_no_shared_memory(tmp_path, mitstates, how):
     done = run(f"{SHARED_MEMORY[how]}; shift; exec \"$@\"", tmp_path, "main.py",
                *flags("mitstates", mitstates, tmp_path / "logs", num_iters=1))

@@ -188,7 +188,7 @@ print(len(found[0]), "numbers are the same")
 """
 
 
-@pytest.mark.long("compiles a step")
+@pytest.mark.rare("compiles a step; the next test has one, too")
 def test_a_compiled_step_is_the_same_step():
     """Losses and gradients, in float64 with batch norm's statistics held fixed, where rounding cannot grow."""
     done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -63,7 +63,7 @@ def two(trees, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.long("a job of its own")), 2,
-                                        pytest.param(4, marks=pytest.mark.long("a job of its own"))])
+                                        pytest.param(4, marks=pytest.mark.rare("a job of its own"))])
 def found(request, trees, tmp_path_factory):
     """What each of one, two and four processes found."""
     if request.param == 2:
@@ -240,7 +240,7 @@ def test_a_job_that_loses_a_process_starts_again_and_ends_as_if_it_had_not(mitst
     assert_same_run(only_run(tmp_path / "killed"), only_run(tmp_path / "whole"))
 
 
-@pytest.mark.long("two jobs' starts, twice")
+@pytest.mark.rare("two jobs' starts, twice")
 def test_two_machines_find_together_again(mitstates, tmp_path):
     """Two torchruns as on two machines, of which one loses its process: their counts of restarts then differ."""
     endpoint = f"127.0.0.1:{free_ports(1)[0]}"

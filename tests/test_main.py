@@ -326,7 +326,7 @@ def test_a_gpu_layout_changes_nothing_but_rounding():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.long("large encoders; the fast tier has timm's and open_clip's in test_encoders.py")
+@pytest.mark.rare("large encoders; the fast tier has timm's and open_clip's in test_encoders.py")
 @pytest.mark.parametrize(("encoder", "width"), [("shufflenet_v2_x0_5", 1024), ("resnet50", 2048), ("resnet34", 512)])
 def test_other_encoders_train_and_are_rebuilt_from_the_checkpoint_alone(mitstates, tmp_path, encoder, width):
     run = run_main("mitstates", mitstates, tmp_path / "logs", image_encoder=encoder, image_embed_dim=0, image_size=64)

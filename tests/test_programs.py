@@ -63,7 +63,7 @@ def test_toy_data_never_replace_a_folder_of_the_users(toy, tmp_path):
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and mine.read_text() == "irreplaceable"
 
 
-@pytest.mark.long("every measurement once")
+@pytest.mark.rare("every measurement once")
 def test_benchmark_runs_and_writes_its_rows(tmp_path):
     done = program("bench.py", "--quick", "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stderr
