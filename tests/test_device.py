@@ -188,14 +188,14 @@ print(len(found[0]), "numbers are the same")
 """
 
 
-@pytest.mark.rare("compiles a step; the next test has one, too")
+@pytest.mark.rare("compiles a step")
 def test_a_compiled_step_is_the_same_step():
     """Losses and gradients, in float64 with batch norm's statistics held fixed, where rounding cannot grow."""
     done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "numbers are the same" in done.stdout, done.stderr
 
 
-@pytest.mark.long("compiles a step")
+@pytest.mark.rare("compiles a step")
 def test_the_program_trains_compiled(mitstates, tmp_path):
     """One step: later ones draw other random numbers."""
     how = {"model": "tirg", "loss": "batch_based_classification", "num_iters": 1, "image_encoder": "resnet18",

@@ -61,8 +61,8 @@ def index(trained, images, tmp_path_factory):
     return out
 
 
-def made(source, folder, out, kind="exact", progress=quiet, batch_size=5, workers=2):
-    return build(source, folder, out, kind, CPU, batch_size, workers, progress)
+def made(source, folder, out, kind="exact", progress=quiet, batch_size=5, workers=2, engine="auto"):
+    return build(source, folder, out, kind, CPU, batch_size, workers, progress, engine_name=engine)
 
 
 def run(*words):
