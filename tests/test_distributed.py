@@ -258,7 +258,7 @@ def test_two_machines_find_together_again(mitstates, tmp_path):
     assert [step for step, _ in found.scalars()["loss/soft_triplet"]] == list(range(1, 25))
 
 
-@pytest.mark.long("three jobs")
+@pytest.mark.rare("three jobs")
 def test_a_run_goes_on_with_more_and_with_fewer_processes(tmp_path):
     path = write_mitstates(tmp_path / "data", images=6)
     settings = {**SETTINGS, "model": "tirg", "batch_size": 16, "eval_frequency": 0, "resume": "auto"}
