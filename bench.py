@@ -39,7 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import main
-from benchmarks.base import MAP_KS, ListedMetric, OwnGalleryMetric
+from benchmarks.metrics import MAP_KS, ListedMetric, OwnGalleryMetric
 from benchmarks.mining import Miner, Mining
 from datasets import MITSTATES_TEST_NOUNS, OWN_GALLERY_KS, Metric, MITStates
 from flags import Parser, add, at_least, get_parser, plain

@@ -11,12 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.base import (
-    MAP_KS,
     TEST_EPOCH,
     TRAIN_QUERIES,
     CompositionDataset,
     Epoch,
-    Metric,
     QuerySet,
     RetrievalTask,
     Sample,
@@ -32,13 +30,14 @@ from benchmarks.cirr import CIRR
 from benchmarks.genecis import GeneCIS
 from benchmarks.imagenet_r import ImageNetR
 from benchmarks.lasco import LaSCo
+from benchmarks.metrics import MAP_KS, Metric
 from benchmarks.pictures import Pictures
 from benchmarks.shoes import Shoes
 from benchmarks.texts import Texts
 from benchmarks.triplets import Triplets
 from machine.errors import InputError
 from machine.picture_files import SUFFIXES
-from machine.text_files import read_json, read_lines
+from machine.text_files import read_entries, read_json, read_lines
 
 OWN_GALLERY_KS = (10, 50)               # what later papers report on FashionIQ
 OWN_GALLERIES = ("own_gallery", "VAL_gallery")
@@ -384,9 +383,8 @@ class FashionIQ(CompositionDataset):
     def read_captions(self, category: str) -> Iterator[tuple[str, str, str, str]]:
         """(category, source id, target id, text) of each annotation."""
         file = self.root / "captions" / f"cap.{category}.{self.files}.json"
-        entries, known = read_json(require(file, "caption file")), set(self.split_ids[category])
-        for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
-            where = f"{file}, entry {number}"
+        known = set(self.split_ids[category])
+        for where, entry in read_entries(require(file, "caption file")):
             if not is_annotation(entry):
                 raise InputError(f"{where}: expected {{'candidate': id, 'target': id, 'captions': [text, text]}}, got "
                                  f"{str(entry)[:80]!r}")

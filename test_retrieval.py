@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.base import CompositionDataset, Judged, QuerySet, ways_of
+from benchmarks.base import CompositionDataset, QuerySet, ways_of
+from benchmarks.metrics import Judged
 from machine import distributed
 from machine.compiled import compiled
 from machine.device import send

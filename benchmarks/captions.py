@@ -13,19 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.base import (
-    TEST_EPOCH,
-    TRAIN_QUERIES,
-    Epoch,
-    ListedMetric,
-    Metric,
-    QuerySet,
-    RetrievalTask,
-    Sample,
-    inside,
-    pick,
-    texts_of,
-)
+from benchmarks.base import TEST_EPOCH, TRAIN_QUERIES, Epoch, QuerySet, RetrievalTask, Sample, inside, pick, texts_of
+from benchmarks.metrics import ListedMetric, Metric
 from benchmarks.mining import Drawn, Miner, Templates, Values, Words, words_of
 from benchmarks.triplets import Entry, Triplets, table_in, tables_in
 from machine.errors import InputError

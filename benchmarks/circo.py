@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.base import MAP_KS, CompositionDataset, ListedMetric, QuerySet, RetrievalTask, Sample, inside, require
+from benchmarks.base import CompositionDataset, QuerySet, RetrievalTask, Sample, inside, require
+from benchmarks.metrics import MAP_KS, ListedMetric
 from machine.errors import InputError
 from machine.text_files import read_json
 

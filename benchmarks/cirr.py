@@ -7,18 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.base import (
-    AnnotatedDataset,
-    Annotation,
-    ListedMetric,
-    QuerySet,
-    RetrievalTask,
-    inside,
-    require,
-    texts_of,
-)
+from benchmarks.base import AnnotatedDataset, Annotation, QuerySet, RetrievalTask, inside, require, texts_of
+from benchmarks.metrics import ListedMetric
 from machine.errors import InputError
-from machine.text_files import read_json
+from machine.text_files import read_entries, read_json
 
 
 class CIRR(AnnotatedDataset):
@@ -82,9 +74,8 @@ class CIRR(AnnotatedDataset):
                 for name, place in places.items()}
 
     def read_captions(self, file: Path, known: dict[str, str]) -> list[dict]:
-        entries = read_json(file)
-        for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
-            where = f"{file}, entry {number}"
+        entries = []
+        for where, entry in read_entries(file):
             if not is_pair(entry, self.ends):
                 ends = ", ".join(f"'{end}': id" for end in self.ends)
                 raise InputError(f"{where}: expected {{'pairid': number, {ends}, 'caption': text, 'img_set': "
@@ -92,7 +83,8 @@ class CIRR(AnnotatedDataset):
             for name in (*(entry[end] for end in self.ends), *entry["img_set"]["members"]):
                 if name not in known:
                     raise InputError(f"{where}: image {name[:80]!r} is not in the split's file")
-        return entries if isinstance(entries, list) else [entries]
+            entries.append(entry)
+        return entries
 
     def test_task(self) -> RetrievalTask:
         sources, gallery = np.array([line.source for line in self.annotations]), len(self.images)

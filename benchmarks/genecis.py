@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.base import CompositionDataset, OwnGalleryMetric, QuerySet, RetrievalTask, Sample, require
+from benchmarks.base import CompositionDataset, QuerySet, RetrievalTask, Sample, require
+from benchmarks.metrics import OwnGalleryMetric
 from machine.errors import InputError
-from machine.text_files import read_json
+from machine.text_files import read_entries
 
 TASKS = "focus_attribute", "change_attribute", "focus_object", "change_object"
 Instance = tuple[str, tuple[float, ...] | None]                                 # path below root, and what is cut out
@@ -68,9 +69,8 @@ class GeneCIS(CompositionDataset):
 
     def read_task(self, file: Path) -> list[tuple]:
         """(condition, reference, target, *others) of each query, images as paths and boxes."""
-        entries, known, read, unknown = read_json(file), set(self.files.values()), [], {}
-        for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
-            where = f"{file}, entry {number}"
+        known, read, unknown = set(self.files.values()), [], {}
+        for where, entry in read_entries(file):
             listed = entry.get("gallery") if isinstance(entry, dict) else None
             images = [entry.get("reference"), entry.get("target"), *listed] if isinstance(listed, list) else []
             if not images or not isinstance(entry.get("condition"), str) or not all(map(is_image, images)):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.base import CompositionDataset, Metric, QuerySet, RetrievalTask, Sample, inside, require
+from benchmarks.base import CompositionDataset, QuerySet, RetrievalTask, Sample, inside, require
+from benchmarks.metrics import Metric
 from machine.errors import InputError
 from machine.text_files import read_lines
 

@@ -2,23 +2,12 @@
 
 import os
 
-import numpy as np
-
-from benchmarks.base import (
-    AnnotatedDataset,
-    Annotation,
-    Metric,
-    QuerySet,
-    RetrievalTask,
-    inside,
-    require,
-    texts_of,
-)
+from benchmarks.base import PairDataset, inside, require
 from machine.errors import InputError
-from machine.text_files import read_json
+from machine.text_files import read_entries, read_json
 
 
-class LaSCo(AnnotatedDataset):
+class LaSCo(PairDataset):
     """Annotated pairs (arXiv 2303.09429); the test split is the published validation split. The gallery is the
     published corpus of that, from which no query's own image is taken out.
     """
@@ -45,14 +34,7 @@ class LaSCo(AnnotatedDataset):
                                     "release; or pass --skip_bad_images True to leave their queries out",
                                     len(strangers))
             named = listed
-        self.images = [place for place in named if place not in self.without]
-        ids = {place: number for number, place in enumerate(self.images)}
-        self.annotations = [Annotation(ids[source], [ids[target]], text, [], "") for source, target, text in pairs
-                            if source in ids and target in ids]
-        if self.lenient:
-            self.drop("pairs", len(pairs) - len(self.annotations))
-        if not self.annotations:
-            raise InputError(f"no usable pair of the {self.split} split in {file}")
+        self.take(pairs, named, file)
 
     def place(self, path: str, where: str) -> str:
         """The path below root of val2014/x.jpg, which the corpus calls val/val2014/x.jpg."""
@@ -61,9 +43,8 @@ class LaSCo(AnnotatedDataset):
 
     def read_pairs(self, file) -> list[tuple[str, str, str]]:
         """(source, target, text) of each query, images by path."""
-        entries, pairs = read_json(file), []
-        for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
-            where = f"{file}, entry {number}"
+        pairs = []
+        for where, entry in read_entries(file):
             ends = [entry.get(end) for end in ("query-image", "target-image")] if isinstance(entry, dict) else [None]
             if not all(isinstance(end, list) and len(end) == 2 and isinstance(end[1], str) for end in ends) or (
                     not isinstance(entry.get("query-text"), str)):
@@ -78,10 +59,3 @@ class LaSCo(AnnotatedDataset):
                 isinstance(entry, dict) and isinstance(entry.get("path"), str) for entry in entries):
             raise InputError(f"{file}: expected a JSON list of {{'id': number, 'path': path}}")
         return [self.place(entry["path"], str(file)) for entry in entries]
-
-    def test_task(self) -> RetrievalTask:
-        sources = np.array([line.source for line in self.annotations])
-        targets, gallery = np.array([line.targets[0] for line in self.annotations]), np.arange(len(self.images))
-        metric = Metric("correct_composition", targets, gallery)
-        asked = QuerySet(sources, texts_of(self.annotations), np.full(len(sources), -1), [metric])
-        return RetrievalTask(gallery, [asked])

@@ -3,26 +3,15 @@
 import os
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.base import (
-    AnnotatedDataset,
-    Annotation,
-    Metric,
-    QuerySet,
-    RetrievalTask,
-    inside,
-    require,
-    texts_of,
-)
+from benchmarks.base import PairDataset, inside, require
 from machine.errors import InputError
 from machine.picture_folder import Walk
-from machine.text_files import read_json, read_lines
+from machine.text_files import read_entries, read_lines
 
 LISTS = {"train": "train_im_names.txt", "test": "eval_im_names.txt"}
 
 
-class Shoes(AnnotatedDataset):
+class Shoes(PairDataset):
     """Relative captions (Guo et al., arXiv 1805.00145) on pictures of the attribute discovery data (Berg et al., 2010).
 
     The gallery is all of the list of the split, the reference stays in it, as in VAL and later papers. Some pairs have
@@ -30,9 +19,8 @@ class Shoes(AnnotatedDataset):
     """
 
     title, template = "Shoes", "{caption}"
-    best_metric = "recall_top10_correct_composition"
-    KS = (1, 10, 50)
-    headline = tuple(f"recall_top{k}_correct_composition" for k in KS)
+    ks = (1, 10, 50)
+    headline = tuple(f"recall_top{k}_correct_composition" for k in ks)
     CAPTIONS = "relative_captions_shoes.json"
 
     def read(self) -> None:
@@ -57,14 +45,7 @@ class Shoes(AnnotatedDataset):
         for path in Walk(self.root, follow_links=True).names():                 # womens_boots/0/img_womens_boots_1.jpg
             files.setdefault(os.path.basename(path), path)
         places = {name: files.get(name, name) for name in names}
-        kept = [name for name in names if places[name] not in self.without]
-        self.images, ids = [places[name] for name in kept], {name: number for number, name in enumerate(kept)}
-        self.annotations = [Annotation(ids[source], [ids[target]], text, [], "") for source, target, text in used
-                            if source in ids and target in ids]
-        if self.lenient:
-            self.drop("pairs", len(used) - len(self.annotations))
-        if not self.annotations:
-            raise InputError(f"no usable pair of the {self.split} split in {file}")
+        self.take([(places[source], places[target], text) for source, target, text in used], places.values(), file)
         self.about = f"Shoes, {self.split}: {len(self.annotations)} pairs, " + (
             f"less {alike} that have one picture as reference and target" if self.published == "train" else
             f"of which {alike} have one picture as reference and target, as published")
@@ -77,17 +58,11 @@ class Shoes(AnnotatedDataset):
     @staticmethod
     def read_captions(file: Path) -> list[tuple[str, str, str]]:
         """(reference, target, text) of each pair."""
-        entries, names = read_json(file), ("ReferenceImageName", "ImageName", "RelativeCaption")
-        for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
+        read, names = [], ("ReferenceImageName", "ImageName", "RelativeCaption")
+        for where, entry in read_entries(file):
             if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in names):
-                raise InputError(f"{file}, entry {number}: expected {{'ReferenceImageName': name, 'ImageName': name, "
+                raise InputError(f"{where}: expected {{'ReferenceImageName': name, 'ImageName': name, "
                                  f"'RelativeCaption': text}}, got {str(entry)[:80]!r}")
-        return [(entry[names[0]], entry[names[1]], entry[names[2]].strip())
-                for entry in (entries if isinstance(entries, list) else [entries])]
-
-    def test_task(self) -> RetrievalTask:
-        sources = np.array([line.source for line in self.annotations])
-        targets, gallery = np.array([line.targets[0] for line in self.annotations]), np.arange(len(self.images))
-        metric = Metric("correct_composition", targets, gallery, ks=self.KS)
-        asked = QuerySet(sources, texts_of(self.annotations), np.full(len(sources), -1), [metric])
-        return RetrievalTask(gallery, [asked])
+            source, target, text = map(entry.get, names)
+            read.append((source, target, text.strip()))
+        return read

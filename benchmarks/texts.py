@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.base import CompositionDataset, Metric, QuerySet, RetrievalTask, Sample
+from benchmarks.base import CompositionDataset, QuerySet, RetrievalTask, Sample
 from benchmarks.masking import PLACE, masked, tagger
+from benchmarks.metrics import Metric
 from machine.errors import InputError
 from machine.text_files import read_lines
 

@@ -13,19 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import imagefolder
-from benchmarks.base import (
-    MAP_KS,
-    RECALL_KS,
-    AnnotatedDataset,
-    Annotation,
-    ListedMetric,
-    Metric,
-    QuerySet,
-    RetrievalTask,
-    inside,
-    require,
-    texts_of,
-)
+from benchmarks.base import AnnotatedDataset, Annotation, QuerySet, RetrievalTask, inside, require, texts_of
+from benchmarks.metrics import MAP_KS, RECALL_KS, ListedMetric, Metric
 from machine.errors import InputError
 from machine.file_names import Named, spelled_out
 from machine.picture_folder import Kind, Walk, why_not_listed

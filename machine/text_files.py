@@ -44,3 +44,10 @@ def read_json(file: Path):
         return json.loads(text)                                                 # also with a byte-order mark
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON ({error}); download it again") from None
+
+
+def read_entries(file: Path) -> Iterator[tuple[str, object]]:
+    """("FILE, entry N", entry) of each entry of a JSON list, N from 1; what is no list is one entry."""
+    content = read_json(file)
+    for number, entry in enumerate(content if isinstance(content, list) else [content], start=1):
+        yield f"{file}, entry {number}", entry

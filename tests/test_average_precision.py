@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import test_retrieval
-from benchmarks.base import ListedMetric, Metric, OwnGalleryMetric, average_precision
 from benchmarks.imagenet_r import ShareFound
+from benchmarks.metrics import ListedMetric, Metric, OwnGalleryMetric, average_precision
 from datasets import Triplets
 from test_retrieval import NEVER, CorrectImages, rank_table, rankings, ranks_of_right, recalls
 

@@ -18,7 +18,8 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 import main
 import search
-from benchmarks.base import Metric, QuerySet
+from benchmarks.base import QuerySet
+from benchmarks.metrics import Metric
 from data import check
 from flags import VERSION, Parser, add, meant
 from machine.image_store import DeviceStore

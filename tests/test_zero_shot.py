@@ -156,7 +156,7 @@ def test_basic_ranks_few_images_as_step_by_step(made, world):
 
 def test_ranks_by_a_models_own_score(made):
     """Ties go to the earlier image, as ever: the product's zeros."""
-    from benchmarks.base import Metric
+    from benchmarks.metrics import Metric
 
     gallery = F.normalize(torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]]), dim=1)
     query = torch.tensor([[1.0, 0.0, 0.0, 1.0]])                                # along x, and along y
