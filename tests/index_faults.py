@@ -21,14 +21,13 @@ from text_model import SimpleVocab
 FILES = ("model.pth", "images.sqlite", "index.faiss", "networks.zip")
 
 
-class Answer(list):
-    """Results, (path, score) each; equal to others but for what another engine rounds."""
-
-    def __eq__(self, other) -> bool:
-        return ([path for path, _ in self] == [path for path, _ in other]
-                and all(abs(mine - score) < 1e-5 for (_, mine), (_, score) in zip(self, other, strict=True)))
-
-    __hash__ = None
+def same(found: list, right: list, spoilt: str) -> bool:
+    """Whether results, (path, score) each, are the right ones: to the last bit, but where the networks were spoilt and
+    torch stood in, which rounds otherwise."""
+    def near() -> bool:
+        return all(ours == theirs and abs(mine - score) < 1e-5
+                   for (ours, mine), (theirs, score) in zip(found, right, strict=True))
+    return found == right or (spoilt == "networks.zip" and len(found) == len(right) and near())
 
 
 def write_model(path: Path) -> Path:

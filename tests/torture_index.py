@@ -19,7 +19,7 @@ from searching.build import build
 from searching.gallery import Gallery
 
 from .conftest import picture
-from .index_faults import FILES, Answer, copied, flip, generated, write_model
+from .index_faults import FILES, copied, flip, generated, same, write_model
 
 SLOW = 5                                # seconds
 CPU = torch.device("cpu")
@@ -36,14 +36,14 @@ def prepared(folder: Path) -> tuple[Path, Path]:
 
 def answer(index: Path, image: Path) -> list:
     opened = Gallery(index, CPU)
-    return Answer((hit.path, hit.score) for hit in opened.search(image, "", 12))
+    return [(hit.path, hit.score) for hit in opened.search(image, "", 12)]
 
 
-def outcome(index: Path, image: Path, right: list) -> str:
-    """How asking a spoilt index ends."""
+def outcome(index: Path, image: Path, right: list, spoilt: str = "") -> str:
+    """How asking an index ends, of which this file was spoilt."""
     start = time.monotonic()
     try:
-        end = "right" if answer(index, image) == right else "believed"
+        end = "right" if same(answer(index, image), right, spoilt) else "believed"
     except InputError as error:
         end = "more than a line" if "\n" in str(error) else "refused"
     except Exception as error:
@@ -60,7 +60,7 @@ def bit_flips(count: int, folder: Path) -> Counter:
         name = FILES[number % len(FILES)]
         spoilt = copied(index, folder / "spoilt")
         flip(spoilt / name, rng.randrange(8 * (spoilt / name).stat().st_size))
-        ends[outcome(spoilt, image, right)] += 1
+        ends[outcome(spoilt, image, right, name)] += 1
     return ends
 
 
