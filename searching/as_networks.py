@@ -137,7 +137,7 @@ def write(encoder: CheckpointEncoder, images: ImageList, out: Path, made_of: str
                                   any_length=True)
     record = Record(images.file_note(MODEL)[0], encoder.fingerprint(), encoder.image_dim, encoder.size,
                     encoder.resampling, encoder.text_encoder, made_of, examples=encoder.examples,
-                    opt={name: encoder.opt.get(name) for name in TOLD}, **told)
+                    opt={name: encoder.opt[name] for name in TOLD if name in encoder.opt}, **told)
     content = networks.packed(record, made, tokenizer, out)
     written = NetworkEncoder(out / NETWORKS, networks.unpacked(content))
     compare(written, encoder)

@@ -28,7 +28,7 @@ def first(tmp_path_factory):
     picture(root / "query.jpg")
     write_model(root / "model.pth")
     assert run("index", "--model_checkpoint", root / "model.pth", "--images", root / "shop" / "images", "--out",
-               root / "shop" / "out", "--device", "cpu") == 0
+               root / "shop" / "out", "--device", "cpu", "--engine", "torch") == 0
     return root
 
 
@@ -47,7 +47,7 @@ def indexed(first, tmp_path, capsys):
         before = (tmp_path / "out" / "images.sqlite").read_bytes()
         capsys.readouterr()
         code = run("index", "--model_checkpoint", first / "model.pth", "--images", folder, "--out", tmp_path / "out",
-                   "--device", "cpu", *more)
+                   "--device", "cpu", "--engine", "torch", *more)
         out, err = capsys.readouterr()
         if code == 0:
             return int(re.search(r"images, (\d+) of them encoded now", out)[1])
@@ -153,7 +153,7 @@ def test_an_index_moved_with_its_images_finds_them(first, tmp_path, asked, right
         (tmp_path / root).mkdir()
     shutil.copytree(first / "shop", tmp_path / "before" / "shop")
     assert run("index", "--model_checkpoint", first / "model.pth", "--images", tmp_path / "before/shop/images", "--out",
-               tmp_path / "before/shop/out") == 0
+               tmp_path / "before/shop/out", "--engine", "torch") == 0
     (tmp_path / "before" / "shop").rename(tmp_path / "after" / "shop")
     assert asked(tmp_path / "after/shop/images", out=tmp_path / "after/shop/out") == (right, "", [])
 
@@ -211,7 +211,7 @@ def test_linked_folders_are_followed_where_it_is_asked_for(linked, first, tmp_pa
 def test_links_that_are_not_followed_are_named_and_cost_nothing(linked, first, tmp_path, indexed, asked, capsys):
     def index(*flags):
         assert run("index", "--model_checkpoint", first / "model.pth", "--images", linked, "--out", tmp_path / "out",
-                   *flags) == 0
+                   "--engine", "torch", *flags) == 0
         return capsys.readouterr()
     out, err = index()
     assert "note: 6 links to other folders were not followed, the first of them 0a; pass --follow_links True" in err

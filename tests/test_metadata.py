@@ -46,7 +46,7 @@ def first(tmp_path_factory):
 
 def index(root, out, *more):
     return run("index", "--model_checkpoint", root / "model.pth", "--images", root / "images", "--out", out, "--device",
-               "cpu", *more)
+               "cpu", "--engine", "torch", *more)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from machine import engine
 from machine.checksums import file_digest
 from machine.errors import InputError
 from machine.vocabulary import SimpleVocab
+from searching import page
 from searching.as_networks import TEXTS
 from searching.gallery import Gallery, load_model
 from searching.image_list import ImageList
@@ -288,3 +289,16 @@ def test_what_a_stranger_writes_of_a_model_is_one_line(first, tmp_path):
         with pytest.raises(InputError, match="its record is none of this program's") as raised:
             Gallery(index, engine="openvino")
         assert "\n" not in str(raised.value), change
+
+
+def test_a_page_shows_a_model_whose_checkpoint_tells_nothing_of_its_run(tmp_path):
+    """As another program's, or the original release's."""
+    recipe = Recipe("composeAE", "shufflenet_v2_x0_5", 32, 24, "lstm", 16, {"<UNK>": 0, "red": 1})
+    torch.save({"model_state_dict": recipe.build().eval().state_dict(), "recipe": recipe.plain()}, tmp_path / "x.pth")
+    for number in range(3):
+        picture(tmp_path / "images" / f"{number}.jpg")
+    shown = []
+    for way in ("auto", "torch"):
+        made(tmp_path / "x.pth", tmp_path / "images", tmp_path / way, engine=way)
+        shown.append(page.Page(Gallery(tmp_path / way, "cpu"), 3).about.model)
+    assert (tmp_path / "auto" / NETWORKS).exists() and shown[0] == shown[1] != ""
