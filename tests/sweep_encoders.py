@@ -30,7 +30,7 @@ OTHER_SIZES = 32, -32                   # beside its own: the first that it take
 class Unfilled(TorchFunctionMode):
     """What fills a weight is left out on the meta device, where it does nothing, and was half the time."""
 
-    FILLS = {*"normal_ uniform_ erfinv_ clamp_ mul_ add_ fill_ zero_".split()}
+    FILLS = frozenset("normal_ uniform_ erfinv_ clamp_ mul_ add_ fill_ zero_".split())
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__name__", "") in self.FILLS and args and args[0].is_meta:

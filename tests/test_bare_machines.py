@@ -50,6 +50,7 @@ def run(script, folder, *words):
 
 
 @own
+@pytest.mark.long("compiles anew in each of four processes, which can keep nothing")
 def test_without_a_folder_for_temporary_files_all_is_done(tmp_path, mitstates):
     picture(tmp_path / "images" / "a.jpg")
     write_model(tmp_path / "model.pth")

@@ -330,6 +330,7 @@ def test_empty_cells_and_two_languages_lead_where_they_can(tmp_path):
     assert drawn(Captions(shop(tmp_path, rows), "train")) == dict(zip("abcdgh", "badchg", strict=True))
 
 
+@pytest.mark.long("of that size")
 def test_forty_thousand_rows_of_one_caption(tmp_path):
     """They are one caption: what differs from it finds them, and they it; reading takes no pairs of them."""
     rows = [*({"file_name": f"{number % 7}.jpg", "caption": "red hat"} for number in range(40_000)),

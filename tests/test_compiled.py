@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from .conftest import some
+
 LOOP = """
 import sys
 sys.path.insert(0, {root!r})
@@ -50,7 +52,7 @@ def test_the_next_process_finds_what_one_compiled(answer, tmp_path):
     assert answer() == first and {file: file.stat().st_mtime_ns for file in kept(tmp_path)} == files
 
 
-@pytest.mark.parametrize(("suffix", "damage"), [(".nbc", b"\x80\x04junk"), (".nbi", b"")])
+@pytest.mark.parametrize(("suffix", "damage"), some([(".nbc", b"\x80\x04junk"), (".nbi", b"")]))
 def test_a_damaged_file_costs_time_only(answer, tmp_path, suffix, damage):
     first = answer()
     for file in kept(tmp_path):

@@ -136,6 +136,7 @@ def image(ask, tag, **more):
     return ask("image", f"open_clip:tiny-tower/{tag}", **more)
 
 
+@pytest.mark.long("six processes; the tests below have one form each")
 def test_each_form_of_repository_gives_its_weights(ask, hub, made):
     """Whichever file there is: safetensors, alone or in parts, PyTorch's, and of a name of its own."""
     tower = fingerprint(made["tower"].visual.state_dict())

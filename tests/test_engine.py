@@ -77,6 +77,7 @@ def test_the_root_logger_stays_as_it_is():
     root.removeHandler(handler)
 
 
+@pytest.mark.long("a process of its own")
 def test_nothing_is_reported_to_anyone():
     code = ("import sys, torch; from machine import engine; engine.made(torch.nn.Linear(3, 2), [torch.ones(3, 3)]);"
             "print(sys.modules['openvino_telemetry'], [name for name in sys.modules if 'telemetry' in name])")

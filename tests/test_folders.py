@@ -42,7 +42,7 @@ def shop(root, lines, *names):
 
 
 def indexed(model, folder, tmp_path):
-    built = made(model, folder, tmp_path / "out", engine="torch")
+    built = made(model, folder, tmp_path / "out")
     images = ImageList(tmp_path / "out" / "images.sqlite")
     return built, sorted(images.paths(images.ids()).values())
 
@@ -192,14 +192,14 @@ def test_pictures_that_are_not_read_are_counted_by_ending_with_what_helps(model,
         (tmp_path / "shop" / f"{number}.HEIC").parent.mkdir(exist_ok=True)
         (tmp_path / "shop" / f"{number}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     with pytest.raises(InputError, match=r"no image.*40 files end in .heic: pip install pillow-heif"):
-        made(model, tmp_path / "shop", tmp_path / "out", engine="torch")
+        made(model, tmp_path / "shop", tmp_path / "out")
     root = shop(tmp_path / "shop", [("a.jpg", "b.jpg")], "a.jpg", "b.jpg", "c.jpg")
     for name in ("x.CR2", "y.nef", "z.psd", "notes.txt"):
         (root / name).write_bytes(b"II*\0")
     (root / "c.jpg").rename(root / "IMG_0001")
     (root / "empty").touch()
     shutil.copy(root / "a.jpg", root / "d.jpg_large")
-    built = made(model, root, tmp_path / "out", engine="torch")
+    built = made(model, root, tmp_path / "out")
     said = ("40 files end in .heic: pip install pillow-heif, and they are read; 2 files end in .cr2 or .nef: as a "
             "camera's raw files they are no pictures yet; save as JPEG with darktable, RawTherapee or the camera's "
             "own program; 1 file ends in .psd: save as JPEG or PNG; 2 files have a name without a picture's "

@@ -270,7 +270,7 @@ def test_two_processes_make_the_index_that_one_makes(trained, tmp_path):
     for number in range(17):
         picture(tmp_path / "images" / f"{number}.jpg")
     (tmp_path / "images" / "3.jpg").write_bytes(b"no picture")
-    made(trained, tmp_path / "images", tmp_path / "one", batch_size=4, engine="torch")         # as several
+    made(trained, tmp_path / "images", tmp_path / "one", batch_size=4)
     job = torchrun(trained, tmp_path / "images", tmp_path / "two", "--batch_size", "4")     # batches: three, and two
     out, err = job.communicate(timeout=300)
     assert job.returncode == 0 and out.count("16 images, 16 of them encoded now, 1 left out (1 broken image)") == 1, err
@@ -284,7 +284,7 @@ def test_two_processes_make_the_index_that_one_makes(trained, tmp_path):
 def test_two_processes_that_are_killed_lose_no_more_than_a_round(trained, tmp_path):
     for number in range(400):
         picture(tmp_path / "images" / f"{number}.jpg")
-    made(trained, tmp_path / "images", tmp_path / "one", batch_size=4, engine="torch")         # as several
+    made(trained, tmp_path / "images", tmp_path / "one", batch_size=4)
     job = torchrun(trained, tmp_path / "images", tmp_path / "two", "--batch_size", "4")
     while not (tmp_path / "two" / "images.sqlite").exists() or held(tmp_path / "two") < 40:
         assert job.poll() is None, job.communicate()

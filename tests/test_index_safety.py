@@ -29,7 +29,8 @@ from .index_faults import (
     same,
     write_model,
 )
-from .test_search import CPU, made, quiet  # noqa: F401
+from .test_search import CPU, quiet  # noqa: F401
+from .test_search import with_networks as made
 
 
 @pytest.fixture(scope="module")

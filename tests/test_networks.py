@@ -29,7 +29,7 @@ from searching.networks import NETWORKS
 from .conftest import DAMAGE, picture, some
 from .index_faults import copied, execute
 from .services import ROOT
-from .test_search import made
+from .test_search import with_networks as made
 
 # In a process where none of these can be imported.
 WITHOUT = """

@@ -106,6 +106,7 @@ def test_no_query_and_no_json_pays_for_the_library(tmp_path):
     subprocess.run([sys.executable, "-c", code, tmp_path / "t.jsonl"], check=True, cwd=ROOT)
 
 
+@pytest.mark.long("of that size")
 def test_a_hundred_thousand_rows_are_read_in_seconds(tmp_path):
     lines = [f'dir/{n}.jpg;"{n},50";red;"some text, with ""quotes"" {n}";\n' for n in range(100_000)]
     (tmp_path / "t.csv").write_text("file_name;price;colour;text\n" + "".join(lines))

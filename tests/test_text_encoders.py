@@ -327,6 +327,7 @@ def test_the_lstm_has_no_words_beside_it(mitstates, tmp_path, capsys):
     assert "the LSTM learns its own: drop it" in capsys.readouterr().err
 
 
+@pytest.mark.long("five programs, one after the other")
 def test_a_run_with_learned_words_is_resumed_tested_exported_and_searched(mitstates, tmp_path, capsys):
     """In one place, with the encoder's stages: the recipe of runs/demo.sh."""
     more = {**WORDS, "model": "TransformerAE", "image_features": "stages", "freeze_image_encoder": True,
