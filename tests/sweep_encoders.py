@@ -17,6 +17,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 import image_encoders
 from image_encoders import ENCODERS, LEAST_TEXT, Sketched, image_encoder, load_image_weights, quiet, traits
@@ -33,9 +34,11 @@ class Unfilled(TorchFunctionMode):
     FILLS = frozenset("normal_ uniform_ erfinv_ clamp_ mul_ add_ fill_ zero_".split())
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in self.FILLS and args and args[0].is_meta:
-            return args[0]
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")                      # as torch.nn.init passes it
+        if getattr(function, "__name__", "") in self.FILLS and filled is not None and filled.is_meta:
+            return filled
+        return function(*args, **kwargs)
 
 
 def own(name: str) -> tuple[nn.Module, int, tuple, tuple]:
@@ -102,7 +105,8 @@ def main() -> int:
              if not (some := [word for word in words if word not in NAMES]) or any(word in name for word in some)]
     results = Counter()
     image_encoders.traits = functools.cache(traits)                             # asked for many times of each
-    for name in names:
+    image_encoders.Timm.sized = functools.cache(image_encoders.Timm.sized)
+    for name in tqdm(names):
         try:
             with Unfilled():
                 said = judge(name)
@@ -110,7 +114,7 @@ def main() -> int:
             said = f"TRACEBACK: {error!r:.300}"
         results[said.partition(":")[0].partition(",")[0]] += 1
         if not said.startswith("right"):
-            print(name, said, flush=True)
+            tqdm.write(f"{name} {said}")
     print(dict(results))
     return int(bool(results["WRONG"] + results["TRACEBACK"]))
 

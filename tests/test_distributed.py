@@ -280,7 +280,8 @@ def test_a_lost_process_ends_the_job_with_its_reason(mitstates, tmp_path):
     said = job.communicate(timeout=600)[1]
     assert job.returncode != 0
     assert f"Signal 9 (SIGKILL) received by PID {lost}" in said
-    assert "main.py: error: another process of the job ended" in said
+    # the other finds its connection broken, or torchrun, which ends it then, is quicker
+    assert re.search("main.py: (error: another process of the job ended|stopped by SIGTERM)", said), said
     assert checkpoint.load(next((tmp_path / "logs").iterdir()) / checkpoint.LATEST)["it"] >= 4
 
 
