@@ -294,8 +294,8 @@ def get_parser() -> TrainingParser:
         type=path_or_word, metavar="imagenet|none|PATH")
     add(model, "--freeze_image_encoder", False, "keep the image encoder as it is, but for its last layer: what it "
         "makes of an image is computed once and kept beside the decoded images")
-    add(model, "--engine", "torch", "what computes a frozen image encoder on a CPU: torch, or openvino, far faster and "
-        "the same to 1e-5 of the largest value; auto takes openvino where it is installed. A run that goes on keeps "
+    add(model, "--engine", "auto", "what computes a frozen image encoder on a CPU: torch, or openvino, far faster and "
+        "the same to 1e-5 of the largest value, which auto takes where it is installed. A run that goes on keeps "
         "its own; a GPU, and an encoder that learns, are torch's", choices=("auto", "torch", "openvino"))
     add(model, "--text_encoder", "lstm", "what reads texts: lstm, which is trained; service, as --use_bert True; "
         "hf:NAME or hf:FOLDER, a BERT-type model in this process; open_clip:MODEL/TAG, a CLIP model's text tower. "

@@ -87,7 +87,7 @@ def test_nothing_is_reported_to_anyone():
 
 @pytest.mark.parametrize(("words", "opt", "settled"), [
     ("--engine=auto", None, "torch"), ("--freeze_image_encoder --engine=auto", None, "openvino"),
-    ("--freeze_image_encoder", None, "torch"),
+    ("--freeze_image_encoder", None, "openvino"), ("--freeze_image_encoder --engine=torch", None, "torch"),
     ("--freeze_image_encoder --engine=auto", {"comment": ""}, "torch"),         # an older run that goes on
     ("--freeze_image_encoder --engine=auto", {"engine": "openvino"}, "openvino"),
     ("--engine=openvino", None, "drop --engine")])
