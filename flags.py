@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 from benchmarks.base import CAPTION_FORMS
@@ -117,12 +118,13 @@ def first_to_say(line: str) -> bool:
     return processes.first_to_say(line)
 
 
-def registered(file: str, registry: str) -> list[str]:
+@cache
+def registered(file: str, registry: str) -> tuple[str, ...]:
     """The keys of a registry, a dict written out in one of our files, read from its text: importing it would load
     torch, for seconds, before a wrong flag is answered."""
     lines = ast.parse((Path(__file__).parent / file).read_text()).body
     table = next(line.value for line in lines if isinstance(line, ast.Assign) and line.targets[0].id == registry)
-    return [key.value for key in table.keys]
+    return tuple(key.value for key in table.keys)
 
 
 def a_path(text: str) -> Path:
