@@ -208,7 +208,7 @@ def test_the_program_trains_compiled(mitstates, tmp_path):
     assert losses[1] == [(1, pytest.approx(losses[0][0][1], rel=1e-2))]
 
 
-@pytest.mark.long("traces a step")
+@pytest.mark.rare("traces a step")
 def test_no_compiler_is_said_in_one_line(mitstates, tmp_path):
     nowhere = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = program(mitstates, tmp_path / "logs", nowhere, freeze_image_encoder=True, model="tirg")

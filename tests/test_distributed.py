@@ -226,7 +226,7 @@ def only_run(log_dir):
     return Run(folder)
 
 
-@pytest.mark.long("three jobs' starts")
+@pytest.mark.rare("three jobs' starts")
 def test_a_job_that_loses_a_process_starts_again_and_ends_as_if_it_had_not(mitstates, tmp_path):
     """kill -9 of each process in turn; dropout is on, and batch norm each process's own."""
     run(*torchrun(2, "main.py", *flags("mitstates", mitstates, tmp_path / "whole", **SETTINGS)))

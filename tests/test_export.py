@@ -287,8 +287,8 @@ def test_what_onnx_gets_wrong_is_one_line(module, said, tmp_path):
 
 
 @pytest.mark.long("ten seconds each, of torch's exporter")
-@pytest.mark.parametrize("composer", ["TransformerAE", "composeAE", *(
-    pytest.param(name, marks=pytest.mark.rare("the same parts")) for name in ("tirg", "RealSpaceConcatAE"))])
+@pytest.mark.parametrize("composer", ["TransformerAE", *(pytest.param(
+    name, marks=pytest.mark.rare("the same parts")) for name in ("composeAE", "tirg", "RealSpaceConcatAE"))])
 def test_onnx_files_answer_as_torch_does_for_any_number_of_rows(composer, data, tmp_path, capsys):
     from onnxruntime import InferenceSession
 

@@ -280,7 +280,7 @@ def test_two_processes_make_the_index_that_one_makes(trained, tmp_path):
     assert job.returncode and err.count("search.py: error: --images") == 1 and "is no folder" in err
 
 
-@pytest.mark.long("a job of two processes that is killed, and one that goes on")
+@pytest.mark.rare("a job of two processes that is killed, and one that goes on")
 def test_two_processes_that_are_killed_lose_no_more_than_a_round(trained, tmp_path):
     for number in range(400):
         picture(tmp_path / "images" / f"{number}.jpg")

@@ -183,7 +183,8 @@ def test_an_encoder_that_is_trained_gives_them_too(mitstates, tmp_path, changes)
 
 
 @pytest.mark.long("torch's exporter takes seconds")
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "timm:test_vit"])
+@pytest.mark.parametrize("name", ["timm:test_vit", pytest.param(
+    "mobilenet_v3_small", marks=pytest.mark.rare("a larger one"))])
 def test_onnx_files_answer_as_torch_does(name, tmp_path):
     from onnxruntime import InferenceSession
 
