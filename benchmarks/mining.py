@@ -44,7 +44,7 @@ class Mining(NamedTuple):
     span: int = 3
     two_changes: float = 0.5
     templates: str = "in=1,replace=1,instead=1,with=1,without=1,named=0.25"
-    written: float = 0.5
+    written: float = 0.75
 
 
 class Change(NamedTuple):

@@ -249,7 +249,7 @@ def test_a_resumed_run_knows_an_edited_table(tmp_path, capfd):
     words = flags("captions", root, tmp_path / "logs", num_iters=5, resume=run.folder)
     assert main.main(words) == 2 and "had other train texts" in capfd.readouterr().err
     (root / "metadata.csv").write_text(text)
-    assert main.main([*words, "--written=0.25"]) == 2 and "--written 0.5 (now 0.25)" in capfd.readouterr().err
+    assert main.main([*words, "--written=0.25"]) == 2 and "--written 0.75 (now 0.25)" in capfd.readouterr().err
     assert main.main(words) == 0
 
 
