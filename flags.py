@@ -298,7 +298,8 @@ def get_parser() -> TrainingParser:
         "makes of an image is computed once and kept beside the decoded images")
     add(model, "--engine", "auto", "what computes a frozen image encoder on a CPU: torch, or openvino, far faster and "
         "the same to 1e-5 of the largest value, which auto takes where it is installed. A run that goes on keeps "
-        "its own; a GPU, and an encoder that learns, are torch's", choices=("auto", "torch", "openvino"))
+        "its own; a GPU, x86 without AVX, and an encoder that learns, are torch's",
+        choices=("auto", "torch", "openvino"))
     add(model, "--text_encoder", "lstm", "what reads texts: lstm, which is trained; service, as --use_bert True; "
         "hf:NAME or hf:FOLDER, a BERT-type model in this process; open_clip:MODEL/TAG, a CLIP model's text tower. "
         "Published: lstm and service", metavar="NAME")

@@ -7,6 +7,8 @@ A network gives what torch gives to 1e-5 of the largest value, or is not taken: 
 """
 
 import logging
+import os
+import re
 import sys
 import threading
 import warnings
@@ -34,12 +36,27 @@ class Refused(InputError):
 @cache
 def openvino() -> ModuleType:
     """The library. Raises Refused. It would report its use to its makers, through a package that is kept out."""
+    if not has_avx():
+        raise Refused("OpenVINO is for processors with AVX")
     sys.modules.setdefault("openvino_telemetry", None)                          # whose import then fails, as it may
     try:
         import openvino
     except ImportError as error:
         raise Refused(f"OpenVINO is not there ({first_line(error)}): pip install openvino") from None
     return openvino
+
+
+def has_avx(told: str | None = None) -> bool:
+    """Whether OpenVINO computes rightly here, which it does not look at: on x86 it needs AVX, which the processor may
+    lack, or oneDNN's variable, which it heeds, forbid. told: what Linux says of the processor, else read."""
+    if "SSE41" in (os.environ.get(name, "").upper() for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")):
+        return False
+    try:
+        told = Path("/proc/cpuinfo").read_text() if told is None else told
+    except OSError:                                                             # no Linux: none without is supported
+        return True
+    flags = re.search(r"^flags\s*:(.*)$", told, re.MULTILINE)                   # ARM's have Features
+    return not flags or "avx" in flags[1].split()
 
 
 def is_there() -> bool:

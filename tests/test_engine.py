@@ -1,6 +1,7 @@
 """Networks by an engine: the same numbers as torch's, given back to torch where not, and no mix of their features."""
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from machine.errors import InputError
 from training.settings import engine_of, filled
 
 from .conftest import flags, run_main
+from .index_faults import write_model
 from .services import ROOT
 
 NEEDED = "--dataset=mitstates", "--dataset_path=x"
@@ -83,6 +85,26 @@ def test_nothing_is_reported_to_anyone():
             "print(sys.modules['openvino_telemetry'], [name for name in sys.modules if 'telemetry' in name])")
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert told.startswith("None ") and "ga4" not in told
+
+
+@pytest.mark.parametrize(("told", "fit"), [
+    ("processor : 0\nflags\t\t: fpu sse4_1 sse4_2\n", False), ("flags\t\t: fpu sse4_2 avx avx2\n", True),
+    ("processor : 0\nFeatures\t: fp asimd sve\n", True)])
+def test_openvino_is_for_processors_on_which_it_is_right(told, fit, monkeypatch):
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    assert engine.has_avx(told) == fit
+
+
+def test_where_it_would_be_wrong_torch_computes(tmp_path, mitstates):
+    """As on a processor without AVX; oneDNN's variable forbids it to both."""
+    write_model(tmp_path / "model.pth")
+    words = ("search.py", "index", "--model_checkpoint", tmp_path / "model.pth", "--images", mitstates / "images",
+             "--out", tmp_path / "out")
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "DNNL_MAX_CPU_ISA": "SSE41"})
+    assert done.returncode == 0 and "processors with AVX" in done.stderr, done.stderr
+    assert not (tmp_path / "out" / "networks.zip").exists()
 
 
 @pytest.mark.parametrize(("words", "opt", "settled"), [

@@ -68,6 +68,7 @@ def made(source, folder, out, kind="exact", progress=quiet, batch_size=5, worker
 
 with_networks = partial(made, engine="auto")
 
+
 def run(*words):
     return search.main([str(word) for word in words])
 

@@ -166,7 +166,7 @@ def test_a_spreadsheet_as_libreoffice_saves_it_is_indexed_and_filtered(name, gal
     else:
         table.write_bytes(SAVED[name] if isinstance(SAVED[name], bytes) else SAVED[name].encode())
     assert run("index", "--model_checkpoint", gallery / "model.pth", "--images", gallery / "images", "--out",
-               tmp_path / "out", "--device", "cpu", "--metadata", table) == 0
+               tmp_path / "out", "--device", "cpu", "--engine", "torch", "--metadata", table) == 0
     opened = Gallery(tmp_path / "out", CPU)
 
     def found(where):
