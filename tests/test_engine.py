@@ -33,6 +33,7 @@ def model_of(composer="tirg", encoder="mobilenet_v3_small", size=64, words=9):
 
 
 @pytest.mark.parametrize(("encoder", "size"), [("mobilenet_v3_small", 64), ("timm:test_vit", 160)])
+@pytest.mark.avx
 def test_an_encoder_gives_what_torch_gives_for_any_number_of_rows(encoder, size):
     model = model_of(encoder=encoder, size=size)
     network = engine.made(Part(model, "before_last_layer"), [pixels(8, size)])
@@ -42,6 +43,7 @@ def test_an_encoder_gives_what_torch_gives_for_any_number_of_rows(encoder, size)
 
 
 @pytest.mark.parametrize("composer", OF_TRIPLETS)
+@pytest.mark.avx
 def test_a_composer_does_too(composer):
     model = model_of(composer)
     rows = torch.randn(5, 12), torch.randn(5, 8)
@@ -65,11 +67,13 @@ class OwnWay(nn.Module):
 
 
 @pytest.mark.parametrize(("module", "why"), [(TwoRows(), "off by"), (OwnWay(), "does not take it")])
+@pytest.mark.avx
 def test_what_would_give_other_numbers_is_refused(module, why):
     with pytest.raises(engine.Refused, match=why):
         engine.made(module.eval(), [torch.ones(3, 4)])
 
 
+@pytest.mark.avx
 def test_the_root_logger_stays_as_it_is():
     root, handler = logging.getLogger(), logging.NullHandler()
     root.addHandler(handler)
@@ -108,8 +112,10 @@ def test_where_it_would_be_wrong_torch_computes(tmp_path, mitstates):
 
 
 @pytest.mark.parametrize(("words", "opt", "settled"), [
-    ("--engine=auto", None, "torch"), ("--freeze_image_encoder --engine=auto", None, "openvino"),
-    ("--freeze_image_encoder", None, "openvino"), ("--freeze_image_encoder --engine=torch", None, "torch"),
+    ("--engine=auto", None, "torch"),
+    pytest.param("--freeze_image_encoder --engine=auto", None, "openvino", marks=pytest.mark.avx),
+    pytest.param("--freeze_image_encoder", None, "openvino", marks=pytest.mark.avx),
+    ("--freeze_image_encoder --engine=torch", None, "torch"),
     ("--freeze_image_encoder --engine=auto", {"comment": ""}, "torch"),         # an older run that goes on
     ("--freeze_image_encoder --engine=auto", {"engine": "openvino"}, "openvino"),
     ("--engine=openvino", None, "drop --engine")])
@@ -135,6 +141,7 @@ def test_one_that_is_missing_is_said_where_it_was_asked_for(monkeypatch):
         engine_of(asked, "cpu")
 
 
+@pytest.mark.avx
 def test_a_runs_features_are_one_engines(mitstates, tmp_path, monkeypatch, caplog):
     frozen = {"freeze_image_encoder": True, "num_iters": 1, "model": "tirg", "engine": "auto"}
     def files():

@@ -150,6 +150,7 @@ def test_nothing_is_written_through_links(trained, first, tmp_path):
     assert (tmp_path / "mine").read_text() == "mine"
 
 
+@pytest.mark.avx
 def test_one_process_at_a_time_works_on_an_index(trained, first, tmp_path):
     out = copied(first / "out", tmp_path / "out")
     with FolderLock() as lock:
@@ -160,7 +161,8 @@ def test_one_process_at_a_time_works_on_an_index(trained, first, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name if name != "networks.zip" else pytest.param(name, marks=pytest.mark.avx)
+                                  for name in FILES])
 def test_no_flipped_bit_is_believed(first, right, tmp_path, name, caplog):
     rng = random.Random(1)
     length = (first / "out" / name).stat().st_size

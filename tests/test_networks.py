@@ -31,6 +31,7 @@ from .index_faults import copied, execute
 from .services import ROOT
 from .test_search import with_networks as made
 
+pytestmark = pytest.mark.avx
 # In a process where none of these can be imported.
 WITHOUT = """
 import sys
