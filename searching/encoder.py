@@ -28,6 +28,8 @@ def read_picture(path: str | Path | InMemory, size: int, resampling: str = "bili
     except TooLarge:
         raise
     except InputError:
+        if isinstance(path, str | Path) and not Path(path).exists():
+            raise InputError(f"there is no file {path}") from None
         raise InputError(f"{path} is no picture that can be read; give a JPEG, PNG or WebP file") from None
 
 

@@ -304,7 +304,7 @@ def test_the_index_needs_nothing_but_itself_and_the_images(trained, images, tmp_
     (["index", "--model_checkpoint", "{trained}", "--images", "{images}", "--out", "{images}"], "holds other files"),
     (["index", "--model_checkpoint", "{trained}", "--images", "{images}", "--out", "{image}/x"], "cannot make the index"),
     (["query", "--index", "{nothing}", "--image", "{image}"], "no finished index"),
-    (["query", "--index", "{index}", "--image", "{nothing}"], "no picture that can be read"),
+    (["query", "--index", "{index}", "--image", "{nothing}"], "error: there is no file "),
     (["query", "--index", "{index}", "--image", "{images}/notes.txt"], "no picture that can be read"),
     (["query", "--index", "{index}", "--image", "{images}"], "no picture that can be read"),
     (["query", "--index", "{index}", "--image", "{huge}"], "more than 40 megapixels"),
@@ -462,7 +462,7 @@ def test_bad_input_from_python_is_one_line(trained, images, index):
                        (lambda: opened.search(image, "zebra"), "knows none"),
                        (lambda: load_model(image), "not a readable checkpoint"),
                        (lambda: model.compose(str(image), "zebra"), "knows none"),
-                       (lambda: model.encode([image, "nothing.jpg"]), r"nothing\.jpg is no picture")):
+                       (lambda: model.encode([image, "nothing.jpg"]), r"there is no file nothing\.jpg")):
         with pytest.raises(InputError, match=rf"^.*{said}.*$") as raised:
             call()
         assert "\n" not in str(raised.value)
