@@ -223,12 +223,14 @@ def test_bad_images_are_left_out_and_counted(benchmark_tree, tmp_path, capsys):
     assert run.metrics["it"] == 3
 
 
+@pytest.mark.long("two runs")
 def test_skipping_changes_nothing_where_all_is_well(mitstates, tmp_path, capsys):
     plain, skipping = (run_main("mitstates", mitstates, tmp_path / "logs", comment=f"_{skip}", skip_bad_images=skip)
                        for skip in (False, True))
     assert plain.metrics == skipping.metrics and "left out nothing" in capsys.readouterr().out
 
 
+@pytest.mark.long("processes")
 def test_no_traceback_from_the_command_line(tmp_path):
     done = subprocess.run([sys.executable, "main.py", "--dataset=mitstates", "--dataset_path=nowhere"], cwd=ROOT,
                           capture_output=True, text=True, check=False)

@@ -15,6 +15,8 @@ from .conftest import flags, picture, some
 from .index_faults import write_model
 from .services import ROOT
 
+pytestmark = pytest.mark.long("processes, each where something is missing")
+
 OWN = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
 READ_ONLY = """
 mount --bind "$1" "$1"
@@ -50,7 +52,6 @@ def run(script, folder, *words):
 
 
 @own
-@pytest.mark.long("compiles anew in each of four processes, which can keep nothing")
 def test_without_a_folder_for_temporary_files_all_is_done(tmp_path, mitstates):
     picture(tmp_path / "images" / "a.jpg")
     write_model(tmp_path / "model.pth")

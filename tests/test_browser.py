@@ -22,6 +22,8 @@ from playwright.sync_api import expect, sync_playwright
 from .conftest import picture, run_main, some
 from .services import ROOT, free_ports
 
+pytestmark = pytest.mark.long("a browser")
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT = 30_000                                                                   # ms
 
@@ -69,7 +71,6 @@ def program(address, *words):
         process.communicate(timeout=20)
 
 
-@pytest.mark.long("TensorBoard and a run of its own")
 def test_tensorboard_shows_scalars_and_the_pictures_of_results(trained, tab):
     (port,) = free_ports(1)
 
@@ -93,7 +94,6 @@ def test_tensorboard_shows_scalars_and_the_pictures_of_results(trained, tab):
             expect(cells.get_by_text(title, exact=True)).to_have_count(1)
 
 
-@pytest.mark.long("TensorBoard and a run of its own")
 def test_tensorboards_first_screen_is_thirty_cards_at_most_and_all_recalls_are_one_text(mitstates, tmp_path, tab):
     run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=2, model="TransformerAE", baselines=True)
     (port,) = free_ports(1)

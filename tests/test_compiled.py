@@ -7,6 +7,8 @@ import pytest
 
 from .conftest import some
 
+pytestmark = pytest.mark.long("processes that compile")
+
 LOOP = """
 import sys
 sys.path.insert(0, {root!r})

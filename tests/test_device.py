@@ -57,6 +57,7 @@ def test_only_convolutions_are_ever_coarse_and_only_if_asked(precision, coarse):
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, coarse)
 
 
+@pytest.mark.long("seconds on a processor without bfloat16")
 @pytest.mark.parametrize("name", some(OF_TRIPLETS))
 def test_bfloat16_is_near_float32_and_leaves_it_to_the_encoder(name):
     torch.manual_seed(0)

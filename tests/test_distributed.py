@@ -22,6 +22,8 @@ from .conftest import WRITERS, Run, flags, run_main, write_mitstates
 from .services import free_ports
 from .test_resume import assert_same_run, saved_at, wait_for
 
+pytestmark = pytest.mark.long("jobs of several processes")
+
 ROOT = Path(main.__file__).parent
 
 
@@ -62,8 +64,7 @@ def two(trees, tmp_path_factory):
     return results(2, trees, tmp_path_factory.mktemp("two"))
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.long("a job of its own")), 2,
-                                        pytest.param(4, marks=pytest.mark.rare("a job of its own"))])
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.rare("a job of its own"))])
 def found(request, trees, tmp_path_factory):
     """What each of one, two and four processes found."""
     if request.param == 2:
@@ -116,7 +117,6 @@ def halves(trees, kinds):
     return found
 
 
-@pytest.mark.long("several steps")
 def test_without_gather_each_process_has_its_own_negatives(trees, alone, two):
     expected = halves(trees, together.ONE)
     for each in (process["apart"] for process in two):
@@ -125,7 +125,6 @@ def test_without_gather_each_process_has_its_own_negatives(trees, alone, two):
             assert each[kind]["losses"]["total training loss"] < 0.9 * alone[kind]["losses"]["total training loss"]
 
 
-@pytest.mark.long("two runs")
 def test_accumulated_parts_are_as_steps_of_their_own(trees, alone):
     expected, found = halves(trees, together.EACH), together.steps(trees, parts=2, kinds=together.EACH)
     assert [text for text, *_ in found["samples"]] == [text for text, *_ in alone["samples"]]
@@ -146,7 +145,6 @@ def test_tests_give_exactly_one_processs_metrics_and_decode_each_image_once(tree
         assert sum(each["composed"]) == expected["composed"][0] and min(each["composed"]) > 0
 
 
-@pytest.mark.long("a job of its own")
 def test_a_trained_model_is_tested_by_several_as_by_one(mitstates, tmp_path):
     """Through the program, where the batch size need not suit the processes."""
     trained = run_main("mitstates", mitstates, tmp_path / "one", num_iters=2)
@@ -157,7 +155,6 @@ def test_a_trained_model_is_tested_by_several_as_by_one(mitstates, tmp_path):
     assert only_run(tmp_path / "two").metrics == one.metrics
 
 
-@pytest.mark.long("a job of its own")
 def test_several_processes_train_on_sentence_vectors(fashion200k, tmp_path, minilm):
     """Of modifications, which are new in each epoch, kept in one file; nothing trains the LSTM."""
     words = flags("fashion200k", fashion200k, tmp_path / "logs", **minilm.flags, num_iters=3, batch_size=8,
@@ -171,7 +168,6 @@ def test_several_processes_train_on_sentence_vectors(fashion200k, tmp_path, mini
     assert "learned_words.filters.weight" in names
 
 
-@pytest.mark.long("a job of its own")
 @pytest.mark.parametrize(("features", "head"), [("last", "img_model.classifier.3."), ("stages", "img_model.fc.")])
 def test_several_processes_train_on_features_and_encode_each_image_once(features, head, mitstates, tmp_path):
     """Filled by both, then found by one that trains alone; nobody moves the frozen layers."""
@@ -270,7 +266,6 @@ def test_a_run_goes_on_with_more_and_with_fewer_processes(tmp_path):
     assert [step for step, _ in found.scalars()["loss/soft_triplet"]] == list(range(1, 10))
 
 
-@pytest.mark.long("a job of its own")
 def test_a_lost_process_ends_the_job_with_its_reason(mitstates, tmp_path):
     job = start(torchrun(2, "main.py", *flags("mitstates", mitstates, tmp_path / "logs", **SETTINGS | {
         "num_iters": 100_000})))
@@ -285,7 +280,6 @@ def test_a_lost_process_ends_the_job_with_its_reason(mitstates, tmp_path):
     assert checkpoint.load(next((tmp_path / "logs").iterdir()) / checkpoint.LATEST)["it"] >= 4
 
 
-@pytest.mark.long("a job of its own")
 def test_asked_to_stop_all_stop_in_one_step_and_one_saves(mitstates, tmp_path):
     words = flags("mitstates", mitstates, tmp_path / "logs", **SETTINGS | {"num_iters": 100_000})
     job = start(torchrun(2, "main.py", *words))
@@ -297,7 +291,6 @@ def test_asked_to_stop_all_stop_in_one_step_and_one_saves(mitstates, tmp_path):
     assert f"saved at iteration {saved_at(tmp_path / 'logs')}," in lines[0]
 
 
-@pytest.mark.long("three jobs")
 def test_bad_input_is_said_once(mitstates, tmp_path):
     words = flags("mitstates", mitstates, tmp_path / "logs", image_cache="none")
     assert len(run(*torchrun(2, "main.py", *words, "--loss=none"), code=2)) == 1
@@ -306,7 +299,6 @@ def test_bad_input_is_said_once(mitstates, tmp_path):
     assert len(run(*torchrun(2, "main.py", *words, f"--dataset_path={tmp_path / 'empty'}"), code=2)) == 1
 
 
-@pytest.mark.long("two jobs")
 def test_a_broken_image_ends_a_job_in_its_line_after_a_checkpoint(mitstates, tmp_path):
     (mitstates / "images" / "old dog" / "1.jpg").write_bytes(b"no image")
     words = flags("mitstates", mitstates, tmp_path / "logs", image_cache="none", num_iters=100, eval_frequency=0)

@@ -24,6 +24,8 @@ from . import hub as stand_in
 from .services import ROOT, write_bert
 from .test_encoders import TOWER
 
+pytestmark = pytest.mark.long("processes, and a server that they ask")
+
 TAGS = "single", "bin", "sharded", "named", "gated", "private", "cut", "cut_once", "wrong", "busy", "empty", "never"
 ASKED = """
 import json, sys
@@ -136,7 +138,6 @@ def image(ask, tag, **more):
     return ask("image", f"open_clip:tiny-tower/{tag}", **more)
 
 
-@pytest.mark.long("six processes; the tests below have one form each")
 def test_each_form_of_repository_gives_its_weights(ask, hub, made):
     """Whichever file there is: safetensors, alone or in parts, PyTorch's, and of a name of its own."""
     tower = fingerprint(made["tower"].visual.state_dict())
@@ -177,15 +178,14 @@ def test_a_file_that_broke_off_goes_on(ask, hub, made):
     ("private", "set HF_TOKEN to a token that may read it"),
     ("wrong", "is damaged, its SHA-256 is not the hub's"),
     ("empty", "HUB/made-up/empty has none of open_clip_model.safetensors, open_clip_pytorch_model.bin"),
-    pytest.param("cut", "did not arrive (peer closed connection", marks=pytest.mark.long("is tried again for seconds")),
-    pytest.param("busy", "the hub cannot be reached (Server error '503", marks=pytest.mark.long("the same, longer"))])
+    ("cut", "did not arrive (peer closed connection"),
+    ("busy", "the hub cannot be reached (Server error '503")])
 def test_what_cannot_be_fetched_is_one_line_that_says_what_to_do(ask, hub, tag, words):
     said = image(ask, tag)["refused"]
     assert words.replace("HUB", hub.address) in said and "\n" not in said
     assert "pass --image_weights PATH" in said
 
 
-@pytest.mark.long("two more processes")
 def test_a_token_opens_what_is_gated_and_offline_asks_nobody(ask, hub, made):
     tower = fingerprint(made["tower"].visual.state_dict())
     assert image(ask, "gated", HF_TOKEN="hf_made_up") == image(ask, "single") == tower

@@ -225,6 +225,7 @@ def searched(run, images, out, capsys):
     return query, json.loads(capsys.readouterr().out)["results"]
 
 
+@pytest.mark.long("two runs, a test and an index")
 @pytest.mark.parametrize("name", some(["timm:test_vit", "open_clip:tiny-tower"]))
 def test_one_of_each_is_trained_resumed_tested_indexed_and_searched(name, mitstates, tower, tmp_path, capsys):
     weights = str(tower[0]) if name.startswith("open_clip") else "none"

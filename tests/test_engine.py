@@ -100,6 +100,7 @@ def test_openvino_is_for_processors_on_which_it_is_right(told, fit, monkeypatch)
     assert engine.has_avx(told) == fit
 
 
+@pytest.mark.long("processes")
 def test_where_it_would_be_wrong_torch_computes(tmp_path, mitstates):
     """As on a processor without AVX; oneDNN's variable forbids it to both."""
     write_model(tmp_path / "model.pth")
@@ -141,6 +142,7 @@ def test_one_that_is_missing_is_said_where_it_was_asked_for(monkeypatch):
         engine_of(asked, "cpu")
 
 
+@pytest.mark.long("three runs")
 @pytest.mark.avx
 def test_a_runs_features_are_one_engines(mitstates, tmp_path, monkeypatch, caplog):
     frozen = {"freeze_image_encoder": True, "num_iters": 1, "model": "tirg", "engine": "auto"}

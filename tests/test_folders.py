@@ -86,6 +86,7 @@ def test_index_and_training_agree_and_say_it_in_one_line(model, tmp_path):
     assert built.summary == f"0 left out, {said}, 1 other file" and f"; passed over: {said}" in data.about
 
 
+@pytest.mark.long("two indexes")
 def test_what_an_older_index_has_of_them_leaves_it(model, tmp_path):
     folder = tmp_path / "nas"
     for number in range(12):

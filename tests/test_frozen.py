@@ -181,6 +181,7 @@ def backbone_of(path):
     return {name: value for name, value in state.items() if name.startswith("img_model.") and not name.startswith(HEAD)}
 
 
+@pytest.mark.long("two runs")
 @pytest.mark.parametrize("dataset", some(["mitstates", "fashion200k", "fashionIQ"]))
 def test_a_frozen_run_learns_all_but_the_backbone_and_encodes_once(dataset, tmp_path, monkeypatch):
     path = WRITERS[dataset](tmp_path / dataset)
@@ -226,6 +227,7 @@ def test_a_resumed_frozen_run_ends_as_one_that_was_not_stopped(mitstates, tmp_pa
     assert part.metrics == whole.metrics
 
 
+@pytest.mark.long("a run, an index and a test")
 def test_a_frozen_runs_model_is_tested_and_searched_without_any_flag_of_it(mitstates, tmp_path, capsys, caplog):
     run = run_main("mitstates", mitstates, tmp_path / "logs", **FROZEN)
     index, query = tmp_path / "index", next((mitstates / "images").rglob("*.jpg"))

@@ -27,6 +27,8 @@ from .index_faults import copied, execute, write_model
 from .services import ROOT, free_ports
 from .test_search import asked, features_index, held, made, quiet, run
 
+pytestmark = pytest.mark.long("thousands of pictures, and Qdrant")
+
 DIM = 24
 
 
@@ -265,7 +267,6 @@ def listing(out):
     return [(each.number, each.path, each.feature) for each in ImageList(out / "images.sqlite").entries("true")]
 
 
-@pytest.mark.long("two jobs of two processes")
 def test_two_processes_make_the_index_that_one_makes(trained, tmp_path):
     for number in range(17):
         picture(tmp_path / "images" / f"{number}.jpg")

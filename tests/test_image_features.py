@@ -106,6 +106,7 @@ def test_an_encoder_without_stages_is_refused_in_one_line(mitstates, tmp_path, c
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.long("compiles and exports")
 def test_what_looks_at_the_stages_can_be_copied_compiled_and_exported():
     torch.manual_seed(0)
     encoder, images = image_encoder("resnet18", 8, 32, "stages").eval(), torch.randn(2, 3, 32, 32)
@@ -136,6 +137,7 @@ def run(tmp_path_factory):
     return write_mitstates(root / "data"), run_main("mitstates", root / "data", root / "logs", num_iters=2, **STAGES)
 
 
+@pytest.mark.long("a run, a test and an index")
 def test_a_run_over_stages_goes_on_and_is_tested_and_searched_with(run, tmp_path, capsys):
     data, trained = run
     state = torch.load(trained.checkpoint, weights_only=True)

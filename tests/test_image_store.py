@@ -158,8 +158,8 @@ for i in range(len(store)): store.batch([i])
 """
 
 
-@pytest.mark.parametrize("delays", [(0.004,), pytest.param((0.0, 0.004, 0.015),
-                                                           marks=pytest.mark.long("four more processes"))])
+@pytest.mark.long("processes")
+@pytest.mark.parametrize("delays", [(0.004,), (0.0, 0.004, 0.015)])
 def test_killed_and_simultaneous_writers_leave_a_good_cache(paths, tmp_path, delays):
     many = paths * 3 + [str(path) for path in sorted((tmp_path / "pictures").iterdir())]
     for delay in delays:

@@ -80,6 +80,7 @@ def right(first):
     return {os.path.relpath(hit.path, first / "shop" / "images"): hit.score for hit in hits}
 
 
+@pytest.mark.long("several indexes")
 def test_a_query_is_told_where_the_images_are_and_the_index_stays_as_it_is(shop, right, tmp_path, asked):
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert asked(shop, "--images", shop) == (right, "", [])
@@ -88,6 +89,7 @@ def test_a_query_is_told_where_the_images_are_and_the_index_stays_as_it_is(shop,
     assert opened.file(opened.images.id_of("a/0.jpg")) == shop / "a" / "0.jpg"
 
 
+@pytest.mark.long("several indexes")
 @pytest.mark.parametrize("how", some([shutil.copyfile, shutil.copy2]))
 def test_moved_images_are_recognized_and_not_encoded_again(shop, right, tmp_path, indexed, asked, how):
     new = shutil.copytree(shop, tmp_path / "new", copy_function=how)
@@ -122,6 +124,7 @@ def test_of_half_moved_images_none_leaves_the_index_unless_it_is_said(shop, tmp_
     assert paths(tmp_path / "out") == set(PATHS) - set(gone)
 
 
+@pytest.mark.long("several indexes")
 def test_a_folder_that_is_still_to_be_moved_costs_nothing(shop, tmp_path, indexed, asked, right):
     new = shutil.copytree(shop, tmp_path / "new", ignore=shutil.ignore_patterns("b"))
     assert indexed(new) == 0
@@ -190,6 +193,7 @@ def linked(shop, tmp_path):
     return shop
 
 
+@pytest.mark.long("several indexes")
 def test_linked_folders_are_followed_where_it_is_asked_for(linked, first, tmp_path, indexed, asked, right, capsys):
     assert indexed(linked, "--follow_links", "True") == 3
     scores, err, missing = asked(linked, "--follow_links", "True")

@@ -73,6 +73,7 @@ def answer(out, image):
     return [(hit.path, hit.score) for hit in opened.search(image, "", 12)]
 
 
+@pytest.mark.long("several indexes")
 @pytest.mark.parametrize("gone", ["everything", "most"])
 def test_an_index_is_not_emptied_by_a_disk_that_is_not_there(trained, both, gone, capsys):
     folder, out = both
@@ -124,6 +125,7 @@ def test_a_few_images_removed_on_purpose_go_and_a_broken_change_keeps_the_old_fe
     assert "a/0.jpg" not in paths(out) and "2.jpg" in paths(out)
 
 
+@pytest.mark.long("several indexes")
 def test_all_that_is_left_out_is_counted_by_kind(trained, tmp_path):
     folder = tmp_path / "images"
     for name in ("good.jpg", ".hidden.jpg", "._good.jpg"):
@@ -161,8 +163,9 @@ def test_one_process_at_a_time_works_on_an_index(trained, first, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
 
 
-@pytest.mark.parametrize("name", [name if name != "networks.zip" else pytest.param(name, marks=pytest.mark.avx)
-                                  for name in FILES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks={
+    "images.sqlite": [pytest.mark.long("opened eight times")],
+    "networks.zip": [pytest.mark.avx, pytest.mark.long("opened eight times")]}.get(name, [])) for name in FILES])
 def test_no_flipped_bit_is_believed(first, right, tmp_path, name, caplog):
     rng = random.Random(1)
     length = (first / "out" / name).stat().st_size
@@ -177,6 +180,7 @@ def test_no_flipped_bit_is_believed(first, right, tmp_path, name, caplog):
             assert "\n" not in str(error) and name not in ("index.faiss", "networks.zip")
 
 
+@pytest.mark.long("several indexes")
 def test_an_index_without_checksums_opens_with_a_note_and_is_given_them(trained, both, caplog):
     folder, out = both
     right = answer(out, folder / "0.jpg")

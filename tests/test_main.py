@@ -186,6 +186,7 @@ def test_a_test_alone_needs_a_checkpoint_that_says_its_dataset(mitstates, tmp_pa
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.long("two runs")
 def test_training_starts_from_a_given_checkpoint(mitstates, tmp_path):
     first = run_main("mitstates", mitstates, tmp_path / "logs", comment="_a", num_iters=4)
     again = run_main("mitstates", mitstates, tmp_path / "logs", comment="_b", model_checkpoint=first.checkpoint,
@@ -201,6 +202,7 @@ def test_flags_are_logged_as_text(mitstates, tmp_path):
     assert "| learning_rate | 0.0001 |" in text and "| model | composeAE |" in text
 
 
+@pytest.mark.long("a run with each baseline")
 def test_baselines_are_shown_beside_the_model(mitstates, tmp_path, capsys):
     run = run_main("mitstates", mitstates, tmp_path / "logs", baselines=True)
     shown = capsys.readouterr().out

@@ -200,6 +200,7 @@ def test_a_wrong_table_is_one_line_and_the_earlier_one_stays(first, tmp_path, ca
     assert metadata.columns_of(ImageList(out / "images.sqlite")) == ["colour", "price", "sku", "note"]
 
 
+@pytest.mark.long("an index of its own")
 def test_an_index_from_before_has_no_columns_and_says_so(first, tmp_path, capsys, asked):
     out = copied(first / "out", tmp_path / "out")
     older(out, BEFORE_METADATA)
@@ -331,6 +332,7 @@ def test_an_older_index_of_numbers_among_texts_is_filtered_too(first, tmp_path):
         older.images("price < 50")
 
 
+@pytest.mark.long("several openings of an index")
 def test_an_answer_is_of_one_state_though_the_table_changes(first, tmp_path):
     out = copied(first / "out", tmp_path / "out")
     opened = Gallery(out, CPU)

@@ -144,6 +144,7 @@ def without_networks(index):
     execute(index, f"DELETE FROM files WHERE name = '{NETWORKS}'")
 
 
+@pytest.mark.long("two indexes with networks")
 def test_an_older_index_opens_as_ever_and_is_upgraded_without_encoding(first, tmp_path, caplog):
     index = copied(first / "index", tmp_path / "index")
     without_networks(index)
@@ -196,7 +197,7 @@ WRONG = {**{name: (lambda file, _others, damage=damage: damage(file, file.read_b
          "no zip": (lambda file, _: file.write_bytes(b"PK" + bytes(500)), True)}
 
 
-@pytest.mark.parametrize("what", some([*WRONG], 4))
+@pytest.mark.parametrize("what", some([*WRONG]))
 def test_networks_that_are_wrong_are_not_used_which_is_said(first, others, tmp_path, what, caplog):
     index, (spoil, note) = copied(first / "index", tmp_path / "index"), WRONG[what]
     spoil(index / NETWORKS, others)
@@ -237,6 +238,7 @@ def test_a_model_that_no_engine_takes_is_searched_by_torch(first, tmp_path, monk
         Gallery(tmp_path / "index", engine="openvino")
 
 
+@pytest.mark.long("networks of its own")
 def test_a_disk_that_is_full_is_one_line(first, tmp_path, monkeypatch):
     index = copied(first / "index", tmp_path / "index")
     without_networks(index)
@@ -292,6 +294,7 @@ def test_what_a_stranger_writes_of_a_model_is_one_line(first, tmp_path):
         assert "\n" not in str(raised.value), change
 
 
+@pytest.mark.long("a page of its own")
 def test_a_page_shows_a_model_whose_checkpoint_tells_nothing_of_its_run(tmp_path):
     """As another program's, or the original release's."""
     recipe = Recipe("composeAE", "shufflenet_v2_x0_5", 32, 24, "lstm", 16, {"<UNK>": 0, "red": 1})

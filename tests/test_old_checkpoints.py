@@ -62,6 +62,7 @@ def test_it_is_tested_and_resumed(old, tmp_path):
                               torch.device("cpu"), main.FolderLock()), main.Stopping(), torch.device("cpu"), None)
 
 
+@pytest.mark.long("an index of its own")
 def test_it_is_searched_with(old, tmp_path, capsys):
     index, image = tmp_path / "index", next((tmp_path / "data" / "images").rglob("*.jpg"))
     assert search.main(["index", f"--model_checkpoint={old / 'latest_checkpoint.pth'}",

@@ -202,6 +202,7 @@ def test_below_a_path_whether_the_proxy_takes_it_off_or_not(opened, root_path):
     assert not re.search(r"""(href|src|fetch|url)\W{1,3}/""", html)              # all addresses are relative
 
 
+@pytest.mark.long("fifty visitors")
 def test_fifty_visitors_at_once_get_what_each_alone_gets(web_page, gallery):
     file = gallery / "<b>x" / "5.jpg"
     expected = {text: ranks(get(web_page, SEARCH, image=2, text=text)) for text in ("wet", "old", "")}

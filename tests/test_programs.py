@@ -42,6 +42,7 @@ def test_toy_data_are_the_same_bytes_each_time(toy, tmp_path):
     assert sorted(comparison.common_dirs) == ["fashion200k", "fashionIQ", "mitstates"] and differing(comparison) == []
 
 
+@pytest.mark.long("draws all toy pictures")
 def test_toy_data_hold_what_the_benchmarks_need(toy):
     for name in WRITERS:
         train, test = (DATASETS[name](toy / name, split) for split in ("train", "test"))

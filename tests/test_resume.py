@@ -68,6 +68,7 @@ KINDS = [("composeAE", "soft_triplet"), *(("composeAE", loss) for loss in LOSSES
          *((model, "batch_based_classification") for model in OF_TRIPLETS if model != "composeAE")]  # each, no pair
 
 
+@pytest.mark.long("five runs")
 @pytest.mark.parametrize(("model", "loss"), some(KINDS))
 def test_a_run_in_three_parts_is_the_run_in_one(mitstates, tmp_path, model, loss):
     """Parts end inside epochs of 2 steps, between logs of 3, on a rate's decay, and where a test had been made."""
@@ -236,6 +237,7 @@ def about_cosines(capsys):
     return [line for line in capsys.readouterr().err.splitlines() if "another cosine" in line]
 
 
+@pytest.mark.long("several runs")
 def test_a_cosine_that_ends_elsewhere_says_both_rates(mitstates, tmp_path, capsys):
     run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=2, schedule="cosine")
 
@@ -251,6 +253,7 @@ def test_a_cosine_that_ends_elsewhere_says_both_rates(mitstates, tmp_path, capsy
     assert len(said(8)) == 1 and said(8) == []                                  # by then it is the run's own
 
 
+@pytest.mark.long("several runs")
 def test_a_cosine_cut_shorter_says_both_rates_too_and_one_that_was_stopped_says_none(mitstates, tmp_path, capsys):
     def words(num_iters):
         return flags("mitstates", mitstates, tmp_path, num_iters=num_iters, schedule="cosine", resume="auto")
@@ -261,6 +264,7 @@ def test_a_cosine_cut_shorter_says_both_rates_too_and_one_that_was_stopped_says_
     assert line.endswith("after iteration 4 the learning rate is 2.5e-05 instead of 5e-05")  # cosine of 120, of 90
 
 
+@pytest.mark.long("two runs")
 def test_a_rate_that_falls_in_steps_goes_on_as_it_was(mitstates, tmp_path, capsys):
     words = {"warmup": 3, "learning_rate_decay_frequency": 3}
     run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=2, **words)
@@ -283,6 +287,7 @@ def test_checkpoints_without_a_run_to_go_on_with(mitstates, tmp_path, capsys):
     assert "checkpoint not found" in capsys.readouterr().err
 
 
+@pytest.mark.long("eight tests")
 def test_the_best_checkpoint_is_of_the_best_test(mitstates, tmp_path, capsys):
     metric = "recall_top1_correct_noun"
     run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=8, eval_frequency=1, best_metric=metric)
@@ -310,6 +315,7 @@ def test_save_frequency_is_iterations_or_minutes(text, mitstates, tmp_path, caps
     assert now.due(2) and not now.due(3)
 
 
+@pytest.mark.long("processes")
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stands(mitstates, tmp_path):
     """A limit on the size of files stands for the full disk."""
     run = run_main("mitstates", mitstates, tmp_path / "logs", num_iters=2)

@@ -31,7 +31,7 @@ from searching.image_list import ImageList
 from searching.ranking import Ranking, rank
 from training import checkpoint
 
-from .conftest import picture, run_main, write_mitstates
+from .conftest import picture, run_main, some, write_mitstates
 from .services import ROOT, serving, write_bert
 
 CPU = torch.device("cpu")
@@ -103,7 +103,8 @@ def by_torch(trained, images, tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", ["by_torch", "index"])
-@pytest.mark.parametrize(("text", "nearness"), [("wet", 0), ("wet", 0.3), ("old dog wet bus", 1), ("", 0), ("", 0.3)])
+@pytest.mark.parametrize(("text", "nearness"), some(
+    [("wet", 0), ("old dog wet bus", 0.3), ("", 0), ("", 0.3), ("old dog wet bus", 1)], 3))
 def test_a_query_finds_what_a_plain_search_finds(request, trained, images, way, capsys, text, nearness):
     index, off = request.getfixturevalue(way), {"by_torch": 2e-6, "index": AGREES["f32"]}[way]
     paths = [path for path in images.rglob("*.jpg") if not path.name.startswith(".")]
@@ -187,6 +188,7 @@ def test_cells_give_as_many_results_as_are_asked_for(tmp_path, count, kind):
     assert len(opened.nearest(unit[7], 150, list(range(1, 161)))) == 150        # as among ids it always did
 
 
+@pytest.mark.long("processes that are killed")
 def test_indexing_goes_on_where_it_was_stopped(trained, images, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     made(trained, images, whole)
@@ -253,6 +255,7 @@ def test_an_image_gone_since_is_no_result_of_a_ranking_that_holds_it_still(train
     assert len(hits) == 11 and images / "0.jpg" not in {hit.path for hit in hits}
 
 
+@pytest.mark.long("two indexes")
 def test_broken_images_are_listed_and_no_more(trained, tmp_path, capfd):
     folder = tmp_path / "images"
     for name in ("good.jpg", "half.jpg"):

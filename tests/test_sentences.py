@@ -36,6 +36,7 @@ def table_of(service, folder=None, timeout=30.0):
     return SentenceTable(SentenceService("127.0.0.1", service.port, service.port_out, timeout), folder)
 
 
+@pytest.mark.long("runs with a real model's service")
 @pytest.mark.parametrize(("name", "model", "loss", "complete"), some([
     ("fashion200k", "tirg", "soft_triplet", False),
     ("mitstates", "tirg", "soft_triplet", False),
@@ -166,7 +167,7 @@ MISBEHAVIOUR = {
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize(("answer", "said"), some(MISBEHAVIOUR.values(), 5), ids=MISBEHAVIOUR)
+@pytest.mark.parametrize(("answer", "said"), some(MISBEHAVIOUR.values(), 2), ids=MISBEHAVIOUR)
 def test_wrong_answers_are_asked_again_and_then_told_in_one_line(answer, said):
     with Misbehaving([hashed, answer, answer, hashed]) as service:
         table = table_of(service, timeout=8.0)                                  # half of it is waited for no answer

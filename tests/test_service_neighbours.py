@@ -221,6 +221,7 @@ def test_who_connects_anew_keeps_its_name(service):
         assert is_correct(answer, ["blue"])
 
 
+@pytest.mark.long("seconds of waiting")
 def test_names_without_subscribers_cost_no_work_and_no_memory(service):
     context = zmq.Context()
     push = context.socket(zmq.PUSH)
@@ -267,6 +268,7 @@ def test_who_does_not_read_is_not_worked_for_and_others_are(service, monkeypatch
         assert numbers == [b"%d" % number for number in range(1, 101)]
 
 
+@pytest.mark.long("answers of 28 MB")
 def test_large_answers_share_a_bounded_memory_and_the_unread_give_way(service, monkeypatch):
     monkeypatch.setattr(bert_server, "UNREAD", 2**20)
     monkeypatch.setattr(bert_server, "ANSWERS", 2**25)

@@ -98,6 +98,7 @@ def test_what_is_no_table_is_one_line_that_says_where(name, tmp_path):
     assert said in message and str(tmp_path / name) in message and "\n" not in message
 
 
+@pytest.mark.long("a process")
 def test_no_query_and_no_json_pays_for_the_library(tmp_path):
     """pandas takes half a second to import."""
     (tmp_path / "t.jsonl").write_text('{"a": 1}\n')

@@ -105,8 +105,8 @@ def test_a_missing_tokenizer_is_called_by_its_files(folders, tmp_path, family, f
 CODE = "open({path!r}, 'w').close()\nfrom transformers import BertConfig as Ours, BertTokenizer as OurTokenizer\n"
 
 
-@pytest.mark.parametrize("part", [
-    "config.json", pytest.param("tokenizer_config.json", marks=pytest.mark.long("a process of its own"))])
+@pytest.mark.long("a process")
+@pytest.mark.parametrize("part", ["config.json", "tokenizer_config.json"])
 def test_a_folder_with_code_is_not_asked_about_and_its_code_not_run(tmp_path, part):
     """The program's input is a terminal on which a hasty user has said yes."""
     folder, ran = write_bert(tmp_path / "model", size=16), tmp_path / "ran"

@@ -206,6 +206,7 @@ def test_pictures_are_found_in_folders_below(tmp_path):
 
 # Runs
 
+@pytest.mark.long("two runs and a test")
 def test_lincir_learns_from_captions_goes_on_and_is_tested(world, tower, tmp_path, capsys):  # noqa: F811
     logs = tmp_path / "logs"
     how = {**changes(tower), **ADAMW, "model": "LinCIR"}
