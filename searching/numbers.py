@@ -6,7 +6,7 @@ A column is numbers where all of its cells that have a digit are written in one 
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 PLAIN = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)    # 007 is a name
@@ -27,6 +27,17 @@ class Column(NamedTuple):
     """note: what is to be said of how the cells were read; empty where nothing is."""
     cells: list[Cell]
     note: str
+
+
+class Kind(NamedTuple):
+    """What a column holds: numbers, texts, or both; text: one of them."""
+    numbers: bool
+    text: str | None
+
+    @classmethod
+    def of(cls, cells: Iterable[Cell]) -> "Kind":
+        found = set(cells) - {None}
+        return cls(any(map(is_number, found)), next((value for value in found if isinstance(value, str)), None))
 
 
 def is_number(value) -> bool:

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sqlite3
+import sys
 import time
 
 import numpy as np
@@ -139,6 +140,15 @@ def test_a_wrong_filter_is_one_line_and_code_2(first, capsys):
     assert run(*words, "prize < 50") == 2
     assert re.fullmatch(r"search.py: error: cannot filter by prize < 50 \(no such column: prize\); write it as .*"
                         "columns colour, price, sku, note\n", capsys.readouterr().err)
+
+
+def test_missing_sqlglot_costs_filters_alone(first, monkeypatch, capsys):
+    for name in ("sqlglot", "searching.condition"):
+        monkeypatch.setitem(sys.modules, name, None)
+    words = ["query", "--index", first / "out", "--image", first / "images" / "a" / "0.jpg"]
+    assert run(*words) == 0 and run(*words, "--where", "price < 50") == 2
+    assert capsys.readouterr().err == ("search.py: error: a filter needs sqlglot: pip install -r "
+                                       "requirements-search.txt\n")
 
 
 def test_a_filter_is_not_waited_for_long(monkeypatch):
@@ -293,7 +303,14 @@ def as_written(first):
     ("colour = '12' OR colour IN ('n/a', '-')", {"a/1.jpg", "a/2.jpg", "b/4.jpg"}),
     ("length(colour) < 3 AND lower(colour) <> 'x'", {"a/2.jpg", "b/4.jpg"}),
     ("colour || 'x' = 'redx' OR colour = ' 9 < colour'", {"a/0.jpg"}), ("colour = '-' OR colour = '('", {"a/2.jpg"}),
-    ("\"colour\" = 'red' -- > 5", {"a/0.jpg"})])
+    ("\"colour\" = 'red' -- > 5", {"a/0.jpg"}), ("coalesce(price, 0) < 50", {*PATHS} - {"a/0.jpg", "b/4.jpg"}),
+    ("coalesce(price, 'none') = 'on request'", {"a/2.jpg"}), ("nullif(price, 'on request') > 500", {"b/4.jpg"}),
+    ("CASE WHEN price < 50 THEN price ELSE off END = 20", {"a/0.jpg"}),
+    ("CASE price WHEN 'on request' THEN 1 ELSE 0 END", {"a/2.jpg"}), ("max(price, off) BETWEEN 5 AND 50", {"a/1.jpg"}),
+    ("lower(price) LIKE 'ON%' OR length(price) = 10", {"a/2.jpg"}), ("price IS NOT 'on request' AND price > 1000",
+                                                                     {"b/4.jpg"}),
+    ("off < '6'", {"a/1.jpg"}), ("colour COLLATE nocase = 'RED'", {"a/0.jpg"}),
+    ("metadata.price = 'on request'", {"a/2.jpg"})])
 def test_numbers_are_filtered_by_as_people_wrote_them(first, as_written, where, paths):
     hits = as_written.search(first / "images" / "a" / "0.jpg", "", where=where)
     assert {str(hit.path.relative_to(first / "images")) for hit in hits} == paths
@@ -303,7 +320,11 @@ def test_numbers_are_filtered_by_as_people_wrote_them(first, as_written, where, 
     *((where, "colour holds texts, as '") for where in (
         "colour < 50", "colour = 12", "50 <= colour", "colour IN ('red', 12)", "COLOUR BETWEEN 1 AND 2",
         "(colour) > -1", "colour + 0 < 5", "abs(colour) = 1", "colour < price", "lower(colour) < 5",
-        "colour NOT IN (1)", "- colour > 1")),
+        "colour NOT IN (1)", "- colour > 1", "coalesce(colour, 'x') > 5", "CASE WHEN off THEN colour ELSE '' END < 5",
+        "CASE colour WHEN 3 THEN 1 END", "nullif(colour, 3) IS NULL", "(colour COLLATE nocase) > 5",
+        "colour || 'x' > 5", "max(colour, 'x') < net", "substr(colour, 1, 2) = 12")),
+    ("coalesce(net, 'none') > 5", "'none' is a text"), ("length(size) = '2'", "'2' is a text"),
+    ("lower(net) > 5", r"LOWER\(net\) is a text"),
     ("net = 'cheap'", "net holds numbers"), ("off < '20 %'", "off holds numbers")])
 def test_texts_are_not_compared_with_a_number(first, as_written, where, said):
     with pytest.raises(InputError, match=rf"^cannot filter by [^\n]*{said}[^\n]*$"):
