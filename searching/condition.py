@@ -36,7 +36,7 @@ def understood(where: str, kinds: dict[str, Kind], with_words: Callable[[str], s
     try:
         condition = sqlglot.parse_one(where, dialect="sqlite", into=exp.Condition)
     except (sqlglot.errors.SqlglotError, RecursionError):
-        raise ValueError("it is not understood; write it simpler") from None
+        raise ValueError("it is not understood; put columns' names into double quotes, or write it simpler") from None
     columns, found = {name.lower(): (kind, name) for name, kind in kinds.items()}, {}
     for node in condition.walk():
         for left, right, equal in compared(node):

@@ -12,10 +12,11 @@ import pytest
 
 from machine.errors import InputError
 from searching import filter, metadata
+from searching.condition import understood
 from searching.filter import Filter
 from searching.gallery import Gallery
 from searching.image_list import BEFORE_METADATA, ImageList
-from searching.numbers import read_column
+from searching.numbers import Kind, read_column
 
 from .conftest import picture
 from .index_faults import copied, execute, older, write_model
@@ -140,6 +141,14 @@ def test_a_wrong_filter_is_one_line_and_code_2(first, capsys):
     assert run(*words, "prize < 50") == 2
     assert re.fullmatch(r"search.py: error: cannot filter by prize < 50 \(no such column: prize\); write it as .*"
                         "columns colour, price, sku, note\n", capsys.readouterr().err)
+
+
+def test_a_column_with_a_name_of_sqls_is_filtered_by_in_quotes():
+    kinds = {"inner": Kind(True, "none")}
+    with pytest.raises(ValueError, match="double quotes"):
+        understood("inner > 3", kinds, str.upper)
+    assert understood("\"inner\" > 3 OR lower([inner]) = 'none'", kinds, str.upper) == (
+        "\"inner\" > 3 OR lower(INNER) = 'none'")
 
 
 def test_missing_sqlglot_costs_filters_alone(first, monkeypatch, capsys):
