@@ -310,6 +310,15 @@ def get_parser() -> TrainingParser:
         metavar="FILE")
     add(model, "--styles", "", "BASIC: file of texts of how they show it, one a line", type=path_or_word,
         metavar="FILE")
+    add(model, "--contexts", 100, "BASIC: so many of the subjects are read beside each text; 0: the text alone",
+        type=at_least(0), metavar="N")
+    add(model, "--expansion", 25, "BASIC: so many of the gallery's images most like a query's picture are averaged "
+        "with it; 0: none", type=at_least(0), metavar="N")
+    add(model, "--pictures_mean", "", "BASIC: file of a vector, the mean of many pictures' unit vectors, in place of "
+        "the gallery's: .pt, .safetensors, .npy", type=path_or_word, metavar="FILE")
+    add(model, "--synthetic", "", "BASIC: file of made-up pictures' and texts' vectors, image_features and "
+        "text_features, of which the least similarities are, in place of the gallery's: .pt, .safetensors, .npz",
+        type=path_or_word, metavar="FILE")
     add(model, "--learn_words", False, "words that learn are read beside the vectors of a text encoder that does not, "
         "which has what is known of words that training never saw")
     add(model, "--pooling_layer", "own", "hf: layer whose tokens are averaged, -1 the last; own: what a folder of "

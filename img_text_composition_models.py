@@ -417,8 +417,8 @@ class Recipe:
     D, T. text_encoder: 'lstm', or 'service' for sentence vectors that come from outside. words: the LSTM's vocabulary,
     word to id. image_features: what the encoder's last layer is given, of image_encoders.py's FEATURES. learn_words:
     whether words that learn, of the same vocabulary, are read beside the sentence vectors, whose size T is. prompt:
-    what a zero-shot composer puts a text into. corpora: BASIC's subjects and its styles. What has a default is not in
-    older checkpoints, which are as it says.
+    what a zero-shot composer puts a text into. corpora: BASIC's subjects and its styles. expansion, contexts,
+    given: BASIC's, too, as its class says. What has a default is not in older checkpoints, which are as it says.
     """
     composer: str
     image_encoder: str
@@ -431,6 +431,9 @@ class Recipe:
     learn_words: bool = False
     prompt: str = "auto"
     corpora: list[list[str]] = field(default_factory=list)
+    expansion: int = 25
+    contexts: int = 100
+    given: dict[str, int] = field(default_factory=dict)
 
     def build(self, sentence_vectors: SentenceVectors | None = None) -> ImgTextCompositionBase:
         """The model with random weights, knowing its recipe. Raises InputError for an encoder that takes no such

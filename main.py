@@ -35,6 +35,7 @@ from training.loop import Split, Training
 from training.resuming import Start
 from training.settings import settle
 from training.sizes import check_sizes, check_test_size
+from zero_shot.basic import GIVEN, read_given
 
 # The model
 
@@ -42,9 +43,12 @@ def make_model(args: argparse.Namespace, data: Data, source: str | Path, state: 
                device: torch.device) -> ImgTextCompositionBase:
     """The composer with a checkpoint's, ImageNet's or random weights, ready to be trained on the device."""
     if MODELS[args.model].frozen:
+        corpora, given = texts_and_vectors(args, source, state)
         recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim, args.text_encoder, 0, {},
-                        prompt=args.prompt, corpora=corpora_of(args, state))
+                        prompt=args.prompt, corpora=corpora, expansion=args.expansion, contexts=args.contexts,
+                        given={name: len(rows) for name, rows in given.items()})
     else:
+        given = {}
         recipe = Recipe(args.model, args.image_encoder, args.image_size, args.image_embed_dim, args.text_encoder,
                         data.sentences.dim if data.sentences else args.text_embed_dim,
                         words_of(args, data, source, state), args.image_features, args.learn_words)
@@ -52,6 +56,8 @@ def make_model(args: argparse.Namespace, data: Data, source: str | Path, state: 
     model.last_layer.dropout = args.feature_dropout
     if checkpoint.lacks_towers(state, model) and distributed.first():           # whose weights all take in `averaging`
         model.load_weights(args.image_weights, progress_bar)
+        if given:
+            model.give(given)
     if state:
         checkpoint.restore(model, state, source)
     if data.train and data.train.teaches == "triplets":                        # else its texts are no queries
@@ -69,11 +75,20 @@ def words_of(args: argparse.Namespace, data: Data, source: str | Path, state: di
     return (words or SimpleVocab.from_texts(data.train.training_texts())).word2id
 
 
-def corpora_of(args: argparse.Namespace, state: dict | None) -> list[list[str]]:
-    """BASIC's two: of files, or the checkpoint's."""
-    files = [Path(file) for file in (args.subjects, args.styles) if file]
-    return [list(dict.fromkeys(line.strip() for _, line in read_lines(file))) for file in files] or (
-        (state or {}).get("recipe", {}).get("corpora", []))
+def texts_and_vectors(args: argparse.Namespace, source: str | Path,
+                      state: dict | None) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
+    """What BASIC depends on beside its towers, of files, or the checkpoint's: two lists of texts, and what is given of
+    what else is estimated."""
+    files = {name: getattr(args, name) for name in ("subjects", "styles", "pictures_mean", "synthetic")}
+    if checkpoint.lacks_towers(state, MODELS[args.model]):
+        texts = [Path(files[name]) for name in ("subjects", "styles") if files[name]]
+        return ([list(dict.fromkeys(line.strip() for _, line in read_lines(file))) for file in texts],
+                read_given(args.pictures_mean, args.synthetic))
+    if told := [f"--{name}" for name, file in files.items() if file]:
+        raise InputError(f"{source} has what {', '.join(told)} would give, of the files that it was made with: leave "
+                         "them out, or make another with --image_encoder in place of --model_checkpoint")
+    weights = state["model_state_dict"]
+    return state.get("recipe", {}).get("corpora", []), {name: weights[name] for name in GIVEN if name in weights}
 
 
 def ready(model: ImgTextCompositionBase, device: torch.device, precision: str, fast: bool) -> ImgTextCompositionBase:

@@ -25,6 +25,7 @@ NOT_RUN = {r"make ": "installs, or takes minutes: .ci/run, and by hand",
            r"pip install ": "installs: the tests' environment has it",
            r"python search\.py .* --qdrant ": "asks a server: test_growing.py, without one",
            r".* \.\.\. ": "flags that were said above it",
+           r"python -c .*pickle": "opens files of others: test_zero_shot.py, made-up ones",
            r"python static/draw\.py": "draws the README's picture with the demo's model"}
 
 

@@ -16,9 +16,10 @@ from . import golden
 from .conftest import Run, flags, write_mitstates
 
 OLD = json.loads((Path(golden.__file__).parent / "checkpoint.json").read_text())
-SINCE = {"attributes", "caption_form", "dataset_path", "engine", "f", "feature_dropout", "image_features",
-         "learn_words", "log_dir", "product", "prompt", "same", "same_product", "shared_concept", "span", "styles",
-         "subjects", "templates", "two_changes", "written"}             # flags that a checkpoint holds
+SINCE = {"attributes", "caption_form", "contexts", "dataset_path", "engine", "expansion", "f", "feature_dropout",
+         "image_features", "learn_words", "log_dir", "pictures_mean", "product", "prompt", "same", "same_product",
+         "shared_concept", "span", "styles", "subjects", "synthetic", "templates", "two_changes",
+         "written"}                                                     # flags that a checkpoint holds
 
 
 def tensor(name, kind, *shape):

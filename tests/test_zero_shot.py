@@ -2,6 +2,11 @@
 Towers are small random ones, saved to a file, which goes through the same loading as any."""
 
 import json
+import pickle
+import re
+import shlex
+import subprocess
+import sys
 
 import numpy as np
 import open_clip
@@ -21,8 +26,10 @@ from searching.gallery import Gallery, load_model
 from test_retrieval import ranks_of_right
 from training import checkpoint
 from zero_shot import prompts
+from zero_shot.basic import read_given
 
 from .conftest import flags, picture, run_main, some, write_cirr, write_fashion_iq, write_mitstates
+from .services import ROOT
 from .test_text_encoders import TOWER, clip_flags, tower  # noqa: F401 the fixture
 from .zero_shot_trees import TREES
 
@@ -267,6 +274,91 @@ def test_what_learns_nothing_is_tested_kept_searched_and_exported(name, world, t
         by_hand = (features @ query[:24]).clamp(min=0) * (features @ query[24:]).clamp(min=0)
         assert [hit.score for hit in hits] == pytest.approx(by_hand.tolist(), abs=1e-6)
         assert model.query_dim == 48
+
+
+def given_files(folder, rows=5, width=24):
+    """What BASIC may be given: a mean of pictures, and made-up vectors."""
+    numbers = np.random.default_rng(0)
+    mean, made_up = 0.1 * numbers.normal(size=width), numbers.normal(size=(2, rows, width)).astype("float32")
+    np.save(folder / "mean.npy", mean)
+    torch.save({"laion_1m_mean": torch.from_numpy(mean).float()[None]}, folder / "mean.pt")
+    np.savez(folder / "made_up.npz", image_features=made_up[0], text_features=made_up[1])
+    return mean, made_up
+
+
+def test_what_basic_is_given_stays_with_it(world, tower, tmp_path, capsys):  # noqa: F811
+    """The mean and the least similarities are those of the files, whichever kind, not the gallery's; the checkpoint has
+    them, an index and an export, too."""
+    mean, made_up = given_files(tmp_path)
+    how = {**changes(tower), "model": "BASIC", "test_only": True, "subjects": world / "subjects.txt",
+           "styles": world / "styles.txt", "expansion": 0, "contexts": 0}
+
+    def tested(**more):
+        assert main.main(flags("mitstates", world / "mitstates", tmp_path / "logs", **how, **more)) == 0
+        said = capsys.readouterr()
+        return (said.out + said.err), max((tmp_path / "logs").glob("*/best_checkpoint.pth"),
+                                          key=lambda path: path.stat().st_mtime_ns)
+    said, file = tested(pictures_mean=tmp_path / "mean.pt", synthetic=tmp_path / "made_up.npz")
+    assert "4 subjects, none of them read beside a text; queries averaged with no image; nothing estimated" in said
+    model = checkpoint.rebuild_model(file)
+    gallery, other = F.normalize(torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0)), dim=2)
+    model.meet(gallery)
+    pictures, texts = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in made_up)
+    texts_mean = model.subjects.mean(0).numpy()
+    assert model.least == pytest.approx((((pictures - mean) @ (pictures - mean).T).min(),
+                                         ((texts - texts_mean) @ (pictures - mean).T).min()), rel=1e-5)
+    with torch.no_grad():
+        image, text = other[:2], model.encode_text(["is red", "old"])
+        found = model.score(model.as_query(model.compose(image, text)), gallery)
+    torch.testing.assert_close(text, F.normalize(model.encode_captions(["is red", "old"]), dim=1))  # of no word beside
+    centred = gallery - torch.from_numpy(mean).float()
+    by_hand = [((other[:2] - torch.from_numpy(mean).float()) @ model.projection @ centred.T, model.least[0]),
+               ((text - model.subjects.mean(0)) @ centred.T, model.least[1])]
+    of_image, of_text = (((rows - least) / abs(model.least[0])).clamp(min=0) for rows, least in by_hand)
+    torch.testing.assert_close(found, of_image * of_text - 0.1 * (of_image + of_text) ** 2, rtol=1e-4, atol=1e-5)
+    assert search.main(["index", f"--model_checkpoint={file}", f"--images={world / 'pictures'}",
+                        f"--out={tmp_path / 'index'}"]) == 0
+    assert torch.equal(Gallery(tmp_path / "index", "cpu").encoder.model.given_pictures, model.given_pictures)
+    again, _ = tested(pictures_mean=tmp_path / "mean.npy")
+    assert "averaged with no image; the least similarities estimated from the gallery" in again
+    how = {name: value for name, value in how.items() if name in ("test_only", "subjects")}
+    assert main.main(flags("mitstates", world / "mitstates", tmp_path / "logs", **how, model_checkpoint=file,
+                           image_encoder=None, image_weights=None, image_size=None)) == 2
+    assert "leave them out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "content", "told"), [
+    ("pictures_mean", {"mean": torch.zeros(2, 24)}, "not one vector"),
+    ("pictures_mean", {"mean": torch.zeros(1, 30)}, "30 numbers, this model's have 24"),
+    ("pictures_mean", {"mean": torch.full((1, 24), torch.nan)}, "not finite"),
+    ("synthetic", {"image_features": torch.zeros(3, 24)}, "image_features and text_features"),
+    ("synthetic", {"image_features": [1.0], "text_features": [1.0]}, "other things than arrays"),
+    ("synthetic", None, "a pickled file of the original"), ("pictures_mean", None, "a pickled file of the original")])
+def test_vectors_that_do_not_fit_are_one_line(flag, content, told, world, tower, tmp_path, capsys):  # noqa: F811
+    file = tmp_path / ("x.pt" if content else "x.npy")
+    if content:
+        torch.save(content, file)
+    else:                                                                       # as the original's is
+        np.save(file, {"image_features": np.zeros((3, 24)), "text_features": np.zeros((3, 24))}, allow_pickle=True)
+    assert main.main(flags("mitstates", world / "mitstates", tmp_path / "logs", **changes(tower), **{
+        "model": "BASIC", "test_only": True, "subjects": world / "subjects.txt", "styles": world / "styles.txt",
+        flag: file})) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("main.py: error: ") and told in error and "Traceback" not in error
+
+
+@pytest.mark.long("two processes")
+def test_the_originals_pickles_are_made_files_of_arrays_as_the_page_says(tmp_path):
+    _, made_up = given_files(tmp_path)
+    mean = torch.load(tmp_path / "mean.pt", weights_only=True)
+    (tmp_path / "laion_1m_mean_clip.pkl").write_bytes(pickle.dumps(mean))
+    content = {"image_features": made_up[0], "text_features": made_up[1], "prompts": ["a dog"]}
+    np.save(tmp_path / "dataset_1_sd_clip.pkl.npy", content, allow_pickle=True)
+    for line in re.findall(r"^python -c .*$", (ROOT / "docs" / "zero-shot.md").read_text(), re.M):
+        subprocess.run([sys.executable, *shlex.split(line)[1:]], check=True, cwd=tmp_path)
+    found = read_given(tmp_path / "mean.npy", tmp_path / "synthetic.npz")
+    torch.testing.assert_close(found["given_mean"], mean["laion_1m_mean"])
+    torch.testing.assert_close(found["given_texts"], F.normalize(torch.from_numpy(made_up[1]), dim=1))
 
 
 def released(kind, path, width=32):

@@ -216,6 +216,31 @@ def test_basic_scores_as_the_original(variant):
         assert found["scores"].argsort(dim=1, descending=True, stable=True).tolist() == known["ranks"]
 
 
+class OfGolden(basic.BASIC):
+    """BASIC of the golden vectors, with no towers: what it would have read and made of corpora."""
+
+    def __init__(self, variant):
+        torch.nn.Module.__init__(self)
+        settings = {**VALUES["basic"]["settings"], **VALUES["basic"]["variants"][variant].get("changed", {})}
+        self.image_dim, self.expansion = units("gallery").shape[1], 25 * settings["do_query_expansion"]
+        for name, rows in {"subjects": units("positive"),
+                           "projection": basic.projection(basic.contrast(units("positive"), units("negative")),
+                                                          settings["num_principal_components_for_projection"]),
+                           "given_mean": array("basic.other_mean")[:int(settings["use_laion_mean"])],
+                           "given_pictures": units("synthetic_image"), "given_texts": units("synthetic_text")}.items():
+            self.register_buffer(name, rows)
+
+
+@pytest.mark.parametrize("variant", [
+    name for name, told in VALUES["basic"]["variants"].items() if name not in simple.SIMPLE
+    and not {"normalize_similarities", "project_features", "standardize_features"} & told.get("changed", {}).keys()])
+def test_the_composer_scores_as_the_original_of_what_it_is_given(variant):
+    model, gallery = OfGolden(variant), units("gallery")
+    model.meet(gallery)
+    close(model.score(model.as_query(model.compose(array("basic.image"), array("basic.text"))), gallery),
+          f"basic.{variant}.scores")
+
+
 def test_a_text_in_context():
     told = VALUES["basic"]["contextualised"]
     vector = dict(zip(told["text_table"], F.normalize(array("basic.text_table"), dim=1), strict=True))

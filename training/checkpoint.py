@@ -37,8 +37,8 @@ RECIPE_SINCE = {field.name for field in fields(Recipe)
 TESTED_FLAGS = ("dataset", "category_to_train", "use_complete_text_query", "validation", "keep_source", "any_suffix",
                 "shared_concept", "caption_form", "skip_bad_images", "image_size", "model", "image_encoder",
                 "image_embed_dim", "text_embed_dim", "use_bert", "text_encoder", "freeze_image_encoder", "precision",
-                "image_features", "learn_words", "prompt", "attributes", "same", "product", "same_product", "span",
-                "two_changes", "templates")
+                "image_features", "learn_words", "prompt", "expansion", "contexts", "attributes", "same", "product",
+                "same_product", "span", "two_changes", "templates")
 # Not a service's host: a stranger's checkpoint would be told every text.
 WHERE_TEXTS_ARE_READ = ("image_weights", "pooling_layer", "max_seq_len", "bert_port", "bert_port_out", "bert_timeout")
 # A run goes on only with the values of these that it was started with: others would give other results.
@@ -50,7 +50,8 @@ BEFORE_THEIR_FLAGS = {"precision": "fp32", "compile": False, "image_encoder": "r
                       "gather": True, "sync_bn": False, "freeze_image_encoder": False, "optimizer": "sgd",
                       "schedule": "step", "warmup": 0, "validation": 0.0, "keep_source": False, "any_suffix": False,
                       "shared_concept": False, "image_features": "last", "learn_words": False, "feature_dropout": 0.0,
-                      "prompt": "auto", "caption_form": "published", "engine": "torch", **Mining()._asdict()}
+                      "prompt": "auto", "expansion": 25, "contexts": 100, "caption_form": "published",
+                      "engine": "torch", **Mining()._asdict()}
 
 
 def save(folder: Path, model: ImgTextCompositionBase, optimizer: torch.optim.Optimizer, it: int, flags: dict,
@@ -249,6 +250,10 @@ def well_formed(state: dict) -> bool:
     return (isinstance(state["it"], int) and isinstance(state["opt"], dict) and isinstance(words, dict)
             and ("recipe" not in state or RECIPE - RECIPE_SINCE <= made_of.keys() <= RECIPE)
             and isinstance(made_of.get("prompt", ""), str) and are_corpora(made_of.get("corpora", []))
+            and all(isinstance(made_of.get(name, 0), int) and made_of.get(name, 0) >= 0 for name in (
+                "expansion", "contexts"))
+            and isinstance(made_of.get("given", {}), dict) and all(
+                rows == len(state["model_state_dict"].get(name, ())) for name, rows in made_of.get("given", {}).items())
             and isinstance(state["opt"].get("text_encoder", ""), str)
             and isinstance(state.get("sentences", {}), dict) and are_results(state.get("results", {}))
             and isinstance(state.get("example_texts", []), list)

@@ -8,11 +8,14 @@ All vectors are unit rows before anything else. Sizes are letters: B queries, N 
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from machine import tensor_files
 from machine.errors import InputError
 from machine.progress import no_progress
 from zero_shot.composer import ZeroShot
@@ -23,6 +26,10 @@ ONE_ALONE = 0.1                         # what is taken off for one similarity w
 CONTEXTS = 100                          # subjects that a text is read beside, before and after it
 SAMPLES = 100                           # images of the gallery, from which the least similarity is taken
 AT_ONCE = 256                           # texts of a corpus
+# What else than a gallery can tell the pictures' mean, (1, e), and the least similarities: made-up pictures' vectors
+# and texts', (M, e) each, as the model makes them.
+GIVEN = MEAN, PICTURES, TEXTS = "given_mean", "given_pictures", "given_texts"
+SYNTHETIC = {PICTURES: "image_features", TEXTS: "text_features"}                # the original's names for them
 
 
 def contrast(subjects: Tensor, styles: Tensor, weight: float = STYLES_WEIGHT) -> Tensor:
@@ -71,26 +78,90 @@ def in_context(text: str, words: Sequence[str]) -> list[str]:
     return [*(f"{word} {text}" for word in words), *(f"{text} {word}" for word in words)]
 
 
+def read_given(mean: str | Path, synthetic: str | Path) -> dict[str, Tensor]:
+    """What two files hold of GIVEN, by name, (M, e) float32 each; '' for none.
+
+    mean: of one tensor, or array. synthetic: of two, by the names of SYNTHETIC. Raises InputError for any other.
+    """
+    found = {}
+    if mean:
+        held = list(arrays(mean).values())
+        if len(held) != 1 or held[0].dim() > 2 or held[0].numel() != held[0].shape[-1]:
+            raise InputError(f"{mean} holds not one vector, the mean of pictures' unit vectors")
+        found[MEAN] = held[0].reshape(1, -1)
+    if synthetic:
+        held = arrays(synthetic)
+        if not all(name in held and held[name].dim() == 2 and len(held[name]) for name in SYNTHETIC.values()):
+            raise InputError(f"{synthetic} holds not {' and '.join(SYNTHETIC.values())}, a row each of made-up "
+                             "pictures and texts")
+        found |= {ours: held[theirs] for ours, theirs in SYNTHETIC.items()}
+    if wrong := next((name for name, rows in found.items() if not rows.isfinite().all()), None):
+        raise InputError(f"{mean if wrong == MEAN else synthetic} holds numbers that are not finite")
+    return {name: rows if name == MEAN else F.normalize(rows, dim=1) for name, rows in found.items()}
+
+
+def arrays(path: str | Path) -> dict[str, Tensor]:
+    """The arrays of numbers in a file by name, one without a name as '': torch's, .safetensors, .npy or .npz. Raises
+    InputError for what is none."""
+    try:
+        if Path(path).suffix in (".npy", ".npz"):
+            read = np.load(path, allow_pickle=False)
+            content = dict(read) if Path(path).suffix == ".npz" else {"": read}
+            content = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in content.items()}
+        else:
+            content = tensor_files.read(path)
+    except (OSError, ValueError, TypeError) as error:                           # Unreadable is a ValueError
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error).split("\n")[0]
+        raise InputError(f"{path} holds no arrays that can be read ({why}); docs/zero-shot.md says how a pickled file "
+                         "of the original becomes one") from None
+    content = {"": content} if isinstance(content, Tensor) else content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{path} holds other things than arrays of numbers")
+    return {name: value.float() for name, value in content.items()}
+
+
 class BASIC(ZeroShot):
     """corpora: texts of subjects, as `dog`, and of styles, as `a cartoon`, both made vectors when weights are loaded:
     `subjects`, (A, e), and `projection`, (e, e), are kept with the model.
 
-    The images' mean and the least similarities are the gallery's that is searched, which `meet` is told of. The
-    original has them of a million pictures of the web and of synthetic ones, which are not to be had.
+    The images' mean and the least similarities are the gallery's that is searched, which `meet` is told of, unless
+    they are given (GIVEN), as the original has them: of a million pictures of the web and of synthetic ones.
     """
 
     is_of_vectors = False               # but of the gallery's, too
+    given_mean: Tensor                  # (1, e), or (0, e) if it is the gallery's
+    given_pictures: Tensor              # (M, e), (M', e) unit rows, or (0, e)
+    given_texts: Tensor
 
-    def __init__(self, *towers, **how):
+    def __init__(self, *towers, expansion: int = NEIGHBOURS, contexts: int = CONTEXTS,
+                 given: dict[str, int] | None = None, **how):
+        """expansion: images that a query is averaged with, contexts: subjects that a text is read beside, 0 for none
+        each. given: how many rows there are of each of GIVEN."""
         super().__init__(*towers, **how)
-        self.words = self.corpora[0] if self.corpora else []
+        self.words, self.expansion, self.contexts = self.corpora[0] if self.corpora else [], expansion, contexts
         self.register_buffer("subjects", torch.zeros(max(len(self.words), 1), self.image_dim))
         self.register_buffer("projection", torch.eye(self.image_dim))
-        self.about = (f"BASIC: {len(self.words)} subjects, the first {len(self.words[:CONTEXTS])} of them read beside "
-                      "each text; the pictures' mean and the least similarities are estimated from the gallery that is "
-                      "ranked")
+        for name in GIVEN:
+            rows = (given or {}).get(name, 0)
+            self.register_buffer(name, torch.zeros(rows, self.image_dim), persistent=rows > 0)
         self.gallery = self.mean = None                                         # (N, e) centred, (e,)
         self.least = (-1.0, -1.0)
+
+    @classmethod
+    def settings(cls, recipe) -> dict:
+        return {**super().settings(recipe), "expansion": recipe.expansion, "contexts": recipe.contexts,
+                "given": recipe.given}
+
+    @property
+    def about(self) -> str:
+        beside = f"the first {len(self.words[:self.contexts])} of them read beside each text" if self.contexts else (
+            "none of them read beside a text")
+        near = f"queries averaged with {self.expansion} images" if self.expansion else "queries averaged with no image"
+        estimated = [what for what, rows in (("the pictures' mean", self.given_mean),
+                                             ("the least similarities", self.given_pictures)) if not len(rows)]
+        told = (f"{' and '.join(estimated)} estimated from the gallery that is ranked" if estimated else
+                "nothing estimated from the gallery that is ranked")
+        return f"BASIC: {len(self.words)} subjects, {beside}; {near}; {told}"
 
     @property
     def query_dim(self) -> int:
@@ -109,24 +180,36 @@ class BASIC(ZeroShot):
                                       for part in progress(parts, desc="corpus", total=len(parts))]).to(self.a.device))
         self.subjects, self.projection = vectors[0], projection(contrast(*vectors))
 
+    def give(self, given: dict[str, Tensor]) -> None:
+        for name, rows in given.items():
+            if rows.shape[1] != self.image_dim:
+                raise InputError(f"--{'pictures_mean' if name == MEAN else 'synthetic'}: its vectors have "
+                                 f"{rows.shape[1]} numbers, this model's have {self.image_dim}; they are of another "
+                                 "CLIP model")
+        self.load_state_dict(given, strict=False)
+
     @torch.inference_mode()
     def encode_text(self, texts: list[str]) -> Tensor:
         """B texts -> (B, e): each the mean of the sentences that it stands in."""
-        words = self.words[:CONTEXTS]
+        words = self.words[:self.contexts]
         return torch.stack([F.normalize(self.text_vectors(in_context(text, words) or [text]), dim=1).mean(0)
                             for text in texts])
 
     def meet(self, gallery: Tensor) -> None:
-        self.mean = gallery.mean(0)
+        self.mean = self.given_mean[0] if len(self.given_mean) else gallery.mean(0)
         self.gallery = gallery - self.mean
-        some = self.gallery[torch.linspace(0, len(gallery) - 1, min(SAMPLES, len(gallery)), device=gallery.device)
-                            .long()]
-        texts = self.subjects - self.subjects.mean(0)
-        self.least = float((some @ some.T).min()), float((texts @ some.T).min())
+        pictures, texts = self.given_pictures, self.given_texts                 # (M, e), (M', e)
+        if not len(pictures):
+            some = torch.linspace(0, len(gallery) - 1, min(SAMPLES, len(gallery)), device=gallery.device).long()
+            pictures, texts = gallery[some], self.subjects
+        pictures, texts = pictures - self.mean, texts - self.subjects.mean(0)
+        self.least = float((pictures @ pictures.T).min()), float((texts @ pictures.T).min())
 
     def compose(self, image: Tensor, text: Tensor) -> Tensor:                   # (B, e), (B, e) -> (B, 2 e + 2)
         image = F.normalize(image, dim=1) - self.mean
-        image = expanded(image, image @ self.projection @ self.gallery.T, self.gallery) @ self.projection
+        if self.expansion:
+            image = expanded(image, image @ self.projection @ self.gallery.T, self.gallery, self.expansion)
+        image = image @ self.projection
         text = F.normalize(text, dim=1) - self.subjects.mean(0)
         return torch.cat([image, text, image @ self.mean[:, None], text @ self.mean[:, None]], dim=1)
 

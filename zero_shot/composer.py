@@ -53,12 +53,21 @@ class ZeroShot(ImageSide, ByCosine):
             raise InputError(f"--model {recipe.composer} needs both towers of one CLIP model, not --image_encoder "
                              f"{recipe.image_encoder} and --text_encoder {recipe.text_encoder}; pass --image_encoder "
                              "open_clip:MODEL/TAG and the same as --text_encoder")
-        return cls(recipe.image_encoder, recipe.image_size, recipe.prompt, recipe.corpora)
+        return cls(recipe.image_encoder, recipe.image_size, **cls.settings(recipe))
+
+    @classmethod
+    def settings(cls, recipe) -> dict:
+        """What a composer is told beside its towers."""
+        return {"prompt": recipe.prompt, "corpora": recipe.corpora}
 
     def load_weights(self, weights: str, progress: Callable = no_progress) -> None:
         """Of both towers: 'imagenet' for the name's own, 'none' for random ones, or a file. Raises InputError."""
         load_image_weights(self.img_model, weights, self.recipe.image_encoder)
         self.text_tower.load(weights)
+
+    def give(self, given: dict[str, Tensor]) -> None:
+        """Put in what was read for a composer that depends on more than its towers. Raises InputError."""
+        raise InputError(f"--pictures_mean and --synthetic are BASIC's: leave them out with {self.recipe.composer}")
 
     def train(self, mode: bool = True) -> "ZeroShot":
         super().train(mode)
