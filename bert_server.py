@@ -140,6 +140,8 @@ def get_parser() -> Parser:
     add("show_tokens_to_client", False, "send word pieces along with the vectors", type=true_or_false, nargs="?",
         const=True, metavar="True|False")
     add("device", "auto", "auto takes a GPU where there is one", metavar="auto|cpu|cuda|cuda:N")
+    add("engine", "torch", "what computes on a CPU: torch; or openvino, faster and the same to 1e-5 of the largest "
+        "value, which auto takes where it is installed and takes the model", choices=("auto", "torch", "openvino"))
     add("cpu", "auto", "the same as --device cpu", action="store_const", const="cpu", dest="device")
     add("device_map", argparse.SUPPRESS, "the same as --device cuda:N", type=at_least(0), nargs="+", action=FirstGpu,
         metavar="N")
@@ -167,6 +169,7 @@ import torch
 import transformers
 import zmq
 
+from machine import engine
 from machine.errors import first_line
 from machine.sentence_encoder import ModelError, SentenceEncoder, sentence_encoder
 from machine.word_pieces import CHARACTERS, Sentence
@@ -663,6 +666,20 @@ def stop(*_) -> None:
     os._exit(0)
 
 
+def computed_by(encoder: SentenceEncoder, name: str, device: str) -> str:
+    """What computes: the engine that is asked for; torch on a GPU and where it refuses, which is said."""
+    if name == "torch":
+        return name
+    try:
+        if device != "cpu":
+            raise engine.Refused("it is for a CPU")
+        encoder.compute_by_engine()
+    except engine.Refused as why:
+        log.info("--engine %s: %s; torch computes", name, why)
+        return "torch"
+    return engine.NAME
+
+
 def main(argv: list[str] | None = None) -> int:
     """Serve until told to stop. Returns the exit code: 0 when stopped, 2 for bad input."""
     logging.basicConfig(format="%(asctime)s %(message)s")
@@ -679,7 +696,8 @@ def main(argv: list[str] | None = None) -> int:
         log.info("loading %s", args.model_dir)
         device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         encoder = sentence_encoder(args.model_dir, args.pooling_layer, args.pooling_strategy, args.max_seq_len, device)
-        config = {**vars(args), "device": device, "server_version": VERSION, "dim": encoder.dim,
+        config = {**vars(args), "device": device, "engine": computed_by(encoder, args.engine, device),
+                  "server_version": VERSION, "dim": encoder.dim,
                   "fingerprint": encoder.fingerprint, "server_start_time": time.strftime("%Y-%m-%d %H:%M:%S"),
                   "python_version": sys.version.split()[0], "pyzmq_version": zmq.__version__,
                   "torch_version": torch.__version__, "transformers_version": transformers.__version__}

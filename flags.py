@@ -296,9 +296,10 @@ def get_parser() -> TrainingParser:
         type=path_or_word, metavar="imagenet|none|PATH")
     add(model, "--freeze_image_encoder", False, "keep the image encoder as it is, but for its last layer: what it "
         "makes of an image is computed once and kept beside the decoded images")
-    add(model, "--engine", "auto", "what computes a frozen image encoder on a CPU: torch, or openvino, far faster and "
-        "the same to 1e-5 of the largest value, which auto takes where it is installed. A run that goes on keeps "
-        "its own; a GPU, x86 without AVX, and an encoder that learns, are torch's",
+    add(model, "--engine", "auto", "what computes on a CPU what does not learn, a frozen image encoder, and texts' "
+        "of hf: and open_clip: torch, or openvino, far faster and the same to 1e-5 of the largest value, which auto "
+        "takes where it is installed. A run that goes on keeps its own; a GPU, x86 without AVX, and what learns, are "
+        "torch's",
         choices=("auto", "torch", "openvino"))
     add(model, "--text_encoder", "lstm", "what reads texts: lstm, which is trained; service, as --use_bert True; "
         "hf:NAME or hf:FOLDER, a BERT-type model in this process; open_clip:MODEL/TAG, a CLIP model's text tower. "
@@ -356,7 +357,7 @@ def get_parser() -> TrainingParser:
     add(training, "--device", "auto", "where the model runs; auto takes a GPU where there is one",
         choices=DEVICES)
     add(training, "--precision", "fp32", "fp32: as published; tf32: coarser convolutions, faster on a GPU; bf16: the "
-        "image encoder in bfloat16, far faster on GPUs and newer CPUs. Losses and ranks are float32 in each",
+        "image encoder in bfloat16, far faster on GPUs and CPUs that have it. Losses and ranks are float32 in each",
         choices=("fp32", "tf32", "bf16"))
     add(training, "--compile", False, "compile the training step for this machine: a minute or so at start, then "
         "faster, most of all on a GPU")

@@ -14,16 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from image_encoders import LIBRARIES, quiet
+from machine import engine
 from machine.errors import InputError, first_line
 from machine.offline import offline
 from machine.tensor_files import fingerprint
+from machine.word_pieces import by_length
 from text_model import SentenceService
 
 OWN = "own"                             # of a flag: as the model's folder says
 BERTS = -2, 25                          # else: layer and most tokens, as BERT-as-service has them
+AT_ONCE = 64                            # texts that a CLIP model's tower is given, of all its places each
+# Texts with which a network is compared: of one length, by any tokenizer, and of many.
+OF_ONE_LENGTH = ["a red dress", "a red shirt", "a blue dress"]
+COMPARED = ["red", "is red and has a longer hem", "of a darker blue, and with two pockets more " * 9, "!"]
 
 
 def text_encoder_of(flags: dict) -> str:
@@ -52,15 +58,27 @@ def sentence_source(flags: dict) -> "SentenceService | InProcess":
 
 
 class InProcess:
-    """A text encoder in this process, asked as a sentence service is. features: what its vectors depend on."""
+    """A text encoder in this process, asked as a sentence service is. features: what its vectors depend on. engine:
+    what computes them, in float32, torch at first."""
 
     name: str
     features: dict
     dim: int
-    at_once = 64                        # texts that it encodes
+    engine = "torch"
+    at_once = 512                       # texts that it encodes, so that many are of one length
 
     def vectors(self, texts: list[str]) -> np.ndarray:
         """(N, dim) float32."""
+        raise NotImplementedError
+
+    def compute_by(self, name: str) -> None:
+        """From now on with this engine, which was compared with torch. Raises Refused; then torch still computes."""
+        if name != "torch":
+            self.convert()
+            self.engine = name
+
+    def convert(self) -> None:
+        """Have a network compute in torch's place."""
         raise NotImplementedError
 
     def connected(self) -> AbstractContextManager:
@@ -93,8 +111,6 @@ class HuggingFace(InProcess):
     layer, length: as the flags --pooling_layer and --max_seq_len say, OWN for what the folder says, else BERT's.
     """
 
-    at_once = 256                       # so that many are of one length
-
     def __init__(self, folder: str, layer: int | str, length: int | str):
         from machine.sentence_encoder import ModelError, OwnWay, has_own_way, sentence_encoder  # transformers: seconds
 
@@ -117,6 +133,9 @@ class HuggingFace(InProcess):
     def vectors(self, texts: list[str]) -> np.ndarray:
         return self.encoder.encode(self.encoder.token_ids(texts))
 
+    def convert(self) -> None:
+        self.encoder.compute_by_engine()
+
 
 class ClipTower(InProcess):
     """A CLIP model's text tower and its projection. weights: 'imagenet' for the name's own, or a file of them."""
@@ -127,12 +146,81 @@ class ClipTower(InProcess):
         self.tokenizer = clip_tokenizer(model, plain)
         self.name, self.features = f"open_clip:{model}", {"text_encoder": "open_clip", "model": plain,
                                                           "fingerprint": fingerprint(self.tower.state_dict())[:12]}
+        self.network: engine.Network | None = None
         self.dim = self.vectors(["size"]).shape[1]
 
-    @torch.inference_mode()
     def vectors(self, texts: list[str]) -> np.ndarray:
-        readable = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair is no text
-        return self.tower.encode_text(self.tokenizer(readable)).float().numpy()
+        ids = self.ids(texts)
+        if self.network:
+            return by_length(self.cut(ids), self.network)
+        with torch.inference_mode():
+            return np.concatenate([self.tower.encode_text(part).float().numpy() for part in ids.split(AT_ONCE)])
+
+    def ids(self, texts: Sequence[str]) -> Tensor:
+        """(N, C) ids, padded to as many as the tower knows."""
+        return self.tokenizer([text.encode("utf-8", "replace").decode() for text in texts])  # half a surrogate pair
+
+    def cut(self, ids: Tensor) -> list[list[int]]:
+        """Rows of ids as the tower's module takes them: where it is causal, up to their end."""
+        ends = ids.argmax(1) + 1 if is_causal(self.tower) else [None] * len(ids)
+        return [row[:end].tolist() for row, end in zip(ids, ends, strict=True)]
+
+    def module(self) -> tuple[nn.Module, list[Tensor]]:
+        """The tower for texts of one length, with rows to try it on."""
+        if not is_causal(self.tower):
+            return WholeTexts(self.tower), [self.ids(OF_ONE_LENGTH)]
+        return CausalTexts(self.tower), [torch.tensor(self.cut(self.ids(OF_ONE_LENGTH)))]
+
+    def convert(self) -> None:
+        theirs = self.vectors(COMPARED)
+        module, rows = self.module()
+        self.network = engine.made(module, rows, any_length=is_causal(self.tower))
+        try:
+            engine.check(self.vectors(COMPARED), theirs)
+        except engine.Refused:
+            self.network = None
+            raise
+
+
+class WholeTexts(nn.Module):
+    """Any tower: padded ids (B, C) -> (B, T)."""
+
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.tower.encode_text(ids)
+
+
+class CausalTexts(nn.Module):
+    """A tower that reads from left to right, so that nothing after a text's end tells: ids (B, n) of B texts of one
+    length, the end last -> (B, T)."""
+
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, ids: Tensor) -> Tensor:
+        text, length = text_part(self.tower), ids.shape[1]
+        words = text.token_embedding(ids) + text.positional_embedding[:length]  # (B, n, w)
+        states = text.transformer(words, attn_mask=text.attn_mask[:length, :length])
+        ends, projection = text.ln_final(states[:, -1]), text.text_projection
+        return projection(ends) if isinstance(projection, nn.Module) else ends @ projection
+
+
+def text_part(tower: nn.Module) -> nn.Module:
+    """What has a tower's layers: of open_clip's models some are their text tower, others hold one."""
+    return getattr(tower, "text", tower)
+
+
+def is_causal(tower: nn.Module) -> bool:
+    """Whether it is CLIP's own kind, whose end is the largest id; others are only asked as a whole."""
+    text = text_part(tower)
+    return (all(hasattr(text, part) for part in ("token_embedding", "transformer", "ln_final", "text_projection"))
+            and getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
+            and not getattr(text, "use_pad_mask", False)
+            and (getattr(text, "pool_type", None) or getattr(text, "text_pool_type", "argmax")) == "argmax")
 
 
 def loaded_clip(model: str, weights: str) -> nn.Module:
@@ -157,7 +245,7 @@ def loaded_clip(model: str, weights: str) -> nn.Module:
     return tower
 
 
-def clip_tokenizer(model: str, plain: str) -> Callable[[list[str]], torch.Tensor]:
+def clip_tokenizer(model: str, plain: str) -> Callable[[list[str]], Tensor]:
     """Texts to (N, context length) ids. Raises InputError; some have files of their own on the hub."""
     open_clip = LIBRARIES["open_clip"].open_clip
     try:

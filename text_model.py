@@ -80,6 +80,7 @@ class SentenceService:
     """
 
     FIRST, LARGEST = 16, 4096           # texts in the first request, and at most in any
+    engine = "torch"                    # what computes its vectors, as far as it tells
     # What of a service's configuration its vectors depend on. Our server's fingerprint stands for the model's files.
     FEATURES = ("pooling_layer", "pooling_strategy", "max_seq_len", "fingerprint", "model_dir", "ckpt_name",
                 "config_name", "tuned_model_dir", "cased_tokenization", "do_lower_case", "mask_cls_sep",
@@ -128,6 +129,7 @@ class SentenceService:
         if self.features not in (None, features):
             raise self.complaint(f"now has other vectors: {features} in place of {self.features}")
         self.features, self.started = features, config.get("server_start_time")
+        self.engine = str(config.get("engine", "torch"))
 
     @staticmethod
     def configuration(client, deadline: float):
@@ -286,7 +288,8 @@ class SentenceTable:
 
     def __init__(self, service: SentenceService, folder: str | Path | None = None):
         self.service, self.dim, self.features = service, service.dim, service.features
-        self.file = SentenceFile(folder and Path(folder), self.features, self.dim)
+        made_by = {} if service.engine == "torch" else {"engine": service.engine}
+        self.file = SentenceFile(folder and Path(folder), {**self.features, **made_by}, self.dim)
         self.row_of: dict[str, int] = {}
         self.vectors = torch.zeros(1, self.dim)                                 # (N, dim), row 0 for blank texts
 

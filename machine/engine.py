@@ -143,9 +143,14 @@ def made(module: Callable, inputs: Sequence, bf16: bool = False, any_length: boo
         raise
     except Exception as error:                                                  # tracing and converting raise any
         raise Refused(f"OpenVINO does not take it ({first_line(error)})") from None
+    check(ours, theirs, bf16)
+    return network
+
+
+def check(ours: np.ndarray, theirs: np.ndarray, bf16: bool = False) -> None:
+    """Raises Refused where a network's numbers are not torch's."""
     if not (off := difference(ours, theirs)) <= AGREES["bf16" if bf16 else "f32"]:
         raise Refused(f"OpenVINO's numbers are off by {off:.1e} of the largest")
-    return network
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -6,22 +6,21 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
+from machine import engine
 from machine.errors import first_line
 from machine.tensor_files import fingerprint as weights_fingerprint
-from machine.word_pieces import Sentence, joined, readable, split_pair
+from machine.word_pieces import Sentence, by_length, joined, of_one_length, readable, split_pair
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-TOKENS = 2**14                          # of a batch's texts go through the model at once
 LONGEST = 2**20                         # tokens; a tokenizer says more where it knows of no bound
 CLIP = ("clip", "clip_text_model")      # what configurations call it
 # Whose vectors were others once, by the texts beside them or segments that they do not have, and may be kept so.
@@ -36,7 +35,46 @@ class ModelError(Exception):
     """The model cannot be served; the message says what to do."""
 
 
-class SentenceEncoder:
+class Texts(nn.Module):
+    """What one of these encoders gives of texts of one length, as a module: ids (B, n) and, if it has segments, how
+    many of each text's are the first segment's (B,) -> (B, T)."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.model, self.told = encoder.model, [encoder]
+
+    def forward(self, ids: Tensor, *first: Tensor) -> Tensor:
+        encoder, = self.told
+        return encoder.vectors(encoder.told_apart(ids, *first))
+
+
+class ByEngine:
+    """What these encoders share: a network may compute in torch's place."""
+
+    network: engine.Network | None = None
+    COMPARED, LONGEST = 3, 64           # made-up texts with which a network is compared, and their most tokens
+
+    def rows(self, length: int = 9) -> list[Tensor]:
+        """Made-up texts of so many tokens, as `Texts` takes them."""
+        ids = [self.trial(min(length, self.length), turn)[0] for turn in range(self.COMPARED)]
+        return [torch.tensor(ids), *[torch.full((self.COMPARED,), 4)] * self.segments]
+
+    def module(self) -> nn.Module:
+        return Texts(self)
+
+    def compute_by_engine(self) -> None:
+        """From now on a network computes, which was compared with torch, long texts and short. Raises Refused."""
+        module = self.module()
+        network = engine.made(module, self.rows(), any_length=True)
+        for length in (3, self.LONGEST):
+            rows = self.rows(length)
+            with torch.inference_mode():
+                theirs = module(*rows).float().numpy()
+            engine.check(network(*(values.numpy() for values in rows)), theirs)
+        self.network = network
+
+
+class SentenceEncoder(ByEngine):
     """A BERT-type model in eval mode, float32: sentences to vectors.
 
     folder: a local folder or a hub name. layer: of the encoder, -1 the last. length: most tokens of a sentence,
@@ -150,9 +188,11 @@ class SentenceEncoder:
         return joined(first, second, cls, sep, self.between, self.length)
 
     def encode(self, ids: Sequence[tuple[list[int], int]]) -> np.ndarray:
-        """Results of `token_ids` -> (B, dim) float32. Those of one length go through the model together and nothing is
-        padded: it would take time, and not every model is blind to it."""
-        batches = list(of_one_length(ids))
+        """Results of `token_ids` -> (B, dim) float32."""
+        tokens, first = zip(*ids, strict=True)
+        if self.network:
+            return by_length(tokens, self.network, *[first] * self.segments)
+        batches = list(of_one_length(tokens))
         with torch.inference_mode():
             found = torch.cat([self.alike_to_vectors([ids[place] for place in places]) for places in batches])
         found = found.float().cpu().numpy()
@@ -227,7 +267,7 @@ class ClipTexts(SentenceEncoder):
         return ids, len(ids)
 
 
-class OwnWay:
+class OwnWay(ByEngine):
     """A folder of sentence-transformers', whose files say how its vectors are made, by that library: what follows the
     last layer, the most tokens of a text, a prompt. In eval mode, float32.
 
@@ -275,7 +315,8 @@ class OwnWay:
 
     def trial(self, length: int, turn: int = 0) -> tuple[list[int], int]:
         """So many tokens of no text."""
-        return [self.tokenizer.cls_token_id, *range(1000 + turn, 998 + turn + length), self.tokenizer.sep_token_id], 0
+        words = [(1000 + turn + place) % len(self.tokenizer) for place in range(length - 2)]
+        return [self.tokenizer.cls_token_id, *words, self.tokenizer.sep_token_id], 0
 
     def told_apart(self, tokens: Tensor) -> dict[str, Tensor]:
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -290,7 +331,25 @@ class OwnWay:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """(B, dim) float32."""
+        if self.network:
+            return by_length(self.word_pieces(texts), self.network)
         return self.model.encode([*texts], batch_size=64, show_progress_bar=False, convert_to_numpy=True)
+
+    def word_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids that the library reads in texts: with its prompt before them, cut, without padding."""
+        prompt = self.model.prompts.get(self.model.default_prompt_name) or ""
+        read = self.model.preprocess([prompt + text for text in texts])
+        return [ids[mask.bool()].tolist() for ids, mask in zip(read["input_ids"], read["attention_mask"], strict=True)]
+
+    def compute_by_engine(self) -> None:
+        """As of ByEngine; of texts, too, which the library also puts a prompt before. Raises Refused."""
+        theirs = self.encode(OF_ALL_LENGTHS)
+        super().compute_by_engine()
+        try:
+            engine.check(self.encode(OF_ALL_LENGTHS), theirs)
+        except engine.Refused:
+            self.network = None
+            raise
 
 
 OF_ALL_LENGTHS = ["red", "is red and has a longer hem", "of a darker blue, and with two pockets more " * 3]
@@ -411,15 +470,6 @@ def check_whole(folder: str, loading: dict) -> None:
     if missing := sorted(name for name in loading["missing_keys"] if not name.startswith("pooler.")):
         raise ModelError(f"{folder!r} lacks {len(missing)} of its model's weights, first {missing[0]}; "
                          "download it again")
-
-
-def of_one_length(ids: Sequence[tuple[list[int], int]]) -> Iterator[list[int]]:
-    """Places in `ids`, those of one length together, as many as a model takes at once."""
-    def length(place: int) -> int:
-        return len(ids[place][0])
-    for tokens, same in groupby(sorted(range(len(ids)), key=length), key=length):
-        places, most = list(same), max(1, TOKENS // tokens)
-        yield from (places[start:start + most] for start in range(0, len(places), most))
 
 
 def fingerprint(tokenizer, model: torch.nn.Module) -> str:

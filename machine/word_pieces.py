@@ -1,9 +1,13 @@
 """Texts to the ids of word pieces, as a BERT-type model or a CLIP model's text tower reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+import numpy as np
 
 from machine.errors import InputError, first_line
 
+AT_ONCE = 2**14                         # word pieces that go through a model at once
 CHARACTERS = 400                        # of a text are read for each word piece that is kept, so none takes for ever
 
 Sentence = str | list[str]              # a text, or its word pieces
@@ -33,6 +37,26 @@ def joined(first: list[int], second: Sequence[int], start: int, end: int, betwee
     kept = min(len(second), max(room // 2, room - len(first)))
     first = first[:room - kept]
     return [start, *first, *between, *second[:kept], end], len(first) + 2
+
+
+def of_one_length(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Places of rows of ids, those of one length together, as many as a model takes at once. So nothing is padded: it
+    would take time, and not every model is blind to it."""
+    def length(place: int) -> int:
+        return len(rows[place])
+    for size, same in groupby(sorted(range(len(rows)), key=length), key=length):
+        places, most = list(same), max(1, AT_ONCE // size)
+        yield from (places[start:start + most] for start in range(0, len(places), most))
+
+
+def by_length(rows: Sequence[Sequence[int]], network: Callable, *beside: Sequence[int]) -> np.ndarray:
+    """N rows of ids -> (N, T) float32: what a network gives of those of one length, (b, n). beside: further numbers of
+    each row, of which it is given (b,)."""
+    found: dict[int, np.ndarray] = {}
+    for places in of_one_length(rows):
+        part = (np.array([values[place] for place in places], np.int64) for values in (rows, *beside))
+        found |= zip(places, network(*part), strict=True)
+    return np.stack([found[place] for place in range(len(rows))])
 
 
 class WordPieces:

@@ -71,19 +71,6 @@ class LSTMTexts(nn.Module):
         return self.texts.fc_output(outputs[-1])
 
 
-class PieceTexts(nn.Module):
-    """What a text encoder of machine/sentence_encoder.py gives of texts of one length: ids (B, n) and, if it has
-    segments, how many of each text's are the first segment's (B,) -> (B, T)."""
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.model, self.told = encoder.model, [encoder]
-
-    def forward(self, ids: Tensor, *first: Tensor) -> Tensor:
-        encoder, = self.told
-        return encoder.vectors(encoder.told_apart(ids, *first))
-
-
 def image_and_composer(model: ImgTextCompositionBase) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     """Of a model on the CPU: the two as modules, each with rows to try it on."""
     numbers, size = torch.Generator().manual_seed(0), model.recipe.image_size
@@ -113,13 +100,10 @@ def text_part(encoder: CheckpointEncoder) -> tuple[nn.Module, list[Tensor], dict
     if not isinstance(source, HuggingFace) or not source.encoder.tokenizer.is_fast:
         raise engine.Refused(f"its texts are read by {encoder.text_encoder}")
     reader, told = source.encoder, {}
-    length = min(9, reader.length)
-    ids = torch.tensor([ids for ids, _ in (reader.trial(length, turn) for turn in range(COMPARED))])
-    rows = [ids, torch.full((COMPARED,), 4)] if reader.segments else [ids]
     tokenizer = reader.tokenizer.backend_tokenizer.to_str().encode()
     if (words := encoder.model.learned_words) is not None:
         told = {"learned": dict(words.vocabulary.word2id)}
-    return PieceTexts(reader), rows, {"pieces": reader.facts(), "segments": reader.segments, **told}, tokenizer
+    return reader.module(), reader.rows(), {"pieces": reader.facts(), "segments": reader.segments, **told}, tokenizer
 
 
 def write(encoder: CheckpointEncoder, images: ImageList, out: Path, made_of: str | None) -> NetworkEncoder:

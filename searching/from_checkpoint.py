@@ -1,5 +1,6 @@
 """A checkpoint's model, computed by torch, as searching has it."""
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from img_text_composition_models import MODELS
+from img_text_composition_models import MODELS, Part
+from machine import engine
 from machine.device import choose_device
 from machine.errors import InputError, first_line
 from machine.tensor_files import bytes_of, fingerprint
@@ -17,7 +19,10 @@ from text_encoders import sentence_source, text_encoder_of
 from text_model import SentenceTable
 from training import checkpoint
 
+log = logging.getLogger(__name__)
+
 COMPOSED_AT_ONCE = 512                  # queries
+CONVERTED, COMPARED = 128, 8            # pictures that are worth the seconds of a network's making; and compared with
 
 
 class Sentences:
@@ -60,7 +65,8 @@ def check_service(flags: dict) -> None:
 
 class CheckpointEncoder(Encoder):
     """The model of a checkpoint and what goes with it: image size, vocabulary, texts' kind. What it has of torch: the
-    checkpoint's content as `state`, the model as `model`.
+    checkpoint's content as `state`, the model as `model`. A large gallery is encoded by `engine` on a CPU: 'auto' where
+    one is there, or 'torch'.
 
     device: a GPU where there is one, unless given, or what is called to choose one. where: of the sentence service, by
     flag, what shall differ from the checkpoint's. folder: keeps its vectors. Raises InputError for what is no whole
@@ -68,7 +74,8 @@ class CheckpointEncoder(Encoder):
     """
 
     def __init__(self, path: str | Path, device: str | torch.device | Callable | None = None, where: dict | None = None,
-                 folder: Path | None = None):
+                 folder: Path | None = None, engine: str = "auto"):
+        self.engine, self.network = engine, None
         self.device = torch.device(device() if callable(device) else device or choose_device("auto"))
         self.state, self.path = checkpoint.load(path), path
         self.opt = self.state["opt"]
@@ -98,8 +105,27 @@ class CheckpointEncoder(Encoder):
     def fingerprint(self) -> str:
         return fingerprint(self.state["model_state_dict"])
 
+    def encode(self, pictures: Sequence[str | Path]) -> np.ndarray:
+        """As of Encoder."""
+        if len(pictures) >= CONVERTED and self.engine != "torch" and self.device.type == "cpu" and not self.network:
+            self.convert(np.stack([self.read(picture) for picture in pictures[:COMPARED]]))
+        return super().encode(pictures)
+
+    def convert(self, pixels: np.ndarray) -> None:
+        """Have a network encode pictures, if there is an engine, and it takes the encoder. pixels: some pictures', with
+        which it is compared, (B, S, S, 3)."""
+        if not engine.is_there():
+            return
+        try:
+            self.network = engine.made(Part(self.model, "encode_image"), [torch.from_numpy(pixels).permute(0, 3, 1, 2)])
+        except engine.Refused as why:
+            self.engine = "torch"
+            log.warning("note: %s; torch encodes the pictures", why)
+
     @torch.inference_mode()
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        if self.network:
+            return self.network(pixels.transpose(0, 3, 1, 2))
         batch = torch.from_numpy(pixels).permute(0, 3, 1, 2)                    # (B, 3, S, S)
         return self.model.encode_image(batch.to(self.device)).cpu().numpy()
 

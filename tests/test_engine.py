@@ -14,9 +14,12 @@ import main
 from img_text_composition_models import OF_TRIPLETS, Part, Recipe
 from machine import engine
 from machine.errors import InputError
+from searching import from_checkpoint
+from searching.gallery import load_model
+from training.data import Backbone
 from training.settings import engine_of, filled
 
-from .conftest import flags, run_main
+from .conftest import flags, picture, run_main
 from .index_faults import write_model
 from .services import ROOT
 
@@ -119,6 +122,9 @@ def test_where_it_would_be_wrong_torch_computes(tmp_path, mitstates):
     ("--freeze_image_encoder --engine=torch", None, "torch"),
     ("--freeze_image_encoder --engine=auto", {"comment": ""}, "torch"),         # an older run that goes on
     ("--freeze_image_encoder --engine=auto", {"engine": "openvino"}, "openvino"),
+    pytest.param("--text_encoder=hf:x", None, "openvino", marks=pytest.mark.avx),
+    pytest.param("--text_encoder=open_clip:x", None, "openvino", marks=pytest.mark.avx),
+    ("--use_bert", None, "torch"),
     ("--engine=openvino", None, "drop --engine")])
 def test_which_engine_a_run_has(words, opt, settled):
     args = filled(main.get_parser().parse_args([*NEEDED, *words.split()]))
@@ -143,6 +149,65 @@ def test_one_that_is_missing_is_said_where_it_was_asked_for(monkeypatch):
 
 
 @pytest.mark.long("three runs")
+@pytest.mark.parametrize(("words", "has", "settled"), [
+    ("--freeze_image_encoder", True, "openvino"), ("--freeze_image_encoder", False, "torch"),
+    ("--freeze_image_encoder --engine=openvino", True, "openvino"),
+    ("--freeze_image_encoder --engine=openvino", False, "no bfloat16; pass --precision fp32"),
+    ("--text_encoder=hf:x", False, "openvino"),                                 # whose vectors are float32
+    ("", False, "torch")])
+@pytest.mark.avx
+def test_bfloat16_is_the_engines_where_the_processor_has_it(words, has, settled, monkeypatch, caplog):
+    monkeypatch.setattr(engine, "has_bf16", lambda: has)
+    args = filled(main.get_parser().parse_args([*NEEDED, "--precision=bf16", *words.split()]))
+    if "pass" in settled:
+        with pytest.raises(InputError, match=settled):
+            engine_of(args, "cpu")
+        return
+    assert engine_of(args, "cpu") == settled
+    assert caplog.text.count("this processor has no bfloat16") == ("freeze" in words and not has)
+
+
+@pytest.mark.avx
+def test_a_network_in_bfloat16_on_either_kind_of_processor():
+    """Where there is none, it is refused and not computed in float32 in silence; and the file says which it is."""
+    model = model_of()
+    model.bf16 = True
+    encode = Backbone(model, "openvino")
+    assert encode.made_by.endswith("_openvino_bf16")
+    rows = pixels(8)
+    if not engine.has_bf16():
+        with pytest.raises(engine.Refused, match="computes in f32"):
+            encode(rows)
+        return
+    ours = encode(rows).numpy()
+    assert encode.network.precision == "bf16"
+    model.bf16 = False
+    theirs = model.backbone(rows).numpy()
+    assert 1e-5 < engine.difference(ours, theirs) < 0.05
+
+
+@pytest.mark.avx
+def test_a_large_gallery_is_encoded_by_a_network(tmp_path, monkeypatch, caplog):
+    write_model(tmp_path / "model.pth")
+    paths = [tmp_path / f"{number}.jpg" for number in range(6)]
+    for path in paths:
+        picture(path)
+    monkeypatch.setattr(from_checkpoint, "CONVERTED", 5)
+    ours, theirs = (load_model(tmp_path / "model.pth", "cpu", engine=name) for name in ("auto", "torch"))
+    expected = theirs.encode(paths)
+    assert np.array_equal(ours.encode(paths[:4]), expected[:4]) and not ours.network    # few are not worth it
+    found = ours.encode(paths)
+    assert ours.network and not theirs.network
+    assert not np.array_equal(found, expected) and engine.difference(found, expected) < 1e-5
+    def refuse(*_, **__):
+        raise engine.Refused("it has an operation of its own")
+    monkeypatch.setattr(engine, "made", refuse)
+    refused = load_model(tmp_path / "model.pth", "cpu")
+    for _ in range(2):
+        assert np.array_equal(refused.encode(paths), expected)
+    assert caplog.text.count("it has an operation of its own; torch encodes the pictures") == 1
+
+
 @pytest.mark.avx
 def test_a_runs_features_are_one_engines(mitstates, tmp_path, monkeypatch, caplog):
     frozen = {"freeze_image_encoder": True, "num_iters": 1, "model": "tirg", "engine": "auto"}

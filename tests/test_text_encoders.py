@@ -20,6 +20,7 @@ import main
 import search
 from flags import get_parser
 from image_encoders import quiet
+from machine import engine
 from machine.errors import InputError
 from machine.sentence_encoder import SentenceEncoder
 from searching.gallery import load_model
@@ -28,7 +29,7 @@ from text_model import LearnedWords, SentenceTable, SimpleVocab
 from training.settings import filled
 
 from .conftest import Run, flags, run_main, some
-from .services import ROOT
+from .services import ROOT, write_bert
 
 TEXTS = ["old dog", "is red and has a much longer hem than the one before, with a ribbon at its end and no belt at all",
          "ripe", "caf\u00e9"]
@@ -181,6 +182,87 @@ sentence_source({{"text_encoder": "open_clip:local-dir:{clip}", "image_encoder":
         os.close(user)
         os.close(program)
     assert "InputError: --text_encoder open_clip:local-dir:" in done.stderr and not done.stdout and not ran.exists()
+
+
+# By an engine
+
+def bidirectional(folder):
+    """A CLIP model whose texts are read as a whole, padding and all; the flags of its text encoder."""
+    text = {**TOWER["text_cfg"], "no_causal_mask": True, "pool_type": "last"}
+    (folder / "whole-texts.json").write_text(json.dumps({**TOWER, "text_cfg": text, "custom_text": True}))
+    open_clip.add_model_config(folder / "whole-texts.json")
+    with quiet():
+        torch.save(open_clip.create_model("whole-texts").state_dict(), folder / "whole-texts.pt")
+    named = dict.fromkeys(("image_encoder", "text_encoder"), "open_clip:whole-texts")
+    return {**named, "image_weights": str(folder / "whole-texts.pt")}
+
+
+def of_a_prompt(folder, **how):
+    """MiniLM's folder, all of whose texts get a prompt; how: its pooling has it."""
+    with_modules(folder, ["mean_tokens"])
+    (folder / "config_sentence_transformers.json").unlink()                     # a link
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({
+        "prompts": {"find": "a picture that shows: "}, "default_prompt_name": "find"}))
+    pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({**pooling, **how}))
+    return {"text_encoder": f"hf:{folder}", "pooling_layer": "own", "max_seq_len": "own"}
+
+
+KINDS = {"BERT": lambda folder, _: {**HF, "text_encoder": f"hf:{write_bert(folder / 'bert', 32)}"},
+         "CLIP": lambda _, tower: clip_flags(tower[0]), "no causal CLIP": lambda folder, _: bidirectional(folder),
+         "MiniLM": lambda *_: HF, "its own way": lambda *_: {**HF, **OWN},
+         "a prompt": lambda folder, _: of_a_prompt(folder / "model")}
+
+
+@pytest.mark.parametrize("kind", some([*KINDS], 3, "a real model, converted"))
+@pytest.mark.avx
+def test_an_engine_gives_torchs_vectors_for_texts_of_all_lengths(kind, tower, tmp_path):
+    source = sentence_source(KINDS[kind](tmp_path, tower))
+    texts = [*TEXTS, "x", "half \ud800 a pair", "[SEP] and [CLS]", "red " * 300, "", *(TEXTS[1][:end] for end in
+                                                                                 range(4, 90, 6))]
+    theirs, features, shape = source.vectors(texts), dict(source.features), source.dim
+    source.compute_by("torch")
+    assert source.engine == "torch" and np.array_equal(source.vectors(texts), theirs)
+    source.compute_by("openvino")
+    ours = source.vectors(texts)
+    assert not np.array_equal(ours, theirs) and engine.difference(ours, theirs) < 1e-5
+    assert source.engine == "openvino" and (source.features, source.dim) == (features, shape)
+
+
+@pytest.mark.long("a real model, converted")
+@pytest.mark.avx
+def test_one_whose_texts_an_engine_reads_otherwise_is_torchs(tmp_path):
+    """A prompt that is read, and left out of the mean."""
+    source = sentence_source(of_a_prompt(tmp_path / "model", include_prompt=False))
+    before = source.vectors(TEXTS)
+    with pytest.raises(engine.Refused, match="off by"):
+        source.compute_by("openvino")
+    assert source.engine == "torch" and np.array_equal(source.vectors(TEXTS), before)
+
+
+@pytest.mark.avx
+def test_kept_vectors_are_of_one_engine(tmp_path):
+    flags_of = KINDS["BERT"](tmp_path, None)
+    for name in ("torch", "openvino", "torch"):
+        source = sentence_source(flags_of)
+        source.compute_by(name)
+        vectors = SentenceTable(source, tmp_path / "kept")(TEXTS)
+        np.testing.assert_array_equal(vectors.numpy(), source.vectors(TEXTS) if name == "torch" else vectors)
+    assert len(list((tmp_path / "kept").glob("sentences_*.sqlite"))) == 2
+
+
+@pytest.mark.avx
+def test_a_run_with_texts_by_an_engine_says_where_torch_computes_them(mitstates, tmp_path, monkeypatch, caplog):
+    """Its image encoder learns, and stays torch's."""
+    changes = {**SMALL, **KINDS["BERT"](tmp_path, None), "num_iters": 1, "engine": "auto"}
+    run = run_main("mitstates", mitstates, tmp_path / "logs", **changes)
+    assert torch.load(run.checkpoint, weights_only=True)["opt"]["engine"] == "openvino" and not caplog.text
+    def refuse(*_, **__):
+        raise engine.Refused("it has an operation of its own")
+    monkeypatch.setattr(engine, "made", refuse)
+    run_main("mitstates", mitstates, tmp_path / "logs", comment="_refused", **changes)
+    assert caplog.text.count("it has an operation of its own; torch computes the text encoder") == 1
+    assert len(list((mitstates / "image_cache").glob("sentences_*.sqlite"))) == 2
 
 
 # Folders of sentence-transformers

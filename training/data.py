@@ -155,6 +155,11 @@ def find_source(args: argparse.Namespace, source: str | Path, state: dict | None
     if state and state.get("sentences", service.features) != service.features:
         logging.warning("note: the checkpoint was trained with the sentence vectors of %s, %s has %s",
                         state["sentences"], service, service.features)
+    if isinstance(service, InProcess):
+        try:
+            service.compute_by(args.engine)
+        except engine.Refused as why:
+            log.warning("note: --engine %s: %s; torch computes the text encoder", args.engine, why)
     return service
 
 
@@ -208,7 +213,8 @@ class Backbone:
 
     def __init__(self, model: ImgTextCompositionBase, name: str):
         self.model, self.name, self.network = model, name, None
-        self.made_by = model.backbone_fingerprint() + f"_{name}" * (name != "torch")
+        by = f"_{name}" + "_bf16" * model.bf16
+        self.made_by = model.backbone_fingerprint() + by * (name != "torch")
 
     def __call__(self, images: Tensor) -> Tensor:
         if self.name == "torch":

@@ -1,6 +1,7 @@
 """What a run's flags come to, with what its checkpoint says and what this machine has: settled once, here."""
 
 import argparse
+import logging
 from functools import partial
 
 import torch
@@ -17,6 +18,8 @@ from text_encoders import OWN, text_encoder_of
 from training import checkpoint, report
 from training.resuming import Start, find_start
 from training.writers import WRITERS
+
+log = logging.getLogger(__name__)
 
 
 def settle(words: list[str], device: torch.device, lock: FolderLock) -> tuple[argparse.Namespace, Start]:
@@ -75,25 +78,28 @@ def filled(args: argparse.Namespace, opt: dict | None = None) -> argparse.Namesp
 
 
 def engine_of(args: argparse.Namespace, device: str, opt: dict | None = None) -> str:
-    """What computes a run's frozen image encoder: 'torch' or 'openvino'. opt: of the run that goes on, whose own it is.
+    """What computes what a run has frozen, images' encoder or texts': 'torch' or 'openvino'. opt: of the run that goes
+    on, whose own it is.
 
     Raises InputError where OpenVINO is asked for and is not there, or not for this run.
     """
     if args.engine == "auto" and opt:
         return opt.get("engine", "torch")                                       # older runs had no other
-    if args.engine == "torch" or (args.engine == "auto" and not (
-            args.freeze_image_encoder and device == "cpu" and engine.is_there())):
+    frozen = args.freeze_image_encoder or text_encoder_of(plain(args)) not in ("lstm", "service")
+    if args.engine == "torch" or (args.engine == "auto" and not (frozen and device == "cpu" and engine.is_there())):
         return "torch"
-    if not args.freeze_image_encoder:
-        raise InputError("--engine openvino computes an image encoder that does not learn: add --freeze_image_encoder "
-                         "True, or drop --engine")
+    if not frozen:
+        raise InputError("--engine openvino computes encoders that do not learn: add --freeze_image_encoder True or "
+                         "--text_encoder hf:NAME, or drop --engine")
     if device != "cpu":
         raise InputError("--engine openvino is for a CPU: drop it, or pass --device cpu")
     try:
-        if args.precision != "bf16" or engine.has_bf16():
+        if args.precision != "bf16" or not args.freeze_image_encoder or engine.has_bf16():
             return engine.NAME
     except engine.Refused as error:
         raise InputError(f"--engine openvino: {error}, or drop --engine") from None
     if args.engine == "auto":
+        log.warning("note: this processor has no bfloat16, so with --precision bf16 torch computes what is frozen, in "
+                    "place of OpenVINO; --precision fp32 is faster here")
         return "torch"
     raise InputError("--engine openvino --precision bf16: this processor has no bfloat16; pass --precision fp32")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from image_encoders import LIBRARIES, quiet
 from machine.errors import InputError
 from machine.tensor_files import fingerprint
-from text_encoders import clip_tokenizer, loaded_clip
+from text_encoders import clip_tokenizer, is_causal, loaded_clip, text_part
 from zero_shot.prompts import PICTURE
 
 
@@ -41,8 +41,7 @@ class TextTower(nn.Module):
 
     @property
     def text(self) -> nn.Module:
-        """What has the layers: of open_clip's models some are their text tower, others hold one."""
-        return getattr(self.clip, "text", self.clip)
+        return text_part(self.clip)
 
     @property
     def width(self) -> int:
@@ -57,11 +56,7 @@ class TextTower(nn.Module):
     @property
     def is_causal(self) -> bool:
         """Whether it is CLIP's own kind, which `encode` knows; others only read texts."""
-        text = self.text
-        return (all(hasattr(text, part) for part in ("token_embedding", "transformer", "ln_final", "text_projection"))
-                and getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
-                and not getattr(text, "use_pad_mask", False)
-                and (getattr(text, "pool_type", None) or getattr(text, "text_pool_type", "argmax")) == "argmax")
+        return is_causal(self.clip)
 
     @cached_property
     def tokenizer(self):
