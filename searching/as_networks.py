@@ -110,8 +110,8 @@ def write(encoder: CheckpointEncoder, images: ImageList, out: Path, made_of: str
     """An index's networks, of a model on the CPU, compared with it; the index's list knows their checksum. made_of: as
     of `Record`. Raises Refused and Unusable where they cannot be made, OSError where they cannot be written."""
     networks.discard(out)
-    if not encoder.model.is_of_vectors or encoder.model.frozen or encoder.query_dim != encoder.image_dim:
-        raise engine.Refused(f"{encoder.model.recipe.composer} composes of more than an image's and a text's vector")
+    if encoder.model.frozen:
+        raise engine.Refused(f"the texts of {encoder.model.recipe.composer} are read by its own text tower")
     parts = image_and_composer(encoder.model.eval())
     module, ids, told, tokenizer = text_part(encoder)
     made = {name: engine.made(part, rows) for name, (part, rows) in parts.items()}

@@ -52,9 +52,9 @@ def write(model: ImgTextCompositionBase, folder: Path) -> dict[str, float]:
     """All files of a model on the CPU, in eval mode, which is no more to be used. Returns {file: the largest
     difference from torch, of TOLERANCE's kind}. Raises InputError where one cannot be written, or differs by more.
     """
-    if not model.is_of_vectors:
-        raise InputError(f"--onnx: {model.recipe.composer} composes not of a picture's and a text's vector alone, so "
-                         "that there is no such file of it; leave --onnx out")
+    if not model.is_of_vectors or model.query_dim != model.image_dim:
+        raise InputError(f"--onnx: {model.recipe.composer} makes no vector of a picture's and a text's alone that is "
+                         "compared with a gallery's, so that there is no such file of it; leave --onnx out")
     for module in list(model.modules()):
         if isinstance(getattr(module, "pool", None), nn.AdaptiveMaxPool1d):
             module.pool = SlicedMax(module.pool.output_size)

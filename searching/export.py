@@ -126,7 +126,8 @@ def command(opt: dict) -> str:
 
 def onnx_section(encoder: CheckpointEncoder, told: dict) -> list[str]:
     made_of, differences = encoder.model.recipe, told["largest_difference_from_torch"]
-    features = ("the LSTM is not among them: `model.model.encode_text([...])` gives it" if encoder.vocabulary else
+    reader = "LSTM" if encoder.vocabulary else "text tower" if encoder.model.frozen else ""
+    features = (f"the {reader} is not among them: `model.model.encode_text([...])` gives it" if reader else
                 f"the vector of {made_of.text_encoder}")
     words = []
     if made_of.learn_words:

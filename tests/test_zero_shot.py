@@ -13,6 +13,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import main
 import search
@@ -30,6 +31,7 @@ from zero_shot.basic import read_given
 
 from .conftest import flags, picture, run_main, some, write_cirr, write_fashion_iq, write_mitstates
 from .services import ROOT
+from .test_distributed import only_run, run, torchrun
 from .test_text_encoders import TOWER, clip_flags, tower  # noqa: F401 the fixture
 from .zero_shot_trees import TREES
 
@@ -274,6 +276,67 @@ def test_what_learns_nothing_is_tested_kept_searched_and_exported(name, world, t
         by_hand = (features @ query[:24]).clamp(min=0) * (features @ query[24:]).clamp(min=0)
         assert [hit.score for hit in hits] == pytest.approx(by_hand.tolist(), abs=1e-6)
         assert model.query_dim == 48
+
+
+@pytest.fixture(scope="module")
+def local(tower, tmp_path_factory):  # noqa: F811
+    """A folder of the same model in open_clip's form, which other processes know, too."""
+    folder = tmp_path_factory.mktemp("local")
+    preprocessing = {"size": 32, "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TOWER, "preprocess_cfg": preprocessing}))
+    save_file({name: value.contiguous() for name, value in tower[1].state_dict().items()},
+              folder / "open_clip_model.safetensors")
+    name = f"open_clip:local-dir:{folder}"
+    return {"image_encoder": name, "text_encoder": name, "image_size": 32, "image_weights": "imagenet"}
+
+
+def kept(run_logs):
+    return max(run_logs.glob("*/best_checkpoint.pth"), key=lambda path: path.stat().st_mtime_ns)
+
+
+@pytest.mark.long("torch.onnx takes seconds")
+def test_sum_is_written_as_onnx_and_what_is_no_vector_is_refused(world, local, tmp_path, capsys):
+    import onnxruntime
+
+    def untrained(name):
+        logs = tmp_path / name
+        assert main.main(flags("mitstates", world / "mitstates", logs, **local, model=name, test_only=True)) == 0
+        return kept(logs)
+    out = tmp_path / "out"
+    assert search.main(["export", f"--model_checkpoint={untrained('sum')}", f"--out={out}", "--onnx"]) == 0
+    model, rows = load_model(out, "cpu").model, torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0))
+    (query,) = onnxruntime.InferenceSession(out / "composer.onnx").run(
+        None, {"image": rows[0].numpy(), "text": rows[1].numpy()})
+    by_hand = F.normalize(sum(F.normalize(each, dim=1) for each in rows), dim=1)
+    np.testing.assert_allclose(query, by_hand.numpy(), atol=1e-5)
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (feature,) = onnxruntime.InferenceSession(out / "image_encoder.onnx").run(None, {"pixels": pixels.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(feature, model.encode_image(pixels).numpy(), atol=1e-4)
+    assert "text tower is not among them" in (out / "README.md").read_text()
+    capsys.readouterr()
+    assert search.main(["export", f"--model_checkpoint={untrained('product')}", f"--out={tmp_path / 'no'}",
+                        "--onnx"]) == 2
+    assert "leave --onnx out" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.long("jobs of two processes")
+def test_several_processes_train_and_test_as_one(world, local, tmp_path):
+    """LinCIR's towers stay the file's; the test of BASIC, whose corpora the first process alone reads, is that of one
+    process."""
+    def shared(dataset, place, logs, **how):
+        run(*torchrun(2, "main.py", *flags(dataset, place, logs, batch_size=4, **how)))
+        return only_run(logs)
+    trained = shared("texts", world / "captions.txt", tmp_path / "trained", **local, **ADAMW, model="LinCIR",
+                     num_iters=3)
+    weights = torch.load(trained.checkpoint, weights_only=True)["model_state_dict"]
+    alone = Recipe("LinCIR", local["image_encoder"], 32, 0, local["text_encoder"], 0, {}).build()
+    alone.load_weights("imagenet")
+    assert all(torch.equal(value, weights[name]) == (not name.startswith("phi."))
+               for name, value in alone.state_dict().items())
+    two, one = (make("mitstates", world / "mitstates", tmp_path / make.__name__, **local, model="BASIC", test_only=True,
+                     subjects=world / "subjects.txt", styles=world / "styles.txt") for make in (shared, run_main))
+    assert two.metrics["test"] == one.metrics["test"]
 
 
 def given_files(folder, rows=5, width=24):

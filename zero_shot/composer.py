@@ -32,7 +32,7 @@ class ZeroShot(ImageSide, ByCosine):
     betas, eps = (0.9, 0.999), 1e-8     # of AdamW
     about = ""                          # what a test says of it, where its name does not
     example_texts: Sequence[str] = ()
-    sentence_vectors = vocabulary = None                                        # of the trained composers
+    sentence_vectors = vocabulary = learned_words = None                        # of the trained composers
 
     def __init__(self, encoder: str, image_size: int, prompt: str = "auto",
                  corpora: Sequence[Sequence[str]] = ()):
