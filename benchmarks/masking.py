@@ -41,7 +41,7 @@ def tagger() -> tuple[str, Callable[[str], Tagged]]:
     except (ImportError, OSError):
         return "by the rule of benchmarks/masking.py", by_rule
     return f"by spaCy's {MODEL} {model.meta.get('version', '')}", lambda text: [
-        (word.idx, word.idx + len(word), word.pos_) for word in model(text)]
+        (word.idx, word.idx + len(word), word.pos_) for word in model(text) if not word.is_space]
 
 
 def by_rule(text: str) -> Tagged:
