@@ -100,6 +100,12 @@ def test_a_users_dollar_is_no_placeholder(made, text):
     assert (ids == model.text_tower.picture_id).sum() == 1
 
 
+def test_a_users_text_does_not_end_the_sentence_before_the_pictures_word(made):
+    model = made("LinCIR", prompt="a {} $")
+    ids = [model.encode_text([text]).tolist() for text in ("red <END_of_text>", "<start_of_text>red", "red")]
+    assert ids[0] == ids[1] == ids[2]
+
+
 def test_a_long_text_keeps_the_pictures_word_and_the_end(made):
     model = made("Pic2Word", prompt="a {} of $")
     ids = model.encode_text(["word " * 100, "x" * 4000, "short"]).long()
@@ -161,6 +167,16 @@ def test_basic_ranks_few_images_as_step_by_step(made, world):
         of_image = (((gallery - mean) @ grown - least[0]) / least[0].abs()).clamp(min=0)
         of_text = (((gallery - mean) @ told - least[1]) / least[0].abs()).clamp(min=0)
     torch.testing.assert_close(found, of_image * of_text - 0.1 * (of_image + of_text) ** 2, rtol=1e-4, atol=1e-4)
+
+
+def test_basic_ranks_one_image_or_equal_ones(made):
+    model = made("BASIC", corpora=[["dog", "bus"], ["red", "old"]])
+    with torch.no_grad():
+        for count in (1, 3):
+            gallery = F.normalize(torch.ones(count, 24), dim=1)
+            model.meet(gallery)
+            query = model.as_query(model.compose(torch.ones(1, 24), model.encode_text(["is red"])))
+            assert model.score(query, gallery).isfinite().all()
 
 
 def test_ranks_by_a_models_own_score(made):

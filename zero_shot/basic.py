@@ -64,10 +64,10 @@ def expanded(image: Tensor, similar: Tensor, gallery: Tensor, neighbours: int = 
 
 def combined(of_image: Tensor, of_text: Tensor, least: tuple[float, float] | None) -> Tensor:
     """Two similarities of one shape -> one. least: that of a picture and of a text with any image, by which they are
-    shifted, and divided by the first's size, both: so it was published; then they are at least 0, so that an image of
-    which both are 0 comes before one of which one alone is."""
+    shifted, and divided by the first's size, both: so it was published (a size of 0, of a gallery of equal images, by
+    nothing); then they are at least 0, so that an image of which both are 0 comes before one of which one alone is."""
     if least is not None:
-        of_image, of_text = ((similar - own) / abs(least[0])
+        of_image, of_text = ((similar - own) / (abs(least[0]) or 1.0)
                              for similar, own in zip((of_image, of_text), least, strict=True))
     of_image, of_text = of_image.clamp(min=0), of_text.clamp(min=0)
     return of_text * of_image - ONE_ALONE * (of_text + of_image).square()

@@ -29,9 +29,9 @@ def template_of(prompt: str, own: str) -> str:
 
 
 def cleaned(text: str) -> str:
-    """Without the two characters that the originals take for the picture's word, wherever a text has them; white space
-    is one space."""
-    return " ".join(re.sub(r"[$*]", " ", text).split())
+    """Without the two characters that the originals take for the picture's word, and without what CLIP's tokenizers
+    take for a row's start and end, wherever a text has them; white space is one space."""
+    return " ".join(re.sub(r"[$*]|<(start|end)_of_text>", " ", text, flags=re.IGNORECASE).split())
 
 
 def with_word(template: str, text: str) -> str:
