@@ -21,7 +21,7 @@ from machine import engine
 from machine.errors import InputError, first_line
 from machine.offline import offline
 from machine.tensor_files import fingerprint
-from machine.word_pieces import by_length
+from machine.word_pieces import CLEANINGS, by_length, byte_pairs
 from text_model import SentenceService
 
 OWN = "own"                             # of a flag: as the model's folder says
@@ -77,8 +77,25 @@ class InProcess:
             self.convert()
             self.engine = name
 
+    # What a network of it is made of
+
+    segments = False                    # whether its module is told how many of a text's ids are the first segment's
+
     def convert(self) -> None:
-        """Have a network compute in torch's place."""
+        """Have a network compute in torch's place. Raises Refused."""
+        raise NotImplementedError
+
+    def module(self) -> tuple[nn.Module, list[Tensor]]:
+        """Ids (B, n) of texts of one length -> (B, T), with rows to try it on."""
+        raise NotImplementedError
+
+    def word_pieces(self, texts: list[str]) -> list[list[int]]:
+        """Those ids."""
+        raise NotImplementedError
+
+    def tokenizer_file(self) -> tuple[bytes, dict]:
+        """How texts become ids without torch: tokenizer.json, and what `WordPieces` has to know beside it. Raises
+        Refused."""
         raise NotImplementedError
 
     def connected(self) -> AbstractContextManager:
@@ -136,6 +153,21 @@ class HuggingFace(InProcess):
     def convert(self) -> None:
         self.encoder.compute_by_engine()
 
+    @property
+    def segments(self) -> bool:
+        return self.encoder.segments
+
+    def module(self) -> tuple[nn.Module, list[Tensor]]:
+        return self.encoder.module(), self.encoder.rows()
+
+    def word_pieces(self, texts: list[str]) -> list[list[int]]:
+        return self.encoder.word_pieces(texts)
+
+    def tokenizer_file(self) -> tuple[bytes, dict]:
+        if not self.encoder.tokenizer.is_fast:
+            raise engine.Refused(f"the texts of {self.name} are read by Python's code")
+        return self.encoder.tokenizer.backend_tokenizer.to_str().encode(), self.encoder.facts()
+
 
 class ClipTower(InProcess):
     """A CLIP model's text tower and its projection. weights: 'imagenet' for the name's own, or a file of them."""
@@ -165,8 +197,21 @@ class ClipTower(InProcess):
         ends = ids.argmax(1) + 1 if is_causal(self.tower) else [None] * len(ids)
         return [row[:end].tolist() for row, end in zip(ids, ends, strict=True)]
 
+    def word_pieces(self, texts: list[str]) -> list[list[int]]:
+        return self.cut(self.ids(texts))
+
+    def tokenizer_file(self) -> tuple[bytes, dict]:
+        words, plain = self.tokenizer, isinstance(self.tokenizer, LIBRARIES["open_clip"].open_clip.SimpleTokenizer)
+        clean = plain and words.clean_fn.__name__.removeprefix("_clean_")
+        if not plain or words.reduction_fn or clean not in CLEANINGS:
+            raise engine.Refused(f"the texts of {self.name} are read by {type(words).__name__} of open_clip")
+        special = [words.decoder[number] for number in words.all_special_ids]
+        causal = is_causal(self.tower)
+        return byte_pairs(words.encoder, list(words.bpe_ranks), special), {
+            "start": words.sot_token_id, "end": words.eot_token_id, "between": None, "length": words.context_length,
+            "special": True, "clean": clean, "padded": not causal, "until_end": causal}
+
     def module(self) -> tuple[nn.Module, list[Tensor]]:
-        """The tower for texts of one length, with rows to try it on."""
         if not is_causal(self.tower):
             return WholeTexts(self.tower), [self.ids(OF_ONE_LENGTH)]
         return CausalTexts(self.tower), [torch.tensor(self.cut(self.ids(OF_ONE_LENGTH)))]

@@ -62,6 +62,10 @@ class ByEngine:
     def module(self) -> nn.Module:
         return Texts(self)
 
+    def word_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts that the model is given."""
+        return [ids for ids, _ in self.token_ids(texts)]
+
     def compute_by_engine(self) -> None:
         """From now on a network computes, which was compared with torch, long texts and short. Raises Refused."""
         module = self.module()

@@ -1,5 +1,7 @@
 """Texts to the ids of word pieces, as a BERT-type model or a CLIP model's text tower reads them."""
 
+import html
+import string
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
@@ -59,27 +61,70 @@ def by_length(rows: Sequence[Sequence[int]], network: Callable, *beside: Sequenc
     return np.stack([found[place] for place in range(len(rows))])
 
 
+def in_lines(text: str) -> str:
+    """ftfy's and HTML's repairs, single spaces: what each of `CLEANINGS` does first."""
+    return " ".join(html.unescape(html.unescape(ftfy().fix_text(text))).split())
+
+
+# What open_clip does to a text before it is split.
+CLEANINGS: dict[str, Callable[[str], str]] = {
+    "whitespace": in_lines, "lower": lambda text: in_lines(text).lower(),
+    "canonicalize": lambda text: " ".join(in_lines(text).replace("_", " ").translate(
+        str.maketrans("", "", string.punctuation)).lower().split())}
+
+
+def ftfy():
+    """The library. Raises InputError."""
+    try:
+        import ftfy
+    except ImportError:
+        raise InputError("this model's texts are read by ftfy: pip install -r requirements-serve.txt") from None
+    return ftfy
+
+
 class WordPieces:
     """Texts to ids by a tokenizer of the library tokenizers, without transformers and torch.
 
     start, end: of [CLS] and [SEP], or what stands for them. between: of what is put between the texts of a pair, None
     for models that know no pairs. length: most ids of a text. special: whether a text that says "[SEP]" has that token
-    there, as sentence-transformers reads it, and not a text.
+    there, as sentence-transformers reads it, and not a text. clean: of CLEANINGS, what is done to texts first. padded:
+    whether ids are followed by zeros up to `length`. until_end: whether a text ends at the first `end` in it, which it
+    may say itself with `special`.
     """
 
-    def __init__(self, tokenizer, start: int, end: int, between: list[int] | None, length: int, special: bool = False):
+    def __init__(self, tokenizer, start: int, end: int, between: list[int] | None, length: int, special: bool = False,
+                 clean: str | None = None, padded: bool = False, until_end: bool = False):
         if not (all(isinstance(number, int) for number in (start, end, length, *(between or ()))) and length > 2):
             raise ValueError("a tokenizer's facts are of the wrong kind")
+        self.clean, self.padded, self.until_end = CLEANINGS[clean] if clean else str, padded, until_end
+        if clean:
+            ftfy()                                                              # missing? said before the first text
         self.tokenizer, self.start, self.end, self.between, self.length = tokenizer, start, end, between, length
         tokenizer.encode_special_tokens = not special
 
     def ids(self, texts: Sequence[str]) -> list[tuple[list[int], int]]:
         """For each text its ids, and how many of them are the first segment's."""
         pairs = [split_pair(text) if self.between is not None else [text] for text in texts]
-        parts = [readable(part, self.length) for pair in pairs for part in pair]
+        parts = [self.clean(readable(part, self.length)) for pair in pairs for part in pair]
         found = iter(self.tokenizer.encode_batch(parts, add_special_tokens=False))
-        return [joined(*[next(found).ids for _ in pair], *[()] * (2 - len(pair)), self.start, self.end,
-                       self.between or [], self.length) for pair in pairs]
+        ids = [joined(*[next(found).ids for _ in pair], *[()] * (2 - len(pair)), self.start, self.end,
+                      self.between or [], self.length) for pair in pairs]
+        if self.until_end:
+            ids = [(row[:row.index(self.end) + 1], first) for row, first in ids]
+        return [(row + [0] * (self.length - len(row)), first) for row, first in ids] if self.padded else ids
+
+
+def byte_pairs(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> bytes:
+    """tokenizer.json of CLIP's byte pairs: words, single digits, runs of signs; a word's last piece ends in </w>.
+    special: which of the vocabulary stand for themselves in a text."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+
+    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+)")
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.add_special_tokens([AddedToken(each, normalized=False) for each in special])
+    return tokenizer.to_str().encode()
 
 
 def read_tokenizer(content: bytes):

@@ -25,7 +25,6 @@ from searching.encoder import Encoder
 from searching.from_checkpoint import CheckpointEncoder
 from searching.image_list import MODEL, ImageList
 from searching.networks import COMPOSER, IMAGE, NETWORKS, TEXT, WORDS, NetworkEncoder, Record, Unusable
-from text_encoders import HuggingFace
 from text_model import TextLSTMModel
 
 TOLD = "model", "use_complete_text_query"                                       # of a run's flags, on a page
@@ -34,7 +33,8 @@ COMPARED = 3                            # pictures, made up
 TEXTS = ("is white, with a ribbon", "A-line, CAFÉ naïve Straße", "[CLS] [SEP] [MASK] <s> </s> <|endoftext|>",
          "\u82b1\u67c4\u306e\u30c9\u30ec\u30b9", "\U0001f457\U0001f3fd dress", "a ||| b", "x" * 300,
          "1,234.50 EUR\t(50%)\n- new", "don't  it's   they'll", "\u200bzero\u00adsoft", "\ufb01t \uff26\uff35 \u00bd",
-         "\u0645\u0631\u062d\u0628\u0627", "same " * 90, "\x00\x07bell", "unaffordable antidisestablishmentarianism")
+         "\u0645\u0631\u062d\u0628\u0627", "same " * 90, "\x00\x07bell", "unaffordable antidisestablishmentarianism",
+         "black &amp;amp; white, sch\u00c3\u00b6n \u201cquoted\u201d", "<start_of_text> a_b  <end_of_text>", "2024 1st")
 
 
 class ImageEncoder(nn.Module):
@@ -96,14 +96,13 @@ def text_part(encoder: CheckpointEncoder) -> tuple[nn.Module, list[Tensor], dict
     if encoder.vocabulary:
         ids = torch.randint(len(encoder.vocabulary), (COMPARED, 5), generator=numbers)
         return LSTMTexts(encoder.model.text_model), [ids], {"words": dict(encoder.vocabulary.word2id)}, None
-    source = None if encoder.text_encoder == "service" else encoder.sentences.table.service
-    if not isinstance(source, HuggingFace) or not source.encoder.tokenizer.is_fast:
-        raise engine.Refused(f"its texts are read by {encoder.text_encoder}")
-    reader, told = source.encoder, {}
-    tokenizer = reader.tokenizer.backend_tokenizer.to_str().encode()
-    if (words := encoder.model.learned_words) is not None:
-        told = {"learned": dict(words.vocabulary.word2id)}
-    return reader.module(), reader.rows(), {"pieces": reader.facts(), "segments": reader.segments, **told}, tokenizer
+    if encoder.text_encoder == "service":
+        raise engine.Refused("its texts are read by a sentence service")
+    source = encoder.sentences.table.service
+    tokenizer, facts = source.tokenizer_file()
+    learned = encoder.model.learned_words
+    told = {} if learned is None else {"learned": dict(learned.vocabulary.word2id)}
+    return *source.module(), {"pieces": facts, "segments": source.segments, **told}, tokenizer
 
 
 def write(encoder: CheckpointEncoder, images: ImageList, out: Path, made_of: str | None) -> NetworkEncoder:
@@ -138,6 +137,11 @@ def compare(ours: NetworkEncoder, theirs: CheckpointEncoder) -> None:
     """The whole way, as searching goes it. Raises Unusable where they differ by more than rounding."""
     texts = [*theirs.examples[:8], *(TEXTS if ours.pieces else list(theirs.vocabulary.word2id)[:3])]
     texts = [text for text in texts if text.strip()]
+    if ours.pieces:
+        read = theirs.sentences.table.service.word_pieces(texts)
+        if wrong := [text for text, right, (ids, _) in zip(texts, read, ours.pieces.ids(texts), strict=True)
+                     if ids != right]:
+            raise Unusable(f"{wrong[0]!r} is read otherwise")
 
     def made(by: Encoder) -> dict[str, np.ndarray]:
         images, read = by.encode_pixels(pictures(by.size)), by.encode_texts(texts)

@@ -204,6 +204,27 @@ def some(cases, count=1, why="the same path with other values"):
             for number, case in enumerate(cases)]
 
 
+TOWER = {"embed_dim": 24,
+         "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory):
+    """A CLIP model of the smallest, known to open_clip by name; its weights in a file."""
+    import open_clip  # only here: they take seconds
+    import torch
+
+    from image_encoders import quiet
+    folder = tmp_path_factory.mktemp("towers")
+    (folder / "two-towers.json").write_text(json.dumps(TOWER))
+    open_clip.add_model_config(folder / "two-towers.json")
+    with quiet():
+        model = open_clip.create_model("two-towers").eval()
+    torch.save(model.state_dict(), folder / "two-towers.pt")
+    return folder / "two-towers.pt", model
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A run whose model tells pictures apart: batch norm of ResNet-18 has learned what they are like, of the small

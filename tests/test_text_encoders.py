@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -23,35 +24,19 @@ from image_encoders import quiet
 from machine import engine
 from machine.errors import InputError
 from machine.sentence_encoder import SentenceEncoder
+from machine.word_pieces import WordPieces, read_tokenizer
 from searching.gallery import load_model
 from text_encoders import InProcess, sentence_source, text_encoder_of
 from text_model import LearnedWords, SentenceTable, SimpleVocab
 from training.settings import filled
 
-from .conftest import Run, flags, run_main, some
+from .conftest import TOWER, Run, flags, run_main, some
 from .services import ROOT, write_bert
 
 TEXTS = ["old dog", "is red and has a much longer hem than the one before, with a ribbon at its end and no belt at all",
          "ripe", "caf\u00e9"]
 HF = {"text_encoder": f"hf:{MINILM}", "pooling_layer": -2, "max_seq_len": 25}
 SMALL = {"model": "tirg"}
-TOWER = {"embed_dim": 24,
-         "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}
-
-
-@pytest.fixture(scope="session")
-def tower(tmp_path_factory):
-    """A CLIP model of the smallest, known to open_clip by name; its weights in a file."""
-    folder = tmp_path_factory.mktemp("towers")
-    (folder / "two-towers.json").write_text(json.dumps(TOWER))
-    open_clip.add_model_config(folder / "two-towers.json")
-    with quiet():
-        model = open_clip.create_model("two-towers").eval()
-    torch.save(model.state_dict(), folder / "two-towers.pt")
-    return folder / "two-towers.pt", model
-
-
 def clip_flags(path):
     return {"image_encoder": "open_clip:two-towers", "text_encoder": "open_clip:two-towers", "image_weights": str(path)}
 
@@ -227,6 +212,20 @@ def test_an_engine_gives_torchs_vectors_for_texts_of_all_lengths(kind, tower, tm
     ours = source.vectors(texts)
     assert not np.array_equal(ours, theirs) and engine.difference(ours, theirs) < 1e-5
     assert source.engine == "openvino" and (source.features, source.dim) == (features, shape)
+
+
+def test_clips_word_pieces_are_open_clips_without_it(tower, monkeypatch):
+    source, chance = sentence_source(clip_flags(tower[0])), random.Random(0)
+    content, facts = source.tokenizer_file()
+    pieces = WordPieces(read_tokenizer(content), **facts)
+    signs = "abcXYZ 019'.,!&;<>_-\"s't \u00e9\u00df\u4e2d\U0001f457\ufb01\u0130\u200b\u0301\t\n"
+    texts = ["".join(chance.choices(signs, k=chance.randint(1, 60))) for _ in range(500)]
+    texts += ["&lt;b&gt; &amp;amp;", "sch\u00c3\u00b6n", "<end_of_text> red", "red<start_of_text>", "word " * 40,
+              "I'LL don't"]
+    assert [ids for ids, _ in pieces.ids(texts)] == source.word_pieces(texts)
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(InputError, match=r"read by ftfy: pip install -r requirements-serve\.txt"):
+        WordPieces(read_tokenizer(content), **facts)
 
 
 @pytest.mark.long("a real model, converted")

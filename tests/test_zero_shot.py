@@ -29,10 +29,10 @@ from training import checkpoint
 from zero_shot import prompts
 from zero_shot.basic import read_given
 
-from .conftest import flags, picture, run_main, some, write_cirr, write_fashion_iq, write_mitstates
+from .conftest import TOWER, flags, picture, run_main, some, write_cirr, write_fashion_iq, write_mitstates
 from .services import ROOT
 from .test_distributed import only_run, run, torchrun
-from .test_text_encoders import TOWER, clip_flags, tower  # noqa: F401 the fixture
+from .test_text_encoders import clip_flags
 from .zero_shot_trees import TREES
 
 CAPTIONS = ["a red dog runs on the grass", "Two blue buses, parked.", "an old <PERSON> with $5", "the snow", "running"]
@@ -40,7 +40,7 @@ ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, tower):  # noqa: F811
+def world(tmp_path_factory, tower):
     """A data set, captions and corpora; and what makes a model of these towers."""
     root = tmp_path_factory.mktemp("world")
     write_mitstates(root / "mitstates")
@@ -53,7 +53,7 @@ def world(tmp_path_factory, tower):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def made(tower):  # noqa: F811
+def made(tower):
     def make(name, **how):
         model = Recipe(name, "open_clip:two-towers", 32, 0, "open_clip:two-towers", 0, {}, **how).build()
         model.load_weights(str(tower[0]))
@@ -61,13 +61,13 @@ def made(tower):  # noqa: F811
     return make
 
 
-def changes(tower, **more):  # noqa: F811
+def changes(tower, **more):
     return {**clip_flags(tower[0]), "image_size": 32, "batch_size": 4, **more}
 
 
 # The text tower
 
-def test_a_row_cut_after_its_end_says_the_same(made, tower):  # noqa: F811
+def test_a_row_cut_after_its_end_says_the_same(made, tower):
     texts = ["a dog", "a much longer text about a red bus in snow", ""]
     ours = made("text").text_tower
     with torch.no_grad():
@@ -232,7 +232,7 @@ def test_pictures_are_found_in_folders_below(tmp_path):
 # Runs
 
 @pytest.mark.long("two runs and a test")
-def test_lincir_learns_from_captions_goes_on_and_is_tested(world, tower, tmp_path, capsys):  # noqa: F811
+def test_lincir_learns_from_captions_goes_on_and_is_tested(world, tower, tmp_path, capsys):
     logs = tmp_path / "logs"
     how = {**changes(tower), **ADAMW, "model": "LinCIR"}
     run = run_main("texts", world / "captions.txt", logs, **how, num_iters=6)
@@ -256,7 +256,7 @@ def test_lincir_learns_from_captions_goes_on_and_is_tested(world, tower, tmp_pat
     assert (world / "image_cache").is_dir()                                     # captions' vectors are kept there
 
 
-def test_pic2word_learns_from_pictures(world, tower, tmp_path):  # noqa: F811
+def test_pic2word_learns_from_pictures(world, tower, tmp_path):
     run = run_main("pictures", world / "pictures", tmp_path / "logs", **changes(tower), **ADAMW, model="Pic2Word",
                    num_iters=4, validation=0.3)
     lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
@@ -264,7 +264,7 @@ def test_pic2word_learns_from_pictures(world, tower, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", some(["product", "BASIC", "sum", "image", "text"], 2))
-def test_what_learns_nothing_is_tested_kept_searched_and_exported(name, world, tower, tmp_path, capsys):  # noqa: F811
+def test_what_learns_nothing_is_tested_kept_searched_and_exported(name, world, tower, tmp_path, capsys):
     more = {"subjects": world / "subjects.txt", "styles": world / "styles.txt"} if name == "BASIC" else {}
     run_logs = tmp_path / "logs"
     assert main.main(flags("mitstates", world / "mitstates", run_logs, **changes(tower), **more, model=name,
@@ -365,7 +365,7 @@ def given_files(folder, rows=5, width=24):
     return mean, made_up
 
 
-def test_what_basic_is_given_stays_with_it(world, tower, tmp_path, capsys):  # noqa: F811
+def test_what_basic_is_given_stays_with_it(world, tower, tmp_path, capsys):
     """The mean and the least similarities are those of the files, whichever kind, not the gallery's; the checkpoint has
     them, an index and an export, too."""
     mean, made_up = given_files(tmp_path)
@@ -413,7 +413,7 @@ def test_what_basic_is_given_stays_with_it(world, tower, tmp_path, capsys):  # n
     ("synthetic", {"image_features": torch.zeros(3, 24)}, "image_features and text_features"),
     ("synthetic", {"image_features": [1.0], "text_features": [1.0]}, "other things than arrays"),
     ("synthetic", None, "a pickled file of the original"), ("pictures_mean", None, "a pickled file of the original")])
-def test_vectors_that_do_not_fit_are_one_line(flag, content, told, world, tower, tmp_path, capsys):  # noqa: F811
+def test_vectors_that_do_not_fit_are_one_line(flag, content, told, world, tower, tmp_path, capsys):
     file = tmp_path / ("x.pt" if content else "x.npy")
     if content:
         torch.save(content, file)
@@ -455,7 +455,7 @@ def released(kind, path, width=32):
 
 
 @pytest.mark.parametrize("kind", some(["LinCIR", "Pic2Word"]))
-def test_the_originals_files_load(kind, world, tower, tmp_path, capsys):  # noqa: F811
+def test_the_originals_files_load(kind, world, tower, tmp_path, capsys):
     content = released(kind, tmp_path / "phi.pt")
     how = {**changes(tower), "model": kind, "test_only": True, "model_checkpoint": tmp_path / "phi.pt"}
     assert main.main(flags("mitstates", world / "mitstates", tmp_path / "logs", **how)) == 0
@@ -483,7 +483,7 @@ def test_the_originals_files_load(kind, world, tower, tmp_path, capsys):  # noqa
     ("mitstates", {"model": "BASIC", "test_only": True}, "--subjects FILE"),
     ("mitstates", {"model": "text", "test_only": True, "prompt": "a photo"}, "one {}"),
     ("texts", {"model": "LinCIR", "prompt": "a photo that {}"}, "has no $")])
-def test_what_does_not_go_together_is_refused(dataset, how, told, world, tower, tmp_path, capsys):  # noqa: F811
+def test_what_does_not_go_together_is_refused(dataset, how, told, world, tower, tmp_path, capsys):
     place = {"texts": "captions.txt"}.get(dataset, dataset)
     capsys.readouterr()
     assert main.main(flags(dataset, world / place, tmp_path / "logs", **{**changes(tower), **how})) == 2
@@ -491,7 +491,7 @@ def test_what_does_not_go_together_is_refused(dataset, how, told, world, tower, 
     assert told in error[-1] and "Traceback" not in "".join(error)
 
 
-def test_weights_of_transformers_load(tmp_path, tower):  # noqa: F811
+def test_weights_of_transformers_load(tmp_path, tower):
     """A CLIP model of transformers, as it saves one, and open_clip's of the same sizes: the same vectors."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -531,7 +531,7 @@ def test_check_says_what_such_data_hold(dataset, place, told, world, tmp_path, c
 @pytest.mark.parametrize(("dataset", "name"), some([("genecis", "product"), ("circo", "BASIC"), ("imagenet_r", "sum"),
                                                     ("shoes", "product"), ("lasco", "text"), ("fashionIQ", "LinCIR"),
                                                     ("cirr", "product")]))
-def test_every_benchmark_is_asked(dataset, name, world, tower, tmp_path, capsys):  # noqa: F811
+def test_every_benchmark_is_asked(dataset, name, world, tower, tmp_path, capsys):
     """Of GeneCIS each query has a gallery of its own, which a composer scores in its own way."""
     trees = {**TREES, "cirr": write_cirr, "fashionIQ": write_fashion_iq}
     root, more = trees[dataset](tmp_path / "data") or tmp_path / "data", {"test_only": True, "model": name}
