@@ -295,7 +295,7 @@ def test_what_learns_nothing_is_tested_kept_searched_and_exported(name, world, t
 
 
 @pytest.fixture(scope="module")
-def local(tower, tmp_path_factory):  # noqa: F811
+def local(tower, tmp_path_factory):
     """A folder of the same model in open_clip's form, which other processes know, too."""
     folder = tmp_path_factory.mktemp("local")
     preprocessing = {"size": 32, "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
