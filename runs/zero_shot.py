@@ -5,8 +5,11 @@ how they find the toy set's pictures, beside what composes nothing.
     python runs/zero_shot.py --toy data/toy --seeds 0 1 2
 
 The CLIP model sees none of the toy set's own pictures: others of the same things are drawn for it. Its captions name a
-state and a noun. LinCIR then learns from captions alone, Pic2Word from the drawn pictures alone. What is finished
-under --out is not made again. Cells are percent, means over the seeds ± their standard deviation.
+state and a noun. LinCIR then learns from captions alone. Pic2Word learns from pictures alone, drawn ones of the same
+things in no state; with --states True in all of them, so that its word also says in which, whatever the text asks for.
+Each is trained for several numbers of steps, of which the one that finds most of a validation split, nouns of the toy
+set's train split, is tested. What is finished under --out is not made again. Cells are percent, means over the seeds ±
+their standard deviation.
 """
 
 import json
@@ -14,6 +17,7 @@ import random
 import statistics
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +30,7 @@ from safetensors.torch import save_file
 
 from benchmarks.pictures import Pictures
 from data import make_toy
-from flags import Parser, at_least
+from flags import Parser, add, at_least
 from image_encoders import LIBRARIES, quiet, traits
 from machine.errors import InputError
 from machine.image_store import ImageStore, normalize_images
@@ -38,9 +42,11 @@ SIDE = 64
 CONFIG = {"model_cfg": {"embed_dim": 64, "vision_cfg": {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": 16},
                         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}},
           "preprocess_cfg": {"size": SIDE}}
-EACH = 6                                # pictures of a state of a noun
+EACH, PLAIN = 6, 48                     # pictures of a state of a noun, and of a noun in none
 WAYS = ("a photo of a {a} {n}", "a {a} {n}", "a photo of a {n} that is {a}", "a {n} that is {a}", "a photo of a {n}")
 KS = 1, 5, 10
+R1 = "recall_top1_correct_composition"
+VALIDATION = 0.34                       # of the train split's nouns
 PUBLISHED = ("--optimizer=adamw", "--learning_rate=1e-4", "--loader_num_workers=2", "--eval_frequency=0",
              "--log_frequency=100")     # of both; LinCIR's weight decay is 0.01, Pic2Word's 0.1
 ASKED = "a photo of a {} $"
@@ -56,6 +62,18 @@ def drawn(folder: Path) -> Path:
                 (folder / f"{adjective} {noun}").mkdir(parents=True, exist_ok=True)
                 for number in range(EACH):
                     make_toy.draw(folder, f"{adjective} {noun}/for CLIP {number}.jpg", shapes, look)
+        done.touch()
+    return folder
+
+
+def plain(folder: Path) -> Path:
+    """Pictures of every noun, of some dull colour, in none of the states."""
+    done = folder / "all-drawn"
+    if not done.exists():
+        for noun, shapes in {**make_toy.TRAIN_NOUNS, **make_toy.TEST_NOUNS}.items():
+            (folder / noun).mkdir(parents=True, exist_ok=True)
+            for number in range(PLAIN):
+                make_toy.draw(folder, f"{noun}/plain {number}.jpg", shapes, make_toy.Look())
         done.touch()
     return folder
 
@@ -107,26 +125,29 @@ def run(folder: Path, *words: str) -> Path:
     return found[-1].parent
 
 
-def results(out: Path, toy: Path, pictures: Path, seed: int, args) -> dict[str, dict[str, float]]:
-    """{composer: {metric: value}}, of the toy set's test split."""
+def results(out: Path, toy: Path, pictures: Path, seed: int, args) -> tuple[dict, dict]:
+    """Of composers that learn {composer: {steps: {split: {metric: value}}}}, of others {composer: {metric: value}} of
+    the test split."""
     tower = f"open_clip:local-dir:{clip_model(out / f'clip-{seed}', pictures, seed, args.clip_steps, 128)}"
     towers = f"--image_encoder={tower}", f"--text_encoder={tower}", f"--image_size={SIDE}"
     (texts := out / "captions.txt").write_text("".join(
         f"{way.format(a=adjective, n=noun)}\n" for noun in [*make_toy.TRAIN_NOUNS, *make_toy.TEST_NOUNS]
         for adjective in make_toy.ADJECTIVES for way in WAYS))
-    found = {}
-    for model, dataset, path, decay in (("LinCIR", "texts", texts, 0.01), ("Pic2Word", "pictures", pictures, 0.1)):
-        trained = run(out / f"{model}-{seed}", f"--model={model}", f"--dataset={dataset}", f"--dataset_path={path}",
-                      *towers, *PUBLISHED, f"--weight_decay={decay}", f"--num_iters={args.steps}", "--batch_size=128",
+    shown = pictures if args.states else plain(out / "plain")
+    learned, others = {}, {}
+    for (model, dataset, path, decay), steps in product((
+            ("LinCIR", "texts", texts, 0.01), ("Pic2Word", "pictures", shown, 0.1)), args.steps):
+        name = f"{model}-{path.stem}-{seed}-{steps}"
+        trained = run(out / name, f"--model={model}", f"--dataset={dataset}", f"--dataset_path={path}", *towers,
+                      *PUBLISHED, f"--weight_decay={decay}", f"--num_iters={steps}", "--batch_size=128",
                       f"--seed={seed}", f"--prompt={ASKED}")
-        tested = run(out / f"{model}-{seed}-test", "--test_only=True", "--baselines=True", "--dataset=mitstates",
-                     f"--model_checkpoint={trained / 'latest_checkpoint.pth'}",
+        tested = run(out / f"{name}-test", "--test_only=True", "--baselines=True", "--dataset=mitstates",
+                     f"--validation={VALIDATION}", f"--model_checkpoint={trained / 'latest_checkpoint.pth'}",
                      f"--dataset_path={toy / 'mitstates'}")
         content = json.loads((tested / "metrics.json").read_text())
-        found[model] = content["test"]
-        found |= {name.removeprefix("test "): values for name, values in content["baselines"].items()
-                  if "recall_top10_correct_composition" in values}
-    return found
+        learned.setdefault(model, {})[steps] = content
+        others |= {name.removeprefix("test "): values for name, values in content["baselines"].items() if R1 in values}
+    return learned, others
 
 
 def main() -> int:
@@ -135,7 +156,9 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=ROOT / "logs" / "zero_shot", help="folder of all that is made")
     parser.add_argument("--clip_steps", type=at_least(1), default=1500, metavar="N", help="of the CLIP model")
-    parser.add_argument("--steps", type=at_least(1), default=600, metavar="N", help="of LinCIR and Pic2Word")
+    parser.add_argument("--steps", nargs="+", type=at_least(1), default=[100, 200, 300], metavar="N",
+                        help="of LinCIR and Pic2Word, to choose from")
+    add(parser, "--states", False, "Pic2Word learns from pictures in all states")
     args = parser.parse_args()
     try:
         out = args.out.resolve()
@@ -146,15 +169,27 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    print("| |", " | ".join(f"R@{k}" for k in KS), "|\n|" + " --- |" * (len(KS) + 1))
-    for name in tests[0]:
-        cells = []
-        for k in KS:
-            values = [100 * test[name][f"recall_top{k}_correct_composition"] for test in tests]
-            cells.append(f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}"
-                                                             if len(values) > 1 else ""))
-        print(f"| {name} | {' | '.join(cells)} |")
+    learned, others = zip(*tests, strict=True)
+    validated = {name: [[each[name][steps]["validation"][R1] for each in learned] for steps in args.steps]
+                 for name in learned[0]}
+    table("validation, R@1", [f"{steps} steps" for steps in args.steps], validated)
+    chosen = {name: max(zip(map(sum, cells), args.steps, strict=True))[1] for name, cells in validated.items()}
+    tested = {**{name: [each[name] for each in others] for name in others[0]},
+              **{f"{name}, {steps} steps": [each[name][steps]["test"] for each in learned]
+                 for name, steps in chosen.items()}}
+    table("test", [f"R@{k}" for k in KS], {
+        name: [[test[f"recall_top{k}_correct_composition"] for test in of_seeds] for k in KS]
+        for name, of_seeds in tested.items()})
     return 0
+
+
+def table(title: str, columns: list[str], rows: dict[str, list[list[float]]]) -> None:
+    """Of a share for each seed in each cell."""
+    print(f"\n| {title} | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}")
+    for name, cells in rows.items():
+        told = [f"{100 * statistics.mean(values):.1f}" + (f" ± {100 * statistics.stdev(values):.1f}"
+                                                          if len(values) > 1 else "") for values in cells]
+        print(f"| {name} | {' | '.join(told)} |")
 
 
 if __name__ == "__main__":
