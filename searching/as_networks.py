@@ -110,7 +110,7 @@ def write(encoder: CheckpointEncoder, images: ImageList, out: Path, made_of: str
     of `Record`. Raises Refused and Unusable where they cannot be made, OSError where they cannot be written."""
     networks.discard(out)
     if encoder.model.frozen:
-        raise engine.Refused(f"the texts of {encoder.model.recipe.composer} are read by its own text tower")
+        raise engine.Refused(f"{encoder.model.recipe.composer} reads a text within its prompt, by its own text tower")
     parts = image_and_composer(encoder.model.eval())
     module, ids, told, tokenizer = text_part(encoder)
     made = {name: engine.made(part, rows) for name, (part, rows) in parts.items()}

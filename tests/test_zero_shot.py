@@ -264,7 +264,7 @@ def test_pic2word_learns_from_pictures(world, tower, tmp_path):
 
 
 @pytest.mark.parametrize("name", some(["product", "BASIC", "sum", "image", "text"], 2))
-def test_what_learns_nothing_is_tested_kept_searched_and_exported(name, world, tower, tmp_path, capsys):
+def test_what_learns_nothing_is_tested_kept_searched_and_exported(name, world, tower, tmp_path, caplog):
     more = {"subjects": world / "subjects.txt", "styles": world / "styles.txt"} if name == "BASIC" else {}
     run_logs = tmp_path / "logs"
     assert main.main(flags("mitstates", world / "mitstates", run_logs, **changes(tower), **more, model=name,
@@ -276,6 +276,7 @@ def test_what_learns_nothing_is_tested_kept_searched_and_exported(name, world, t
     assert again.metrics["test"] == metrics["test"]
     index, out = tmp_path / "index", tmp_path / "model"
     assert search.main(["index", f"--model_checkpoint={kept}", f"--images={world / 'pictures'}", f"--out={index}"]) == 0
+    assert f"as it has no networks: {name} reads a text within its prompt" in caplog.text
     gallery = Gallery(index, "cpu")
     hits = gallery.search(world / "pictures" / "3.jpg", "is red", 6)
     assert len(hits) == 6 and [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
