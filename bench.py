@@ -969,6 +969,143 @@ def both_clocks(call: Callable) -> tuple[float, float]:
     return taken, time.process_time() - start
 
 
+# Beside another version of this program
+
+# Run by Python in either version's folder, which has these names; what is printed last is a JSON list of numbers.
+IN_EITHER = """
+import itertools, json, sys, time
+from functools import partial
+from pathlib import Path
+import numpy as np
+import torch
+from tqdm import tqdm
+import bench
+from img_text_composition_models import Recipe
+def quiet(items=None, **_): return tqdm(items, disable=True)
+folder, *given = sys.argv[1:]
+"""
+MODEL = IN_EITHER + """
+recipe = Recipe("composeAE", bench.FROZEN, 224, 512, "lstm", 512, {"<UNK>": 0, "red": 1})
+torch.save({"model_state_dict": recipe.build().eval().state_dict(), "recipe": recipe.plain()}, folder)
+print("[]")
+"""
+FILL = IN_EITHER + """
+bench.FROZEN, count, bf16 = given[0], int(given[1]), given[2] == "bf16"
+model = Recipe("tirg", bench.FROZEN, 224, 512, "lstm", 512, {"<UNK>": 0}).build()
+model.to(memory_format=torch.channels_last).eval()
+model.bf16, encode = bf16, model.backbone
+try:
+    encode = __import__("training.data", fromlist=["Backbone"]).Backbone(model, "openvino")
+except ModuleNotFoundError:
+    pass
+store = bench.ImageStore([str(path) for path in sorted(Path(folder).rglob("*.jpg"))[:count]], 224, Path(given[3]))
+store.batch(range(len(store)))                                                  # decoded, and
+encode(store.batch(range(8)))                                                   # made, off the clock
+features, start = bench.FeatureStore(store, encode, bench.traits(bench.FROZEN).width, "x"), time.perf_counter()
+features.fill(32, 4, quiet)
+print(json.dumps([time.perf_counter() - start]))
+"""
+SENTENCES = IN_EITHER + """
+from text_encoders import sentence_source
+words = np.array("a the red blue dress shirt longer with ribbon and it is more elegant has short sleeves".split())
+rng = np.random.default_rng(0)
+texts = [" ".join(rng.choice(words, rng.integers(1, 18))) for _ in range(int(given[0]))]
+source = sentence_source({"text_encoder": f"hf:{bench.minilm()}", "pooling_layer": -2, "max_seq_len": 25})
+if hasattr(source, "compute_by"):
+    source.compute_by("openvino")
+list(source.encode(texts[:64], quiet))
+start = time.perf_counter()
+list(source.encode(texts, quiet))
+print(json.dumps([time.perf_counter() - start]))
+"""
+TESTED = IN_EITHER + """
+data = bench.MITStates(Path(folder), "test")
+split = bench.Split(data, bench.random_features(data, Path(given[0])))
+sentences = bench.SentenceTable(bench.Constant())
+sentences.prepare(split.data.task().texts)
+print(json.dumps([bench.frozen_test_row(split, kind, sentences, 1)["ours"] for kind in ("tirg", "composeAE")]))
+"""
+GROWN = IN_EITHER + """
+index, rng = Path(folder), np.random.default_rng(0)
+listed = bench.ImageList(index / bench.gallery.IMAGES)
+for start in range(len(listed), int(given[0]), 10_000):
+    part = range(start, min(start + 10_000, int(given[0])))
+    listed.add([(f"{number}.jpg", (1, 1)) for number in part], rng.standard_normal((len(part), 512), np.float32))
+bench.ranking.rank(listed, index, 512, "exact", quiet)
+print("[]")
+"""
+
+
+def beside_rows(folder: Path, other: Path, quick: bool) -> list[dict]:
+    """What OpenVINO makes faster, by this version and by the one in the folder `other`, as processes in turns."""
+    repetitions, count, few, large = (1, 16, 8, 200) if quick else (2, 256, 64, 100_000)
+    here, sizes = Path(__file__).parent, (10, 3, 200) if quick else (245, 8, 53_753)
+    subprocess.run([sys.executable, here / "data" / "make_toy.py", folder], check=True, stdout=subprocess.DEVNULL)
+    pictures, model = folder / "mitstates" / "images", folder / "model.pth"
+    if quick:
+        for path in sorted(pictures.iterdir())[4:]:
+            shutil.rmtree(path)
+    tree = mitstates_tree(folder / "tree", *sizes)
+    versions, rows = {"floor": other, "ours": here}, []
+
+    def printed(version: str, code: str, *words) -> list[float]:
+        done = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=versions[version],
+                              capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def command(version: str, *words) -> list[float]:
+        return [seconds(lambda: subprocess.run([sys.executable, *map(str, words)], cwd=versions[version], check=True,
+                                               capture_output=True))]
+
+    def both(whats: list[tuple[str, float]], run: Callable, unit: str = "s") -> None:
+        """Rows of what `run` gives of a version's name."""
+        found: dict = {name: [] for name in versions}
+        for turn in tqdm(range(repetitions), desc=whats[0][0]):
+            for name in list(versions)[::-1 if turn % 2 else 1]:
+                found[name].append(run(name))
+        medians = {name: [statistics.median(each) for each in zip(*runs, strict=True)] for name, runs in found.items()}
+        rows.extend(row(f"{what} (floor: {other.name})", ours, floor, goal, unit) for (what, goal), ours, floor in
+                    zip(whats, medians["ours"], medians["floor"], strict=True))
+    printed("floor", MODEL, model)
+    for encoder, images, goals in ((FROZEN, count, (0.4, 0.2)), ("timm:vit_small_patch16_224", few, (1 / 1.1, 0.5))):
+        for precision, goal in zip(("fp32", "bf16"), goals, strict=True):
+            if precision == "fp32" or (engine.is_there() and engine.has_bf16()):
+                told = encoder, images, precision
+                both([(f"filling the feature file, {encoder}, {images} images, {precision}", goal)],
+                     lambda version, told=told: printed(version, FILL, pictures, *told, folder / f"pixels {version}"))
+    both([(f"{8 * count} MiniLM sentence vectors in process", 0.5)],
+         lambda version: printed(version, SENTENCES, folder, 8 * count))
+
+    def indexed(version: str) -> list[float]:
+        shutil.rmtree(folder / version, ignore_errors=True)
+        return command(version, "search.py", "index", "--model_checkpoint", model, "--images", pictures, "--out",
+                       folder / version)
+    both([("search.py index of the toy pictures, from command to prompt", 0.5)], indexed)
+    picture = next(pictures.rglob("*.jpg"))
+
+    def asked(version: str) -> list[float]:
+        return command(version, "search.py", "query", "--index", folder / version, "--image", picture, "--text", "red")
+    both([("search.py query on it, from command to prompt", 0.25)], asked)
+    both([("search.py serve, from command to the first answer", 0.3), ("its memory after ten queries, MB", 0.5)],
+         lambda version: serve_once([sys.executable, versions[version] / "search.py", "serve", "--index",
+                                     folder / version]))
+    for version in versions:
+        printed(version, GROWN, folder / version, large)
+    both([(f"search.py query, {large} images, from command to prompt", 0.25)], asked)
+    both([("frozen test, MIT-States' size, TIRG", 1.0), ("the same, composeAE", 1.0)],
+         lambda version: printed(version, TESTED, tree, folder / f"features {version}"))
+    run = ["--dataset=mitstates", f"--dataset_path={folder / 'mitstates'}", "--model=tirg", "--image_weights=none",
+           "--image_size=64", f"--image_encoder={FROZEN}", "--freeze_image_encoder=True", "--num_iters=1",
+           f"--log_dir={folder / 'logs'}"]
+    for version in versions:                                                    # keeps pixels and features
+        command(version, "main.py", *run)
+    both([("main.py, one frozen step and its test, from command to prompt", 1.0)],
+         lambda version: command(version, "main.py", *run))
+    return rows
+
+
 # The whole table
 
 def toy_splits(folder: Path, size: int) -> dict[str, Split]:
@@ -1032,6 +1169,8 @@ def run(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU's rows, not a CPU's")
     add(parser, "--quick", False, "small sizes: only proves that all of it runs, a GPU's rows too, on the device there "
         "is")
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="in place of all else: what OpenVINO makes "
+                        "faster, beside another version of this program: git worktree add FOLDER COMMIT")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--shared_step", nargs=4, metavar=("TOY", "BATCH", "SIZE", "TIMES"), help="with torchrun: the "
                         "median time of a composeAE step that its processes share, and what each sends for it")
@@ -1059,8 +1198,11 @@ def run(argv: list[str] | None = None) -> int:
                 print(json.dumps(found))
         return 0
     rows = []
-    for make in [cpu_rows] * (device.type == "cpu") + [partial(gpu_rows, device=device)] * (
-            device.type == "cuda" or args.quick):
+    if args.beside and not (args.beside / "bench.py").is_file():
+        raise InputError(f"--beside {args.beside}: there is no version of this program; make one with git worktree add")
+    parts = [cpu_rows] * (device.type == "cpu") + [partial(gpu_rows, device=device)] * (
+        device.type == "cuda" or args.quick)
+    for make in [partial(beside_rows, other=args.beside.resolve())] if args.beside else parts:
         with tempfile.TemporaryDirectory() as folder:
             rows += make(Path(folder), quick=args.quick)
     if args.quick:

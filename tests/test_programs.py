@@ -78,10 +78,23 @@ def test_benchmark_runs_and_writes_its_rows(tmp_path):
         assert part in whats
 
 
-@pytest.mark.long("two processes")
+@pytest.mark.rare("minutes of processes")
+@pytest.mark.avx
+def test_benchmark_beside_another_version(tmp_path):
+    """The same one: only that all of it runs."""
+    done = program("bench.py", "--quick", "--beside", ROOT, "--json", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stderr
+    whats = "\n".join(row["what"] for row in json.loads((tmp_path / "rows.json").read_text()))
+    for part in ("lite0", "vit_small", "MiniLM", "search.py index", "search.py query on", "first answer", "memory",
+                 "200 images", "TIRG", "composeAE", "main.py"):
+        assert part in whats
+
+
+@pytest.mark.long("three processes")
 def test_benchmark_says_in_one_line_what_it_cannot_do(tmp_path):
     for words, said in ((["--device", "cuda"], "no usable CUDA GPU"),
-                        (["--json", tmp_path / "none" / "rows.json"], "there is no folder")):
+                        (["--json", tmp_path / "none" / "rows.json"], "there is no folder"),
+                        (["--beside", tmp_path], "there is no version of this program")):
         done = program("bench.py", *words)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
