@@ -110,8 +110,10 @@ def arrays(path: str | Path) -> dict[str, Tensor]:
             content = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in content.items()}
         else:
             content = tensor_files.read(path)
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path} of arrays; give one that is there") from None
     except (OSError, ValueError, TypeError) as error:                           # Unreadable is a ValueError
-        why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error).split("\n")[0]
+        why = str(error).split("\n")[0]
         raise InputError(f"{path} holds no arrays that can be read ({why}); docs/zero-shot.md says how a pickled file "
                          "of the original becomes one") from None
     content = {"": content} if isinstance(content, Tensor) else content
