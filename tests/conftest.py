@@ -197,10 +197,10 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
-def some(cases, count=1, why="the same path with other values"):
-    """Parameters of a test: the first so many cases are always run, the others in the long tier."""
+def some(cases, count=1, why="the same path with other values", mark=pytest.mark.long):
+    """Parameters of a test: the first so many cases are always run, the others in the long tier, or the rare one."""
     return [case if number < count else pytest.param(*(case if isinstance(case, tuple) else (case,)),
-                                                     marks=pytest.mark.long(why))
+                                                     marks=mark(why))
             for number, case in enumerate(cases)]
 
 

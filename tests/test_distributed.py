@@ -18,7 +18,7 @@ from machine.errors import InputError
 from training import checkpoint, loop
 
 from . import together
-from .conftest import WRITERS, Run, flags, run_main, write_mitstates
+from .conftest import WRITERS, Run, flags, run_main, some, write_mitstates
 from .services import free_ports
 from .test_resume import assert_same_run, saved_at, wait_for
 
@@ -64,7 +64,7 @@ def two(trees, tmp_path_factory):
     return results(2, trees, tmp_path_factory.mktemp("two"))
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.rare("a job of its own"))])
+@pytest.fixture(scope="module", params=some([2, 1, 4], mark=pytest.mark.rare))
 def found(request, trees, tmp_path_factory):
     """What each of one, two and four processes found."""
     if request.param == 2:

@@ -179,7 +179,7 @@ def test_a_file_that_broke_off_goes_on(ask, hub, made):
     ("wrong", "is damaged, its SHA-256 is not the hub's"),
     ("empty", "HUB/made-up/empty has none of open_clip_model.safetensors, open_clip_pytorch_model.bin"),
     ("cut", "did not arrive (peer closed connection"),
-    ("busy", "the hub cannot be reached (Server error '503")])
+    pytest.param("busy", "the hub cannot be reached (Server error '503", marks=pytest.mark.rare("waits longer"))])
 def test_what_cannot_be_fetched_is_one_line_that_says_what_to_do(ask, hub, tag, words):
     said = image(ask, tag)["refused"]
     assert words.replace("HUB", hub.address) in said and "\n" not in said

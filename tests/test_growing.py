@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("growing") / "model.pth")
 
 
-@pytest.fixture(scope="module", params=some([2000, 10_000], why="the same with more images"))
+@pytest.fixture(scope="module", params=some([2000, 10_000], why="the same with more images", mark=pytest.mark.rare))
 def count(request):
     return request.param
 

@@ -20,7 +20,7 @@ from machine.errors import InputError
 from machine.image_store import ImageStore, normalize_images
 from machine.threads import prefetch
 
-from .conftest import DAMAGE, picture
+from .conftest import DAMAGE, picture, some
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ for i in range(len(store)): store.batch([i])
 
 
 @pytest.mark.long("processes")
-@pytest.mark.parametrize("delays", [(0.004,), (0.0, 0.004, 0.015)])
+@pytest.mark.parametrize("delays", some([[0.004], [0.0, 0.004, 0.015]], mark=pytest.mark.rare))
 def test_killed_and_simultaneous_writers_leave_a_good_cache(paths, tmp_path, delays):
     many = paths * 3 + [str(path) for path in sorted((tmp_path / "pictures").iterdir())]
     for delay in delays:

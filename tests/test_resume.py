@@ -69,7 +69,7 @@ KINDS = [("composeAE", "soft_triplet"), *(("composeAE", loss) for loss in LOSSES
 
 
 @pytest.mark.long("five runs")
-@pytest.mark.parametrize(("model", "loss"), some(KINDS))
+@pytest.mark.parametrize(("model", "loss"), some(KINDS, 2, mark=pytest.mark.rare))
 def test_a_run_in_three_parts_is_the_run_in_one(mitstates, tmp_path, model, loss):
     """Parts end inside epochs of 2 steps, between logs of 3, on a rate's decay, and where a test had been made."""
     settings = {"model": model, "loss": loss, "learning_rate_decay_frequency": 5, "log_frequency": 3,

@@ -337,7 +337,7 @@ def test_sum_is_written_as_onnx_and_what_is_no_vector_is_refused(world, local, t
     assert "leave --onnx out" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
-@pytest.mark.long("jobs of two processes")
+@pytest.mark.rare("jobs of two processes")
 def test_several_processes_train_and_test_as_one(world, local, tmp_path):
     """LinCIR's towers stay the file's; the test of BASIC, whose corpora the first process alone reads, is that of one
     process."""
