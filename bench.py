@@ -1059,15 +1059,15 @@ def beside_rows(folder: Path, other: Path, quick: bool) -> list[dict]:
         return [seconds(lambda: subprocess.run([sys.executable, *map(str, words)], cwd=versions[version], check=True,
                                                capture_output=True))]
 
-    def both(whats: list[tuple[str, float]], run: Callable, unit: str = "s") -> None:
-        """Rows of what `run` gives of a version's name."""
+    def both(whats: list[tuple], run: Callable) -> None:
+        """Rows of what `run` gives of a version's name. whats: (what, goal), or (what, goal, unit), of each number."""
         found: dict = {name: [] for name in versions}
         for turn in tqdm(range(repetitions), desc=whats[0][0]):
             for name in list(versions)[::-1 if turn % 2 else 1]:
                 found[name].append(run(name))
         medians = {name: [statistics.median(each) for each in zip(*runs, strict=True)] for name, runs in found.items()}
-        rows.extend(row(f"{what} (floor: {other.name})", ours, floor, goal, unit) for (what, goal), ours, floor in
-                    zip(whats, medians["ours"], medians["floor"], strict=True))
+        rows.extend(row(f"{what} (floor: {other.name})", ours, floor, *goal_and_unit) for (what, *goal_and_unit), ours,
+                    floor in zip(whats, medians["ours"], medians["floor"], strict=True))
     printed("floor", MODEL, model)
     for encoder, images, goals in ((FROZEN, count, (0.4, 0.2)), ("timm:vit_small_patch16_224", few, (1 / 1.1, 0.5))):
         for precision, goal in zip(("fp32", "bf16"), goals, strict=True):
@@ -1088,7 +1088,7 @@ def beside_rows(folder: Path, other: Path, quick: bool) -> list[dict]:
     def asked(version: str) -> list[float]:
         return command(version, "search.py", "query", "--index", folder / version, "--image", picture, "--text", "red")
     both([("search.py query on it, from command to prompt", 0.25)], asked)
-    both([("search.py serve, from command to the first answer", 0.3), ("its memory after ten queries, MB", 0.5)],
+    both([("search.py serve, from command to the first answer", 0.3), ("its memory after ten queries", 0.5, "MB")],
          lambda version: serve_once([sys.executable, versions[version] / "search.py", "serve", "--index",
                                      folder / version]))
     for version in versions:

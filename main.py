@@ -26,16 +26,15 @@ from machine.folder_lock import FolderLock
 from machine.progress import progress_bar, say
 from machine.streams import log_to_stderr
 from machine.tensor_files import fingerprint
-from machine.text_files import read_lines
 from test_retrieval import evaluate
 from text_model import SimpleVocab, spread
 from training import checkpoint, report
+from training.corpora import texts_and_vectors
 from training.data import Data, make_data, note_unread_words, place_images
 from training.loop import Split, Training
 from training.resuming import Start
 from training.settings import settle
 from training.sizes import check_sizes, check_test_size
-from zero_shot.basic import GIVEN, read_given
 
 # The model
 
@@ -73,22 +72,6 @@ def words_of(args: argparse.Namespace, data: Data, source: str | Path, state: di
     if not words and not data.train:
         raise InputError(f"the checkpoint {source} has no vocabulary, so that of its train split is needed to test it")
     return (words or SimpleVocab.from_texts(data.train.training_texts())).word2id
-
-
-def texts_and_vectors(args: argparse.Namespace, source: str | Path,
-                      state: dict | None) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
-    """What BASIC depends on beside its towers, of files, or the checkpoint's: two lists of texts, and what is given of
-    what else is estimated."""
-    files = {name: getattr(args, name) for name in ("subjects", "styles", "pictures_mean", "synthetic")}
-    if checkpoint.lacks_towers(state, MODELS[args.model]):
-        texts = [Path(files[name]) for name in ("subjects", "styles") if files[name]]
-        return ([list(dict.fromkeys(line.strip() for _, line in read_lines(file))) for file in texts],
-                read_given(args.pictures_mean, args.synthetic))
-    if told := [f"--{name}" for name, file in files.items() if file]:
-        raise InputError(f"{source} has what {', '.join(told)} would give, of the files that it was made with: leave "
-                         "them out, or make another with --image_encoder in place of --model_checkpoint")
-    weights = state["model_state_dict"]
-    return state.get("recipe", {}).get("corpora", []), {name: weights[name] for name in GIVEN if name in weights}
 
 
 def ready(model: ImgTextCompositionBase, device: torch.device, precision: str, fast: bool) -> ImgTextCompositionBase:

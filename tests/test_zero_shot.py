@@ -26,8 +26,8 @@ from machine.errors import InputError
 from searching.gallery import Gallery, load_model
 from test_retrieval import ranks_of_right
 from training import checkpoint
+from training.corpora import read_given
 from zero_shot import prompts
-from zero_shot.basic import read_given
 
 from .conftest import TOWER, flags, picture, run_main, some, write_cirr, write_fashion_iq, write_mitstates
 from .services import ROOT
